@@ -1,0 +1,4616 @@
+#!/usr/bin/env python3
+"""wsgate: a WebSocket reverse proxy in one file, on the standard library alone.
+
+Upgrade and Connection are hop-by-hop fields (RFC 9110 7.6.1, 7.8): a proxy does
+not pass them on by itself, so a backend never learns that the client wants a
+WebSocket. wsgate passes both on explicitly, joins client and backend when the
+backend answers 101, and closes the tunnel when no byte passed for a while.
+
+The file reads from top to bottom as a connection lives:
+
+    Errors              HTTPError ends an exchange, BackendError tries another server
+    Configuration       load_config: wsgate.ini -> one frozen Config, from tables of keys
+    Listening           Gate.run accepts, obeys signals, reloads, drains;
+                        Listener gives each connection a thread
+    One connection      ClientConnection.handle: begin (PROXY protocol, TLS), then
+                        serve for each request: admit, connect, forward, log
+    Reading a head      Stream and Deadline: bytes within a time; read_head
+    HTTP/1.1 messages   parse_request_head, parse_response_head, BodyScanner
+    Routes              Config.route, split_target, Location.rewrite
+    Access              who may pass: addresses, origins, passwords, auth_request
+    Upstreams           Upstream.pick and their health; Server.connect
+    Forwarding heads    request_head_for_backend, response_head_for_client
+    Relaying            HTTPRelay moves two bodies at once; Tunnel two Flows of bytes
+    WebSocket frames    FrameScanner follows boundaries; make_frame, check_101
+    Access log, status  Record and its line; the status page
+    Command line        main, the demo, the probe
+
+Three rules hold everywhere. An exchange that cannot go on raises HTTPError.
+Only ClientConnection answers, closes and logs. Threads share the Gate and its
+Upstreams under their locks and nothing else; no lock is held over I/O.
+"""
+
+import sys
+
+if sys.version_info < (3, 6):  # so that old Pythons can say it, the file parses on them
+    sys.exit("wsgate needs Python 3.6 or later, this is Python %d.%d" % sys.version_info[:2])
+
+import _thread
+import argparse
+import base64
+import binascii
+import collections
+import configparser
+import difflib
+import email.utils
+import errno
+import fnmatch
+import functools
+import getpass
+import hashlib
+import hmac
+import html
+import http
+import ipaddress
+import itertools
+import json
+import logging
+import logging.handlers
+import math
+import os
+import random
+import re
+import select
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import stat
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+
+try:
+    import fcntl
+    import grp
+    import pwd
+    import resource
+except ImportError:  # Windows
+    fcntl = grp = pwd = resource = None
+
+VERSION = "1.0"
+
+log = logging.getLogger("wsgate")
+
+# ---------------------------------------------------------------------- Errors
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; `errors` says everything that is wrong with it."""
+
+    def __init__(self, errors):
+        super().__init__("\n".join(errors))
+        self.errors = errors
+
+
+class HTTPError(Exception):
+    """Ends the exchange with this status; raised anywhere, answered in ClientConnection.refuse.
+
+    reason: a stable word, for the log, the body and X-Wsgate-Reason.
+    detail: what happened and what to do, for people. fields: (name, value) bytes to add.
+    """
+
+    def __init__(self, status, reason, detail="", fields=()):
+        super().__init__(detail or reason)
+        self.status = status
+        self.reason = reason
+        self.detail = detail
+        self.fields = fields
+
+
+class BackendError(HTTPError):
+    """A server failed to answer.
+
+    sent: whether it may have seen the request. retry: whether not a byte came back,
+    so that a request that can be repeated may be sent to another server.
+    """
+
+    def __init__(self, status, reason, detail="", sent=False, retry=False):
+        super().__init__(status, reason, detail)
+        self.sent = sent
+        self.retry = retry
+
+
+class ClientGone(Exception):
+    """The client went away or broke off: there is nobody to answer. str() is the reason word."""
+
+
+class TimedOut(Exception):
+    """A wait came to the end of its Deadline."""
+
+
+# --------------------------------------------------------------- Configuration
+#
+# One table per kind of section. It parses, it is the reference that wsgate.ini
+# repeats (a test compares the two), and a key that is not in it is an error.
+
+Key = collections.namedtuple("Key", "parse default meaning")
+Address = collections.namedtuple("Address", "host port path")  # path: of a unix socket
+Listen = collections.namedtuple("Listen", "address ssl proxy_protocol reuseport")
+Target = collections.namedtuple("Target", "tls where uri")  # a parsed proxy_pass
+Return = collections.namedtuple("Return", "status text")
+
+TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
+SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def parse_seconds(text):
+    """'500ms' '30s' '10m' '2h' '1d' or seconds -> float."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|[smhd]?)", text)
+    if not match:
+        raise ValueError("a time is needed, such as 500ms, 30s, 10m, 2h or 1d")
+    return float(match.group(1)) * TIME_UNITS[match.group(2)]
+
+
+def parse_timeout(text):
+    """A time above zero -> float."""
+    seconds = parse_seconds(text)
+    if not seconds:
+        raise ValueError("a time above 0 is needed")
+    return seconds
+
+
+def parse_size(text):
+    """'512' '16k' '1m' -> bytes as int."""
+    match = re.fullmatch(r"([0-9]{1,12})([kmg]?)", text.lower())
+    if not match:
+        raise ValueError("a size is needed, such as 512, 16k or 1m")
+    return int(match.group(1)) * SIZE_UNITS[match.group(2)]
+
+
+def parse_count(text):
+    """ASCII digits -> int."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError("a whole number is needed")
+    return int(text)
+
+
+def parse_count_or_auto(text):
+    """'auto' -> None, else as parse_count."""
+    return None if text == "auto" else parse_count(text)
+
+
+def parse_flag(text):
+    """'on' or 'off' -> bool."""
+    if text not in ("on", "off"):
+        raise ValueError("on or off is needed")
+    return text == "on"
+
+
+def one_of(*words):
+    """A parser that takes one of these words."""
+    def parse(text):
+        if text not in words:
+            raise ValueError("needed is one of: %s" % ", ".join(words))
+        return text
+    return parse
+
+
+def parse_list(text):
+    """Words separated by commas, spaces or lines -> tuple of str."""
+    return tuple(word for word in re.split(r"[,\s]+", text) if word)
+
+
+def parse_text(text):
+    """Any text; '' -> None."""
+    return text or None
+
+
+def parse_address(text, default_port=None, default_host=None):
+    """host:port, [v6]:port, :port, port or unix:/path -> Address."""
+    if text.startswith("unix:"):
+        if not text.startswith("unix:/"):
+            raise ValueError("a unix socket is written unix:/absolute/path")
+        return Address(None, None, text[5:])
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]*))(?::([0-9]{1,5}))?", text)
+    if not match:
+        raise ValueError("%r is no address: host:port, [v6]:port or unix:/path is needed" % text)
+    host, port = match.group(1) or match.group(2), match.group(3)
+    if default_host is not None and port is None and re.fullmatch(r"[0-9]{1,5}", host):
+        host, port = "", host  # a listener may be a port alone
+    port = int(port) if port else default_port
+    if port is None or not 0 <= port <= 65535 or not (host or default_host is not None):
+        raise ValueError("%r needs a %s" % (text, "host" if port is not None else "port, host:port"))
+    return Address(host or default_host, port, None)
+
+
+def show_address(address):
+    """Address -> the text it is written as."""
+    if address.path:
+        return "unix:" + address.path
+    return ("[%s]:%d" if ":" in address.host else "%s:%d") % (address.host, address.port)
+
+
+def parse_listen(text):
+    """One listener a line (or by commas): ADDRESS [ssl] [proxy_protocol] [reuseport] -> tuple of Listen."""
+    listens = []
+    for words in (entry.split() for entry in re.split(r"[,\n]", text)):
+        if not words:
+            continue
+        flags = set(words[1:])
+        if flags - {"ssl", "proxy_protocol", "reuseport"}:
+            raise ValueError("behind an address only ssl, proxy_protocol and reuseport may stand, not %r"
+                             % " ".join(words[1:]))
+        address = parse_address(words[0], default_host="0.0.0.0")
+        listens.append(Listen(address, "ssl" in flags, "proxy_protocol" in flags, "reuseport" in flags))
+    if not listens:
+        raise ValueError("at least one address is needed")
+    return tuple(listens)
+
+
+def parse_networks(text):
+    """Addresses and CIDRs, or 'all' -> tuple of ip_network."""
+    networks = []
+    for word in parse_list(text):
+        if word == "all":
+            networks += [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")]
+        else:
+            networks.append(ipaddress.ip_network(word))  # its ValueError says what is wrong
+    return tuple(networks)
+
+
+def parse_protocols(text):
+    """TLS versions -> tuple of the known names."""
+    known = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
+    words = parse_list(text)
+    if not words or set(words) - set(known):
+        raise ValueError("TLS versions are needed, of %s" % " ".join(known))
+    return words
+
+
+def parse_proxy_pass(text):
+    """http[s]://NAME|host[:port]|unix:/path: [/uri] (ws, wss too) -> Target, '' -> None."""
+    if not text:
+        return None
+    match = re.fullmatch(r"(http|https|ws|wss)://(unix:/[^:\s]+|[^/?#\s]+)(:?)(/[\x21-\x7e]*)?", text)
+    if not match or (match.group(3) and not match.group(2).startswith("unix:")):
+        raise ValueError("http://host:port, https://host:port or http://unix:/path is needed")
+    if "@" in match.group(2):
+        raise ValueError("a backend has no user name; use proxy_set_header = Authorization: ...")
+    return Target(match.group(1) in ("https", "wss"), match.group(2), match.group(4))
+
+
+def parse_return(text):
+    """CODE, CODE TEXT or 30x URL -> Return, '' -> None."""
+    if not text:
+        return None
+    match = re.fullmatch(r"([2-5][0-9]{2})(?:\s+(\S.*))?", text, re.S)
+    if not match:
+        raise ValueError("a status code is needed, then a text or (30x) an address")
+    status = int(match.group(1))
+    if status in (301, 302, 303, 307, 308) and not match.group(2):
+        raise ValueError("a redirect needs the address to go to")
+    return Return(status, Template(match.group(2) or ""))
+
+
+# What the gate itself says about the connection; a client or an administrator cannot set it.
+GATE_FIELDS = frozenset((b"connection", b"upgrade", b"keep-alive", b"content-length", b"te", b"trailer",
+                         b"transfer-encoding", b"proxy-connection", b"http2-settings"))
+
+
+def parse_set_headers(text):
+    """One 'Name: value' a line -> tuple of (name bytes, Template)."""
+    headers = []
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        name, colon, value = line.partition(":")
+        raw = name.strip().encode()
+        if not colon or not TOKEN.fullmatch(raw):
+            raise ValueError("'Name: value' is needed, not %r" % line.strip())
+        if raw.lower() in GATE_FIELDS:
+            raise ValueError("%s is set by wsgate itself, this line can go" % name.strip())
+        headers.append((raw, Template(value.strip())))
+    return tuple(headers)
+
+
+def parse_origins(text):
+    """'any', 'same' or a list of scheme://host[:port] with * -> tuple, 'any' -> None."""
+    words = tuple(word.lower() for word in parse_list(text))
+    for word in words:
+        if word not in ("any", "same", "null") and "://" not in word and not word.startswith("*"):
+            raise ValueError("%r: an origin is written https://example.com" % word)
+    return None if not words or "any" in words else words
+
+
+def parse_pem(text):
+    """A file that can be read, '' -> None."""
+    if text:
+        with open(text, "rb"):
+            pass
+    return text or None
+
+
+def parse_user(text):
+    """The name of a user of this system, '' -> None."""
+    if text:
+        if pwd is None:
+            raise ValueError("this system has no users to change to")
+        try:
+            pwd.getpwnam(text)
+        except KeyError:
+            raise ValueError("there is no user %r" % text)
+    return text or None
+
+
+def parse_server_line(line):
+    """'ADDRESS [weight=1] [max_fails=1] [fail_timeout=10s] [max_conns=0] [backup] [down]' -> Server."""
+    words = line.split()
+    options = {"weight": "1", "max_fails": "1", "fail_timeout": "10s", "max_conns": "0"}
+    flags = set()
+    for word in words[1:]:
+        key, equals, value = word.partition("=")
+        if equals and key in options:
+            options[key] = value
+        elif word in ("backup", "down"):
+            flags.add(word)
+        else:
+            raise ValueError("unknown %r; known are %s, backup, down" % (word, ", ".join(options)))
+    weight = parse_count(options["weight"])
+    if not weight:
+        raise ValueError("weight must be at least 1 (use down to take a server out)")
+    return Server(parse_address(words[0], default_port=80), weight, parse_count(options["max_fails"]),
+                  parse_seconds(options["fail_timeout"]), parse_count(options["max_conns"]),
+                  "backup" in flags, "down" in flags)
+
+
+def parse_servers(text):
+    """One server a line -> tuple of Server."""
+    servers = tuple(parse_server_line(line) for line in text.splitlines() if line.strip())
+    if not servers:
+        raise ValueError("at least one server is needed")
+    return servers
+
+
+SERVER_KEYS = {
+    "listen": Key(parse_listen, "127.0.0.1:8080",
+                  "host:port, [v6]:port, :port, port or unix:/path, one a line; after it ssl, proxy_protocol, reuseport"),
+    "ssl_client_certificate": Key(parse_pem, "", "CA file: clients must show a certificate of it"),
+    "ssl_protocols": Key(parse_protocols, "TLSv1.2 TLSv1.3", "TLS versions offered to clients"),
+    "client_header_timeout": Key(parse_timeout, "10s", "for TLS handshake and request head together, however they drip"),
+    "client_header_size": Key(parse_size, "16k", "a longer request head is refused with 431"),
+    "client_body_timeout": Key(parse_timeout, "60s", "between two reads of a request body"),
+    "keepalive_timeout": Key(parse_seconds, "75s", "between two requests of one client connection; 0 = one request each"),
+    "send_timeout": Key(parse_timeout, "60s", "a client that takes no byte for so long is closed"),
+    "max_connections": Key(parse_count_or_auto, "auto", "above it 503; auto = what descriptors and threads allow"),
+    "max_connections_per_ip": Key(parse_count, "0", "above it 429, by the real client address; 0 = no limit"),
+    "set_real_ip_from": Key(parse_networks, "", "CIDRs of trusted proxies: only they may say who the client is"),
+    "real_ip_header": Key(one_of("X-Forwarded-For", "X-Real-IP", "proxy_protocol"), "X-Forwarded-For",
+                          "where trusted proxies say it: X-Forwarded-For, X-Real-IP or proxy_protocol"),
+    "drain_timeout": Key(parse_seconds, "30s", "time over which QUIT ends the tunnels"),
+    "access_log": Key(parse_text, "-", "a path, - (stdout), off, syslog: or syslog:HOST:PORT"),
+    "error_log": Key(parse_text, "-", "a path, - (stderr), off, syslog: or syslog:HOST:PORT"),
+    "log_level": Key(one_of("debug", "info", "warning", "error"), "info", "debug, info, warning or error"),
+    "log_format": Key(one_of("text", "json"), "text", "of the access log: text or json"),
+    "status_listen": Key(parse_text, "off", "host:port or unix:/path of the status page, or off"),
+    "status_allow": Key(parse_networks, "127.0.0.0/8 ::1", "CIDRs that may see the status page"),
+    "user": Key(parse_user, "", "drop to this user after binding, when started as root"),
+    "pid": Key(parse_text, "", "file for the process id, which -s needs"),
+}
+
+LOCATION_KEYS = {
+    "proxy_pass": Key(parse_proxy_pass, "", "backend: http(s)://UPSTREAM | host:port | unix:/path: , then an optional /uri"),
+    "return": Key(parse_return, "", "instead of proxy_pass: CODE, CODE TEXT, or 30x URL"),
+    "proxy_set_header": Key(parse_set_headers, "", "Name: value, one a line; an empty value removes the field"),
+    "proxy_connect_timeout": Key(parse_timeout, "5s", "for one server: resolve, connect and TLS together"),
+    "proxy_read_timeout": Key(parse_timeout, "60s", "between two reads of an HTTP answer"),
+    "proxy_send_timeout": Key(parse_timeout, "60s", "between two writes of a request"),
+    "idle_timeout": Key(parse_timeout, "60s", "a tunnel without a byte either way is closed; default: proxy_read_timeout"),
+    "ping_interval": Key(parse_seconds, "0", "ping a side of the tunnel that was silent for so long; 0 = never"),
+    "ping_timeout": Key(parse_timeout, "20s", "no byte for so long after a ping: that side is dead"),
+    "upgrade": Key(one_of("websocket", "none", "any"), "websocket", "websocket, none, or any (other protocols too, never h2c)"),
+    "strict_handshake": Key(parse_flag, "on", "off: do not check Sec-WebSocket-Key, -Version and -Accept"),
+    "allowed_origins": Key(parse_origins, "any", "any, same, or a list of https://host[:port] with * globs"),
+    "allow": Key(parse_networks, "", "CIDRs that may connect; when set, all others are refused"),
+    "deny": Key(parse_networks, "", "CIDRs that may not; wins over allow"),
+    "auth_basic_user_file": Key(parse_pem, "", "htpasswd file of {SCRYPT}, {SSHA} or {SHA} lines (--hash-password writes one)"),
+    "auth_request": Key(parse_proxy_pass, "", "URL that is asked first: 2xx lets the request pass"),
+    "reject_with": Key(one_of("http", "close"), "http", "close: answer refused handshakes by 101 and a Close frame"),
+    "client_max_body_size": Key(parse_size, "0", "a larger request body is refused with 413; 0 = no limit"),
+    "max_message_size": Key(parse_size, "0", "a larger WebSocket message ends the tunnel with 1009; 0 = no limit"),
+    "max_connections": Key(parse_count, "0", "of this location; above it 503; 0 = no limit"),
+    "proxy_ssl_verify": Key(parse_flag, "on", "check the backend's certificate and its name"),
+    "proxy_ssl_trusted_certificate": Key(parse_pem, "", "CA file for backends; default: the system's store"),
+    "proxy_ssl_name": Key(parse_text, "", "name for SNI and the check; default: the host of proxy_pass"),
+    "proxy_ssl_certificate": Key(parse_pem, "", "client certificate to show to backends"),
+    "proxy_ssl_certificate_key": Key(parse_pem, "", "its key"),
+    "proxy_protocol": Key(parse_flag, "off", "begin connections to the backend with a PROXY v1 line"),
+    "ssl_certificate": Key(parse_pem, "", "certificate chain, PEM; in [location HOST/...] for that host name (SNI)"),
+    "ssl_certificate_key": Key(parse_pem, "", "its key, PEM"),
+}
+
+UPSTREAM_KEYS = {
+    "server": Key(parse_servers, "", "one a line: address, weight=1 max_fails=1 fail_timeout=10s max_conns=0 backup down"),
+    "balance": Key(one_of("least_conn", "round_robin", "ip_hash"), "least_conn", "least_conn, round_robin or ip_hash"),
+}
+
+
+class Settings:
+    """The values of one section as attributes, named by their keys; never changed after it is made."""
+
+    def __init__(self, values):
+        self.__dict__.update(values)
+
+    def __setattr__(self, name, value):
+        raise AttributeError("the configuration is frozen")
+
+
+class Template:
+    """Text with $variables, compiled once (proxy_set_header, return)."""
+
+    VARIABLES = ("host", "remote_addr", "scheme", "request_uri", "server_port", "proxy_add_x_forwarded_for")
+
+    def __init__(self, text):
+        self.parts = re.split(r"\$\{?(\w+)\}?", text)  # text, name, text, name, ..., text
+        for name in self.parts[1::2]:
+            if name not in self.VARIABLES and not name.startswith("http_"):
+                raise ValueError("unknown variable $%s%s" % (name, nearest(name, self.VARIABLES)))
+
+    def render(self, request):
+        """-> bytes, with what this request gives for the variables."""
+        parts = [part.encode() for part in self.parts]
+        parts[1::2] = [request.variable(name) for name in self.parts[1::2]]
+        return b"".join(parts)
+
+
+def nearest(word, words):
+    """', did you mean ...' for the known word that looks most like this one, or ''."""
+    close = difflib.get_close_matches(word, list(words), 1)
+    return ", did you mean %r?" % close[0] if close else ""
+
+
+class Config:
+    """One configuration, whole and checked. A reload makes a new one; tunnels keep theirs.
+
+    server: Settings. locations: list of Location. upstreams: list of Upstream.
+    certificates: a CertificateStore, if a listener has TLS. warnings: lines for -t and the log.
+    """
+
+    def __init__(self, path, server, locations, upstreams, warnings):
+        self.path = path
+        self.server = server
+        self.locations = locations
+        self.upstreams = upstreams
+        self.warnings = warnings
+        self.certificates = None
+        # {host: {exact path or None: Location | [Location by falling length]}}
+        self.by_host = {}
+        for location in sorted(locations, key=lambda each: -len(each.path)):
+            exact, prefixes = self.by_host.setdefault(location.host, ({}, []))
+            if location.exact:
+                exact[location.path] = location
+            else:
+                prefixes.append(location)
+
+    def route(self, host, path):
+        """The Location for a host name and a decoded path, or None.
+
+        Host exact, then the longest *.suffix, then locations without a host; among
+        these the exact path, then the longest prefix (nginx: server_name, location).
+        """
+        for group in self.hosts_for(host):
+            exact, prefixes = self.by_host[group]
+            if path in exact:
+                return exact[path]
+            for location in prefixes:
+                if location.matches(path):
+                    return location
+        return None
+
+    def hosts_for(self, host):
+        """The hosts of locations that cover this host name, the most special one first."""
+        groups = [host] if host in self.by_host else []
+        if len(self.by_host) > 1:
+            groups += sorted((name for name in self.by_host
+                              if name and name.startswith("*.") and host.endswith(name[1:])), key=len, reverse=True)
+        if None in self.by_host:
+            groups.append(None)
+        return groups
+
+
+def load_config(path, overrides=None):
+    """The file at path (None: no file, all defaults) -> Config; raises ConfigError with every error.
+
+    overrides: {key: text} for [server], from the command line.
+    """
+    return ConfigReader(path, overrides or {}).read()
+
+
+class ConfigReader:
+    """Reads and checks one file; collects all errors before it gives up."""
+
+    def __init__(self, path, overrides):
+        self.path = path
+        self.overrides = overrides
+        self.name = path or "command line"
+        self.lines = {}     # (section, key or None) -> line number
+        self.errors = []
+        self.warnings = []
+        self.hosts = {}     # unnamed upstreams by their address: one object, one health
+
+    def read(self):
+        sections = self.parse_file()
+        for key, text in self.overrides.items():
+            sections.setdefault("server", {})[key] = text
+        server_texts = sections.pop("server", {})
+        server = self.section("server", server_texts, dict(LOCATION_KEYS, **SERVER_KEYS))
+        upstreams, locations = {}, []
+        for title in sections:
+            if title.startswith("upstream "):
+                self.read_upstream(title, sections[title], upstreams)
+            elif not title.startswith("location "):
+                self.error(title, None, "unknown section%s" % nearest(
+                    title.split()[0], ("server", "location", "upstream")))
+        defaults = {key: text for key, text in server_texts.items()
+                    if key in LOCATION_KEYS and key not in SERVER_KEYS}
+        for title in sections:
+            if title.startswith("location "):
+                self.read_location(title, sections[title], defaults, upstreams, locations)
+        if defaults.get("proxy_pass") or defaults.get("return"):
+            if not any(each.path == "/" and not each.host for each in locations):
+                self.read_location("location /", {}, defaults, upstreams, locations)
+        if not self.errors and not locations:
+            self.errors.append("%s: nothing to do: a [location /] with proxy_pass = http://host:port is needed" % self.name)
+        if self.errors:
+            raise ConfigError(self.errors)
+        config = Config(self.path, server, locations, list(upstreams.values()) + list(self.hosts.values()), self.warnings)
+        self.check_tls(config)
+        if self.errors:
+            raise ConfigError(self.errors)
+        return config
+
+    def error(self, section, key, message):
+        """Note an error as file:line: [section] key: message."""
+        line = self.lines.get((section, key)) or self.lines.get((section, None))
+        self.errors.append("%s%s: [%s] %s%s" % (self.name, ":%d" % line if line else "", section,
+                                                key + ": " if key else "", message))
+
+    def warn(self, section, message):
+        self.warnings.append("%s: [%s] %s" % (self.name, section, message))
+
+    def parse_file(self):
+        """-> {section: {key: text}}, with configparser's traps taken out."""
+        if self.path is None:
+            return {}
+        parser = configparser.RawConfigParser(delimiters=("=",), strict=True, interpolation=None,
+                                              empty_lines_in_values=False, default_section="")
+        parser.optionxform = str
+        try:
+            with open(self.path, encoding="utf-8-sig") as file:  # Notepad writes a BOM
+                text = file.read()
+            parser.read_string(text, self.path)
+        except OSError as error:
+            raise ConfigError(["%s: cannot be read: %s" % (self.path, error.strerror)])
+        except UnicodeDecodeError as error:
+            raise ConfigError(["%s: is not UTF-8 (byte %d)" % (self.path, error.start)])
+        except configparser.ParsingError as error:
+            if isinstance(error, configparser.MissingSectionHeaderError):
+                raise ConfigError(["%s:%d: a [section] must stand before %s" % (self.path, error.lineno, error.line.strip())])
+            raise ConfigError(["%s:%d: neither [section] nor key = value: %s" % (self.path, number, line.strip("'\""))
+                               for number, line in error.errors])
+        except configparser.DuplicateSectionError as error:
+            raise ConfigError(["%s:%d: [%s] stands here twice" % (self.path, error.lineno, error.section)])
+        except configparser.DuplicateOptionError as error:
+            raise ConfigError(["%s:%d: [%s] %s: stands here twice" % (self.path, error.lineno, error.section, error.option)])
+        self.number_lines(text)
+        return {" ".join(section.split()): dict(parser.items(section)) for section in parser.sections()}
+
+    def number_lines(self, text):
+        """Remember where each section and key stands; configparser does not."""
+        section = None
+        for number, line in enumerate(text.splitlines(), 1):
+            header = re.match(r"\[(.+)\]", line)
+            key = re.match(r"([^\s#;=\[][^=]*?)\s*=", line)
+            if header:
+                section = " ".join(header.group(1).split())
+                self.lines[section, None] = number
+            elif key:
+                self.lines[section, key.group(1)] = number
+
+    def section(self, title, texts, keys):
+        """{key: text} -> Settings with a value for every key of the table."""
+        values = {}
+        for key in texts:
+            if key not in keys:
+                self.error(title, key, "unknown key%s" % nearest(key, keys))
+        for name, key in keys.items():
+            text = texts.get(name, key.default).strip()
+            try:
+                values["return_" if name == "return" else name] = key.parse(text)
+            except OSError as error:
+                values[name] = None
+                self.error(title, name, "%s: %s" % (text, error.strerror))
+            except ValueError as error:
+                values[name] = None
+                self.error(title, name, "%r: %s" % (text, error))
+        return Settings(values)
+
+    def read_upstream(self, title, texts, upstreams):
+        """[upstream NAME] -> an Upstream in upstreams."""
+        settings = self.section(title, texts, UPSTREAM_KEYS)
+        name = title.partition(" ")[2]
+        if settings.server and settings.balance:
+            for server in settings.server:
+                self.check_resolves(title, server.address)
+            upstreams[name] = Upstream(name, settings.server, settings.balance)
+
+    def read_location(self, title, texts, defaults, upstreams, locations):
+        """[location ...] -> a Location at the end of locations."""
+        merged = dict(defaults)
+        merged.update(texts)
+        if "return" in texts and "proxy_pass" not in texts:
+            merged.pop("proxy_pass", None)
+        elif "proxy_pass" in texts and "return" not in texts:
+            merged.pop("return", None)
+        settings = self.section(title, merged, LOCATION_KEYS)
+        values = dict(settings.__dict__)
+        if "idle_timeout" not in merged:
+            values["idle_timeout"] = settings.proxy_read_timeout
+        match = re.fullmatch(r"location (= ?)?([^/\s]*)(/\S*)", title)
+        if not match:
+            return self.error(title, None, "[location /path], [location HOST/path] or [location = /path] is needed")
+        target = settings.proxy_pass
+        if not target and not settings.return_:
+            if "proxy_pass" not in texts and "return" not in texts:
+                self.error(title, None, "needs proxy_pass (or return)")
+            return None
+        if target and settings.return_:
+            return self.error(title, "return", "stands beside proxy_pass; only one of them can be")
+        upstream = None
+        try:
+            upstream = target and self.upstream_for(title, target, upstreams)
+            auth = settings.auth_request and self.upstream_for(title, settings.auth_request, upstreams)
+            contexts = [each and each.tls and backend_context(settings) for each in (target, settings.auth_request)]
+        except (ValueError, OSError) as error:
+            return self.error(title, "proxy_pass", str(error))
+        if settings.auth_basic_user_file:
+            try:
+                PasswordFile(settings.auth_basic_user_file)
+            except ValueError as error:
+                self.error(title, "auth_basic_user_file", str(error))
+        if any(contexts) and not settings.proxy_ssl_verify:
+            self.warn(title, "proxy_ssl_verify = off: anybody between the gate and the backend can read and change everything")
+        path = match.group(3)
+        if target and target.uri == "/" and not path.endswith("/"):
+            self.warn(title, "%s/x will be asked for as //x; write [location %s/]" % (path, path))
+        locations.append(Location(title.partition(" ")[2], match.group(2).lower() or None, path, bool(match.group(1)),
+                                  values, upstream, contexts[0], auth, contexts[1]))
+        return None
+
+    def upstream_for(self, title, target, upstreams):
+        """The Upstream that a Target names, or one made for its single address."""
+        if target.where in upstreams:
+            return upstreams[target.where]
+        address = parse_address(target.where, default_port=443 if target.tls else 80)
+        self.check_resolves(title, address)
+        name = show_address(address)
+        if name not in self.hosts:
+            self.hosts[name] = Upstream(name, (Server(address),), "round_robin")
+        return self.hosts[name]
+
+    def check_resolves(self, title, address):
+        """Warn of a name nobody knows yet; it is resolved again at every connect."""
+        try:
+            address.path or socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
+        except OSError:
+            self.warn(title, "%s does not resolve now; it will be tried at every connect" % address.host)
+
+    def check_tls(self, config):
+        """Make the certificates' contexts, once, so that a wrong file is found before the start."""
+        server = config.server
+        if any(listen.ssl for listen in server.listen):
+            try:
+                config.certificates = CertificateStore(config)
+            except (OSError, ValueError) as error:
+                self.error("server", "ssl_certificate", "%s" % error)
+        if server.status_listen != "off":
+            try:
+                parse_address(server.status_listen, default_host="127.0.0.1")
+            except ValueError as error:
+                self.error("server", "status_listen", str(error))
+
+
+# ------------------------------------------------------------------- Listening
+
+
+class Gate:
+    """The running program: its listeners, its live connections, and what signals ask of it."""
+
+    def __init__(self, config):
+        self.config = config
+        self.lock = threading.Lock()
+        # Guarded by lock:
+        self.connections = set()              # every ClientConnection that has a thread
+        self.in_use = collections.Counter()   # exchanges by ("ip", address) and ("location", name)
+        self.totals = collections.Counter()   # what ended: requests, tunnels, bytes, refusals by reason
+        # Changed by the main thread alone:
+        self.listeners = []
+        self.state = "running"                # then "draining", "stopping"
+        self.deadline = math.inf              # time.monotonic() at which the draining or stopping ends
+        self.alarm = Alarm()                  # rings when state changes: idle threads poll it
+        self.capacity, self.capacity_reason = capacity(config.server.max_connections)
+        self.started = time.time()
+        self.history = History()
+        self.next_check = 0.0                 # time.monotonic() of the next look at the certificates
+        self.reopen_logs = lambda: None       # set by main
+        self.load = lambda: self.config       # the same, for reload
+        self.successor = None                 # the process that USR2 started, until it is ready
+        self.selector = selectors.DefaultSelector()
+        self.signals = collections.deque()
+        self.wake_in, self.wake_out = socket.socketpair()
+        for end in (self.wake_in, self.wake_out):
+            end.setblocking(False)
+        self.selector.register(self.wake_in, selectors.EVENT_READ, self.obey_signals)
+
+    def open(self, inherited=None):
+        """Bind all listeners; inherited: {address text: socket} from systemd or a predecessor."""
+        inherited = inherited or {}
+        try:
+            for listen in self.config.server.listen:
+                self.add_listener(Listener(self, listen, take_inherited(inherited, listen.address)))
+            if self.config.server.status_listen != "off":
+                address = parse_address(self.config.server.status_listen, default_host="127.0.0.1")
+                self.add_listener(StatusListener(self, Listen(address, False, False, False),
+                                                 take_inherited(inherited, address)))
+        except OSError:
+            self.close()
+            raise
+
+    def add_listener(self, listener):
+        self.listeners.append(listener)
+        self.selector.register(listener, selectors.EVENT_READ, listener.accept_ready)
+
+    def close_listener(self, listener):
+        self.listeners.remove(listener)
+        if not listener.paused_until:
+            self.selector.unregister(listener)
+        listener.server_close()
+
+    def close(self):
+        """Close the listening sockets, at once."""
+        for listener in list(self.listeners):
+            self.close_listener(listener)
+
+    def run(self):
+        """Accept connections and obey signals until the gate has been stopped."""
+        notify("READY=1")
+        while not self.finished():
+            for key, _ in self.selector.select(1.0 if self.state == "running" else 0.05):
+                key.data()
+            self.tick(time.monotonic())
+        self.close()
+
+    def finished(self):
+        """Whether the end was asked for and nothing is left to wait for."""
+        return self.state != "running" and (not self.connections or time.monotonic() > self.deadline)
+
+    def tick(self, now):
+        """What has to be looked at once in a while; costs nothing when there is nothing to do."""
+        for listener in self.listeners:
+            listener.resume(now)
+        if now >= self.next_check:
+            self.next_check = now + 60
+            if self.config.certificates:
+                self.config.certificates.refresh()
+        if self.history.due(now):
+            self.history.add(now, self)
+            notify("WATCHDOG=1\nSTATUS=%d tunnels open" % sum(1 for each in list(self.connections) if each.tunnel))
+
+    # Signals: Python runs the handler in the main thread, and the wake-up
+    # descriptor makes select() return, so that all work is done in run().
+
+    def catch_signals(self):
+        """Route the process's signals to this gate (main thread only)."""
+        signal.set_wakeup_fd(self.wake_out.fileno())
+        for name in SIGNALS:
+            number = getattr(signal, name, None)  # Windows has few of them
+            if number is not None:
+                signal.signal(number, lambda number, frame: self.signals.append(number))
+
+    def obey_signals(self):
+        try:
+            self.wake_in.recv(512)
+        except BlockingIOError:
+            pass
+        while self.signals:
+            number = self.signals.popleft()
+            name = next(name for name in SIGNALS if getattr(signal, name, None) == number)
+            log.info("%s: %s", name, SIGNALS[name])
+            getattr(self, SIGNALS[name])()
+
+    def stop(self):
+        """TERM, INT: end everything; tunnels get a Close 1001 where one can be placed, within a second."""
+        if self.state == "stopping":
+            self.deadline = 0.0
+        self.end("stopping", 1.0)
+
+    def quit(self):
+        """QUIT: drain; a second signal stops.
+
+        Nothing new is accepted, plain requests are finished, and the tunnels are closed
+        one after the other over drain_timeout, the quiet ones first, so that the clients
+        do not all come back in the same second (HAProxy: close-spread-time).
+        """
+        if self.state != "running":
+            return self.stop()
+        window = self.config.server.drain_timeout
+        now = time.monotonic()
+        tunnels = sorted((each.tunnel for each in list(self.connections) if each.tunnel), key=lambda each: each.last_byte)
+        for place, tunnel in enumerate(tunnels):
+            tunnel.end_at = now + window * (place + 0.5) / len(tunnels)
+        return self.end("draining", window + 0.5)
+
+    def end(self, state, seconds):
+        notify("STOPPING=1")
+        self.state = state
+        self.close()
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
+        alarm, self.alarm = self.alarm, Alarm()
+        alarm.ring()
+
+    def reload(self):
+        """HUP: new requests use a new configuration; tunnels and server health stay as they are."""
+        if self.state != "running":
+            return
+        notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        try:
+            self.adopt(self.load())
+            self.reopen_logs()
+            log.info("reloaded %s", self.config.path)
+        except (ConfigError, OSError) as error:
+            for line in str(error).splitlines():
+                log.error("reload: %s", line)
+            log.error("reload: nothing was changed")
+        notify("READY=1")
+
+    def adopt(self, config):
+        """Open the listeners that are new, then switch, then close those that went."""
+        here = {listener.listen.address: listener for listener in self.listeners if type(listener) is Listener}
+        wanted = {listen.address: listen for listen in config.server.listen}
+        opened = []
+        try:
+            for address in wanted:
+                if address not in here:
+                    opened.append(Listener(self, wanted[address]))
+        except OSError:
+            for listener in opened:
+                listener.server_close()
+            raise
+        for upstream in config.upstreams:
+            for old in self.config.upstreams:
+                if old.name == upstream.name:
+                    upstream.adopt(old)
+        self.config = config
+        self.capacity, self.capacity_reason = capacity(config.server.max_connections)
+        for address, listener in here.items():
+            if address in wanted:
+                listener.listen = wanted[address]
+            else:
+                self.close_listener(listener)
+        for listener in opened:
+            self.add_listener(listener)
+
+    def reopen(self):
+        """USR1: open the log files anew, after a rotation."""
+        try:
+            self.reopen_logs()
+        except OSError as error:
+            log.error("logs cannot be reopened, going on with the old ones: %s", error)
+
+    def upgrade(self):
+        """USR2: start the wsgate.py that now stands on disk on the same sockets, then drain this one."""
+        if self.successor or self.state != "running" or not hasattr(os, "fork"):
+            return
+        ready, write_end = os.pipe()
+        sockets = {show_address(each.listen.address): each.fileno() for each in self.listeners}
+        environ = dict(os.environ, WSGATE_READY=str(write_end),
+                       WSGATE_SOCKETS=" ".join("%s=%d" % pair for pair in sockets.items()))
+        try:
+            self.successor = subprocess.Popen([sys.executable, os.path.abspath(__file__)] + sys.argv[1:], env=environ,
+                                              pass_fds=[write_end] + list(sockets.values()))
+        except OSError as error:
+            log.error("upgrade: the new process cannot be started: %s", error)
+            os.close(ready)
+        else:
+            self.selector.register(ready, selectors.EVENT_READ, lambda: self.succeed(ready))
+        os.close(write_end)
+
+    def succeed(self, ready):
+        """The new process said that it is ready (or ended without a word)."""
+        word = os.read(ready, 16)
+        self.selector.unregister(ready)
+        os.close(ready)
+        if word == b"ready":
+            log.info("upgrade: process %d has taken over", self.successor.pid)
+            notify("MAINPID=%d" % self.successor.pid)
+            for listener in self.listeners:
+                listener.handed_over = True
+            return self.quit()
+        log.error("upgrade: the new process ended with status %s; going on with the old one", self.successor.wait())
+        self.successor = None
+        return None
+
+    # What the connections' threads call.
+
+    def enter(self, connection):
+        """A connection's thread begins. -> False when the gate is full."""
+        with self.lock:
+            full = len(self.connections) >= self.capacity
+            self.connections.add(connection)
+        return not full
+
+    def leave(self, connection):
+        with self.lock:
+            self.connections.discard(connection)
+
+    def acquire(self, location, address):
+        """Count an exchange against its limits; raises HTTPError when one is reached."""
+        limits = ((("location", location.name), location.max_connections, 503, "full"),
+                  (("ip", address), self.config.server.max_connections_per_ip, 429, "too_many"))
+        with self.lock:
+            for key, limit, status, reason in limits:
+                if limit and self.in_use[key] >= limit:
+                    raise HTTPError(status, reason, "%s has its %d connections" % (key[1], limit), retry_after())
+            for key, limit, _, _ in limits:
+                self.in_use[key] += 1
+
+    def release(self, location, address):
+        with self.lock:
+            for key in (("location", location.name), ("ip", address)):
+                self.in_use[key] -= 1
+                if not self.in_use[key]:
+                    del self.in_use[key]
+
+    def opened(self, seconds):
+        """A tunnel has begun, after a handshake of so many seconds."""
+        with self.lock:
+            self.totals["tunnels"] += 1
+            self.totals["handshake_sum"] += seconds
+            for bound in HANDSHAKE_BUCKETS:
+                if seconds <= bound:
+                    self.totals["handshake_%g" % bound] += 1
+
+    def closed(self, record):
+        """An exchange or tunnel has ended."""
+        with self.lock:
+            self.totals["requests"] += 1
+            self.totals["status_%d" % record.status] += 1
+            self.totals["up"] += record.up[1]
+            self.totals["down"] += record.down[1]
+            if record.handshake is not None:
+                self.totals["end_" + (record.reason or "closed")] += 1
+            elif record.reason:
+                self.totals["refused_" + record.reason] += 1
+
+    def traffic(self):
+        """-> (tunnels open, bytes up, bytes down), those under way included"""
+        with self.lock:
+            tunnels = [each.tunnel for each in self.connections if each.tunnel]
+            up, down = self.totals["up"], self.totals["down"]
+        return (len(tunnels), up + sum(each.up.bytes for each in tunnels), down + sum(each.down.bytes for each in tunnels))
+
+
+SIGNALS = {"SIGINT": "stop", "SIGTERM": "stop", "SIGBREAK": "stop", "SIGQUIT": "quit",
+           "SIGHUP": "reload", "SIGUSR1": "reopen", "SIGUSR2": "upgrade"}
+
+
+class Alarm:
+    """A descriptor that many threads poll: it becomes readable for all when it rings, and stays so."""
+
+    def __init__(self):
+        self.reader, self.writer = socket.socketpair()
+
+    def fileno(self):
+        return self.reader.fileno()
+
+    def ring(self):
+        self.writer.send(b"!")
+
+
+class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """A listening socket; every connection it accepts gets a thread of its own.
+
+    What is not socketserver's default is so because the default is a trap: a backlog of 5,
+    an accept that spins when descriptors run out, a list of threads that grows.
+    """
+
+    request_queue_size = 1024
+    allow_reuse_address = os.name == "posix"   # on Windows it would let two programs share a port
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, gate, listen, inherited=None):
+        self.gate = gate
+        self.listen = listen
+        self.paused_until = 0.0   # time.monotonic(); 0: accepting
+        self.complained = -math.inf
+        self.handed_over = False  # a successor uses the same unix socket: leave its file
+        address = listen.address
+        self.address_family = (socket.AF_UNIX if address.path else
+                               socket.AF_INET6 if ":" in address.host else socket.AF_INET)
+        super().__init__(address.path or address[:2], ClientConnection, bind_and_activate=False)
+        try:
+            if inherited:
+                self.socket.close()
+                self.socket = inherited
+                self.server_address = inherited.getsockname()
+            else:
+                self.server_bind()
+            self.server_activate()
+        except OSError as error:
+            self.socket.close()
+            raise OSError(error.errno, "%s: %s" % (show_address(address), explain_bind(error, address)))
+        self.socket.setblocking(False)
+
+    def server_bind(self):
+        if self.listen.address.path:
+            remove_stale_socket(self.listen.address.path)
+            self.socket.bind(self.server_address)
+            os.chmod(self.server_address, 0o666)  # who may connect is said by the folder, as in nginx
+            return
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        if self.listen.reuseport:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        set_tcp_options(self.socket)  # accepted sockets inherit them
+        super().server_bind()
+
+    def server_close(self):
+        super().server_close()
+        if self.listen.address.path and not self.handed_over:
+            try:
+                os.unlink(self.listen.address.path)
+            except OSError:  # somebody else has removed it
+                pass
+
+    def accept_ready(self):
+        """Accept what is waiting, a handful at a time so that signals are not kept waiting."""
+        for _ in range(32):
+            try:
+                request, address = self.get_request()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self.pause(error)
+                    return
+                continue  # that client has gone already (ECONNABORTED and the like)
+            self.process_request(request, address)
+
+    def pause(self, error):
+        """Out of descriptors or memory: leave the others in the backlog for a moment."""
+        now = time.monotonic()
+        if now - self.complained >= 60:
+            self.complained = now
+            log.error("cannot accept connections: %s; trying on (raise LimitNOFILE or lower max_connections)", error)
+        self.paused_until = now + 0.2
+        self.gate.selector.unregister(self)
+
+    def resume(self, now):
+        if self.paused_until and now >= self.paused_until:
+            self.paused_until = 0.0
+            self.gate.selector.register(self, selectors.EVENT_READ, self.accept_ready)
+
+    def process_request(self, request, client_address):
+        """Start the connection's thread; if the system allows no more, say 503 and close."""
+        try:
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        except RuntimeError:
+            request.setblocking(False)
+            try:
+                request.send(make_answer(503, "full", "", retry_after(), True, False))
+            except OSError:  # it would not have read it
+                pass
+            self.shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        log.exception("internal error on a connection from %s", client_address)
+
+
+def take_inherited(inherited, address):
+    """The inherited socket for this address: the same text, else the only one on that port."""
+    text = show_address(address)
+    if text in inherited:
+        return inherited.pop(text)
+    alike = [key for key in inherited if not address.path and key.endswith(":%d" % address.port)]
+    return inherited.pop(alike[0]) if len(alike) == 1 else None
+
+
+def explain_bind(error, address):
+    """What to do about a listening socket that cannot be opened."""
+    if error.errno == errno.EADDRINUSE:
+        return "another program listens there already (ss -ltnp shows which)"
+    if error.errno == errno.EACCES:
+        return "not allowed; ports below 1024 need root (then set user =) or CAP_NET_BIND_SERVICE"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "this machine has no such address"
+    return error.strerror or str(error)
+
+
+def remove_stale_socket(path):
+    """Remove the socket file of a gate that died; leave one that answers."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except OSError:  # nothing is there
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError:  # bind() will say what is wrong
+            pass
+
+
+def capacity(configured):
+    """max_connections and why -> (int, text). auto: what descriptors and threads allow.
+
+    A connection takes two descriptors and a thread; a share is kept back for those
+    that are refused politely, for logs and for the pipes of bulk transfers.
+    """
+    if configured is not None:
+        return configured, "configured"
+    limits = [(10000, "default")]
+    if resource:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (ValueError, OSError):  # macOS says "unlimited" and takes less
+            pass
+        if soft != resource.RLIM_INFINITY:
+            limits = [(max(8, (soft - 48 - min(64, soft // 8)) // 2), "%d descriptors" % soft)]
+        processes = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        if processes != resource.RLIM_INFINITY and os.getuid():
+            limits.append((max(8, processes - 64), "%d processes and threads of this user" % processes))
+    for path in thread_limit_files():
+        try:
+            with open(path) as file:
+                limits.append((max(8, int(file.read()) * 9 // 10 - 16), path))
+        except (OSError, ValueError):  # not there, or "max"
+            pass
+    return min(limits)
+
+
+def thread_limit_files():
+    """Files of Linux that say how many threads there may be (the last is systemd's TasksMax)."""
+    paths = ["/proc/sys/kernel/threads-max"]
+    try:
+        with open("/proc/self/cgroup") as file:
+            for line in file:
+                controllers, path = line.rstrip("\n").split(":", 2)[1:]
+                if not controllers:
+                    paths.append("/sys/fs/cgroup%s/pids.max" % path)
+                elif "pids" in controllers.split(","):
+                    paths.append("/sys/fs/cgroup/pids%s/pids.max" % path)
+    except (OSError, ValueError):  # no Linux, or no cgroups
+        pass
+    return paths
+
+
+def retry_after():
+    """A Retry-After field with some chance in it, so that clients do not come back together."""
+    return ((b"Retry-After", b"%d" % random.randint(1, 5)),)
+
+
+def set_tcp_options(sock):
+    """No delay for small frames; keep-alive finds peers whose cable was pulled."""
+    if sock.family != getattr(socket, "AF_UNIX", None):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def notify(message):
+    """Tell systemd (sd_notify(3)); without systemd nothing happens."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
+            except OSError as error:
+                log.warning("systemd cannot be told %r: %s", message, error)
+
+
+# -------------------------------------------------------------- One connection
+
+
+class ClientConnection(socketserver.BaseRequestHandler):
+    """One client connection in its own thread: begin, then serve for every request, then close.
+
+    The only place that answers, closes and logs.
+    """
+
+    def setup(self):
+        self.gate = self.server.gate
+        self.listen = self.server.listen
+        self.stream = Stream(self.request)
+        # The client as the gate knows it; a trusted proxy may correct the address later.
+        self.peer = self.client_address[0] if self.client_address else "unix:"
+        self.peer_port = self.client_address[1] if self.client_address else 0
+        self.subject = None          # of the verified client certificate
+        self.deadline = Deadline(self.gate.config.server.client_header_timeout)
+        self.served = 0              # requests so far
+        self.forget_exchange()
+
+    def forget_exchange(self):
+        """Nothing of the last exchange is left for the next one."""
+        self.config = self.record = self.message = self.location = self.backend = self.tunnel = None
+        self.client = self.peer      # the real client's address
+        self.acquired = False        # whether the exchange is counted in Gate.in_use
+        self.answered = False        # whether a byte of the answer may have been sent
+
+    def handle(self):
+        self.admitted = self.gate.enter(self)
+        try:
+            if self.begin():
+                while self.serve():
+                    self.served += 1
+        except (ClientGone, TimedOut, OSError) as error:
+            log.debug("%s: connection ended: %s", self.peer, error)
+        finally:
+            self.stream.close()
+            self.gate.leave(self)
+
+    def begin(self):
+        """PROXY protocol and TLS, as the listener wants them. -> False if there is no one to serve."""
+        if self.listen.proxy_protocol:
+            if not trusted(self.gate.config.server.set_real_ip_from, self.peer):
+                log.info("%s: closed, PROXY protocol is taken only from set_real_ip_from", self.peer)
+                return False
+            try:
+                source = read_proxy_header(self.stream, self.deadline)
+            except ValueError as error:
+                log.info("%s: closed, bad PROXY header: %s", self.peer, error)
+                return False
+            if source and self.gate.config.server.real_ip_header == "proxy_protocol":
+                self.peer, self.peer_port = self.client, _ = source
+        if self.listen.ssl:
+            return self.begin_tls()
+        return True
+
+    def begin_tls(self):
+        """The TLS handshake, in this thread, under the deadline of the head."""
+        first = self.stream.peek(self.deadline)
+        if first != b"\x16":
+            if first:
+                self.stream.write_all(make_answer(400, "plain_http_on_tls_port", "this port speaks TLS: use https:// or wss://",
+                                                  (), True, False), self.deadline)
+                self.stream.linger()
+            return False
+        try:
+            self.stream.start_tls(self.gate.config.certificates.context, self.deadline, server_side=True)
+        except (OSError, ValueError) as error:
+            log.info("%s: TLS handshake failed: %s", self.peer, getattr(error, "reason", None) or error)
+            return False
+        self.subject = distinguished_name(self.stream.sock.getpeercert() or {})
+        return True
+
+    def serve(self):
+        """One request, its answer and its line in the access log. -> whether another may follow."""
+        self.forget_exchange()
+        keep = False
+        try:
+            if self.receive():
+                self.admit()
+                keep = self.respond()
+                if self.tunnel:
+                    self.message = None  # a tunnel may live for days: keep no head for it
+                    self.tunnel.run()
+        except HTTPError as error:
+            keep = self.refuse(error)
+        except ClientGone as gone:
+            self.record.ended(str(gone), 499)  # nginx's word for it
+            self.stream.reset()
+        except Exception:
+            log.exception("internal error, request %s", self.record and self.record.id)
+            keep = self.refuse(HTTPError(500, "internal_error"))
+        finally:
+            self.end_exchange()
+        return keep
+
+    def receive(self):
+        """Wait for a request and parse its head -> whether there was one."""
+        if self.served and not self.stream.buffer:
+            if not self.stream.fill(Deadline(self.gate.config.server.keepalive_timeout), self.gate.alarm, quiet=True):
+                return False
+        self.config = self.gate.config
+        server = self.config.server
+        deadline = Deadline(server.client_header_timeout) if self.served else self.deadline
+        if not self.stream.buffer and not self.stream.fill(deadline, quiet=True):
+            return False
+        self.record = Record(self.gate, self.peer)
+        try:
+            head = read_head(self.stream, server.client_header_size, deadline)
+        except TimedOut:
+            raise HTTPError(408, "head_timeout", "the request head did not arrive within client_header_timeout")
+        except EOFError:
+            raise ClientGone("client_gone")
+        self.message = parse_request_head(head)
+        self.message.connection = self
+        self.record.request_of(self.message)
+        log.debug("%s request from %s:\n%s", self.record.id, self.client, Masked(self.message))
+        return True
+
+    def admit(self):
+        """Everything that may refuse the request before a backend is touched, in one order for all."""
+        message, server = self.message, self.config.server
+        if not self.admitted:
+            raise HTTPError(503, "full", "max_connections is reached", retry_after())
+        if self.gate.state != "running":
+            raise HTTPError(503, "draining", "this gate is being stopped", retry_after())
+        self.client = self.record.client = real_client(server, self.peer, message.fields)
+        self.location = self.config.route(message.host, message.path)
+        if self.location is None:
+            raise HTTPError(404, "no_location", "no [location] matches")
+        self.record.location = self.location.name
+        self.gate.acquire(self.location, self.client)
+        self.acquired = True
+        check_address(self.location, self.client)
+        check_origin(self.location, message)
+        check_password(self.location, message)
+        if self.location.auth is not None:
+            self.authorize()
+        if message.length and 0 < self.location.client_max_body_size < message.length:
+            raise HTTPError(413, "body_too_large", "client_max_body_size is %d" % self.location.client_max_body_size)
+
+    def authorize(self):
+        """Ask the auth_request service; it fails closed."""
+        location = self.location
+        try:
+            backend = location.auth.connect(location, location.auth_context, self.client)
+            try:
+                relay = HTTPRelay(self.stream, backend.stream, auth_request_head(self), NoBody(), location, self.config.server)
+                response = relay.final_response(False)
+            finally:
+                backend.close()
+        except BackendError as error:
+            raise HTTPError(502, "auth_failed", "auth_request: %s: %s" % (error.reason, error))
+        if response.status in (401, 403):
+            raise HTTPError(response.status, "auth_denied", "", [
+                pair for pair in response.fields if pair[0].lower() in (b"www-authenticate", b"set-cookie")])
+        if not 200 <= response.status < 300:
+            raise HTTPError(502, "auth_failed", "auth_request answered %d" % response.status)
+
+    def respond(self):
+        """Answer the request from `return` or from a backend. -> whether another request may follow."""
+        message, location = self.message, self.location
+        if location.return_:
+            return self.answer_return(location.return_)
+        protocol = upgrade_wanted(message, location)
+        relay, response = self.ask_backend(protocol)
+        self.record.status = response.status
+        if response.status == 101:
+            check_101(message, response, location, protocol)
+            return self.open_tunnel(response, protocol)
+        if protocol:
+            self.record.note_refusal(message, response)
+            if location.reject_with == "close":
+                raise HTTPError(response.status, "backend_said_%d" % response.status)
+        return self.forward(relay, response, keep=not protocol)
+
+    def answer_return(self, return_):
+        text = return_.text.render(self.message)
+        redirect = return_.status in (301, 302, 303, 307, 308)
+        fields = ((b"Location", text),) if redirect else ()
+        self.record.status = return_.status
+        return self.answer(return_.status, None, b"" if redirect else text, fields)
+
+    def ask_backend(self, protocol):
+        """Ask one server after the other until one answers -> (HTTPRelay, Response).
+
+        After a failed connect every request may go on to the next server; once it may have been
+        seen, only a GET or HEAD without a body may, and only if not a byte came back.
+        """
+        message, location = self.message, self.location
+        tried, error = [], None
+        while True:
+            preface = proxy_line(self) if location.proxy_protocol else b""
+            self.backend = location.upstream.connect(location, location.context, self.client, preface, tried, error)
+            self.record.server, self.record.failed = self.backend.server.name, len(tried) - 1
+            relay = HTTPRelay(self.stream, self.backend.stream, request_head_for_backend(self, protocol),
+                              message.body(location.client_max_body_size), location, self.config.server)
+            try:
+                response = relay.final_response(message.minor > 0)
+                self.backend.succeeded()
+                return relay, response
+            except BackendError as failure:
+                error = failure
+                if error.retry:
+                    self.backend.failed(error)
+                if not error.retry or not message.repeatable():
+                    raise
+            self.drop_backend()
+
+    def forward(self, relay, response, keep):
+        """Pass an answer on, whole -> whether another request may follow."""
+        message = self.message
+        body = response.body(message.method, decode=message.minor == 0)
+        keep = (keep and message.persistent() and relay.up.done and not isinstance(body, UntilCloseBody)
+                and self.gate.state == "running" and self.config.server.keepalive_timeout > 0)
+        self.answered = True
+        try:
+            relay.pass_response(response_head_for_client(response, message, keep), body)
+        except BackendError as error:  # too late for another answer: the client must see that this one is cut
+            self.record.ended(error.reason)
+            self.stream.reset()
+            keep = False
+        self.record.count(relay.sent_up, relay.sent_down)
+        self.drop_backend()
+        if not keep:
+            self.stream.linger()
+        return keep
+
+    def open_tunnel(self, response, protocol):
+        """Answer 101 and make the Tunnel; serve() runs it."""
+        head = response_head_for_client(response, self.message, True)
+        self.answered = True
+        scan = protocol == b"websocket" and extensions_known(response)
+        self.tunnel = Tunnel(self, self.backend.stream, head, scan, extensions_used(response))
+        self.record.opened()
+        return False
+
+    def refuse(self, error):
+        """Answer an HTTPError by the gate itself -> whether another request may follow."""
+        if self.record is None:
+            return False
+        self.drop_backend()
+        self.record.ended(error.reason, error.status, error.detail)
+        if self.answered:
+            self.stream.reset()
+            return False
+        if self.location is not None and self.location.reject_with == "close" and handshake_key(self.message):
+            return self.refuse_in_band(error)
+        text = "%d %s: %s\n" % (error.status, reason_phrase(error.status), error.reason)
+        if error.detail and error.status < 500:  # what is wrong behind the gate is for the log alone
+            text += error.detail + "\n"
+        return self.answer(error.status, error.reason, text.encode("ascii", "replace"), error.fields)
+
+    def answer(self, status, reason, body, fields=()):
+        """Send an answer of the gate's own -> whether another request may follow.
+
+        The connection stays only if what comes next must be a request: the head was good,
+        no body is outstanding, and no upgrade was asked for (RFC 9931).
+        """
+        message = self.message
+        keep = (message is not None and message.persistent() and not message.has_body() and status not in (400, 408)
+                and not message.fields.get_all(b"upgrade") and self.gate.state == "running" and self.admitted)
+        self.answered = True
+        head_only = message is not None and message.method == b"HEAD"
+        try:
+            self.stream.write_all(make_answer(status, reason, body, fields, not keep, head_only),
+                                  Deadline(self.gate.config.server.send_timeout))
+        except (OSError, TimedOut):  # it does not want the answer
+            return False
+        if not keep:
+            self.stream.linger()
+        return keep
+
+    def refuse_in_band(self, error):
+        """reject_with = close: 101 and a Close frame, the only refusal that JavaScript can read."""
+        code = {401: 4401, 403: 4403, 429: 4429, 500: 1011, 503: 1013}.get(
+            error.status, 4000 + error.status if error.status < 500 else 1014)
+        accept = accept_for(handshake_key(self.message))
+        head = (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
+                b"Sec-WebSocket-Accept: %s\r\n\r\n" % accept)
+        try:
+            self.stream.write_all(head + close_frame(code, error.reason, masked=False), Deadline(5))
+            self.stream.linger()
+        except (OSError, TimedOut):  # it does not want the answer
+            pass
+        return False
+
+    def drop_backend(self):
+        """Let the backend go: nothing is expected from it any more."""
+        if self.backend:
+            self.backend.close()
+            self.backend = None
+
+    def end_exchange(self):
+        """Whatever happened: let the backend go, give the place free, write the line."""
+        self.drop_backend()
+        if self.acquired:
+            self.gate.release(self.location, self.client)
+        if self.tunnel:
+            self.tunnel.close()
+        if self.record:
+            self.record.write()
+
+
+# -------------------------------------------------------------- Reading a head
+
+
+class SelectPoll:
+    """select.poll() for systems without it (Windows, where select() has no limit on descriptor numbers)."""
+
+    def __init__(self):
+        self.events = {}
+
+    def register(self, fd, events):
+        self.events[fd if isinstance(fd, int) else fd.fileno()] = events
+
+    modify = register
+
+    def unregister(self, fd):
+        del self.events[fd if isinstance(fd, int) else fd.fileno()]
+
+    def poll(self, milliseconds=None):
+        """-> [(descriptor, events)]"""
+        reading = [fd for fd, events in self.events.items() if events & POLLIN]
+        writing = [fd for fd, events in self.events.items() if events & POLLOUT]
+        if not reading and not writing:
+            time.sleep((milliseconds or 0) / 1000)
+            return []
+        seconds = None if milliseconds is None else milliseconds / 1000
+        readable, writable, broken = select.select(reading, writing, reading + writing, seconds)
+        ready = collections.Counter({fd: POLLIN for fd in readable})
+        for fd in writable:
+            ready[fd] |= POLLOUT
+        for fd in broken:
+            ready[fd] |= POLLERR
+        return list(ready.items())
+
+
+POLLIN = getattr(select, "POLLIN", 1)
+POLLOUT = getattr(select, "POLLOUT", 4)
+POLLERR = getattr(select, "POLLERR", 8)
+POLLHUP = getattr(select, "POLLHUP", 16)
+POLLRDHUP = getattr(select, "POLLRDHUP", 0)  # Linux: the peer has closed, though its bytes are still unread
+Poll = getattr(select, "poll", SelectPoll)
+
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+SMALL_READ = 16 * 1024    # for frames and heads
+BIG_READ = 128 * 1024     # once a stream has shown that it is bulk
+LINGER = 2.0              # seconds to read on behind the last byte sent
+
+
+class Deadline:
+    """A point in time that all waits of one phase share: dripping bytes does not move it."""
+
+    __slots__ = ("at",)
+
+    def __init__(self, seconds):
+        self.at = time.monotonic() + seconds
+
+    def left(self):
+        """Seconds until it passes; raises TimedOut when it has."""
+        left = self.at - time.monotonic()
+        if left <= 0:
+            raise TimedOut("timed out")
+        return left
+
+
+class Stream:
+    """A non-blocking socket, plain or TLS, and the bytes that were read too far.
+
+    Only the thread of its connection ever touches it (an SSL object knows no locks).
+    """
+
+    __slots__ = ("sock", "buffer", "tls", "read_event", "write_event")
+
+    def __init__(self, sock):
+        sock.setblocking(False)
+        self.sock = sock
+        self.buffer = b""            # read, but not yet taken by anybody
+        self.tls = False
+        self.read_event = POLLIN     # what to poll for before the next read: TLS may have to write first
+        self.write_event = POLLOUT   # and the reverse
+
+    def fileno(self):
+        return self.sock.fileno()
+
+    def read(self, size=SMALL_READ):
+        """At most size bytes; b"" at the end of the stream, None when there is nothing now. Raises OSError."""
+        try:
+            return self.sock.recv(size)
+        except BlockingIOError:
+            return None
+        except ssl.SSLWantReadError:
+            self.read_event = POLLIN
+            return None
+        except ssl.SSLWantWriteError:
+            self.read_event = POLLOUT
+            return None
+
+    def write(self, data):
+        """-> how many bytes were taken, 0 when none can be now. Raises OSError."""
+        try:
+            return self.sock.send(data)
+        except BlockingIOError:
+            return 0
+        except ssl.SSLWantWriteError:
+            self.write_event = POLLOUT
+            return 0
+        except ssl.SSLWantReadError:
+            self.write_event = POLLIN
+            return 0
+
+    def wait(self, events, deadline, alarm=None):
+        """Wait for the socket -> True, or False when the alarm rang first. Raises TimedOut."""
+        poll = Poll()
+        poll.register(self.sock, events)
+        if alarm:
+            poll.register(alarm, POLLIN)
+        while True:
+            ready = poll.poll(deadline.left() * 1000)
+            if ready:
+                return any(fd == self.sock.fileno() for fd, _ in ready)
+
+    def fill(self, deadline, alarm=None, quiet=False):
+        """Read once into buffer -> False at the end of the stream, or when the alarm rang.
+
+        Raises TimedOut, or with quiet returns False for that too.
+        """
+        try:
+            while True:
+                data = self.read()
+                if data is not None:
+                    self.buffer += data
+                    return bool(data)
+                if not self.wait(self.read_event, deadline, alarm):
+                    return False
+        except TimedOut:
+            if quiet:
+                return False
+            raise
+        except ConnectionError:  # a reset ends it as well
+            return False
+
+    def write_all(self, data, deadline):
+        """Write all of data; raises OSError or TimedOut."""
+        data = memoryview(data)
+        while data:
+            sent = self.write(data)
+            data = data[sent:]
+            if not sent:
+                self.wait(self.write_event, deadline)
+
+    def peek(self, deadline):
+        """The first byte, left where it is; b"" if none comes."""
+        try:
+            self.wait(POLLIN, deadline)
+            return self.sock.recv(1, socket.MSG_PEEK)
+        except (OSError, TimedOut):
+            return b""
+
+    def start_tls(self, context, deadline, server_side=False, server_hostname=None):
+        """Speak TLS from here on; raises OSError (ssl.SSLError), TimedOut becomes OSError too."""
+        self.sock = context.wrap_socket(self.sock, server_side=server_side, do_handshake_on_connect=False,
+                                        server_hostname=server_hostname)
+        self.tls = True
+        while True:
+            try:
+                self.sock.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                event = POLLIN
+            except ssl.SSLWantWriteError:
+                event = POLLOUT
+            try:
+                self.wait(event, deadline)
+            except TimedOut:
+                raise OSError(errno.ETIMEDOUT, "the TLS handshake took too long")
+
+    def end(self):
+        """Send what says "no more from me": close_notify under TLS, then FIN. Reading goes on."""
+        try:
+            if self.tls:
+                self.sock.unwrap()  # sends ours; would like to wait for theirs
+        except (OSError, ValueError):  # theirs is not there yet, or the peer is gone
+            pass
+        try:
+            # Not SSLSocket.shutdown, which takes TLS away from the other direction as well.
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        except OSError:  # the peer is gone
+            pass
+
+    def linger(self):
+        """End, and read on for a moment: unread bytes would make the kernel send RST, and destroy the answer."""
+        self.end()
+        deadline = Deadline(LINGER)
+        try:
+            for _ in range(1024):
+                data = self.read(SMALL_READ)
+                if data == b"":
+                    break
+                if data is None:
+                    self.wait(self.read_event, deadline)
+        except (OSError, TimedOut):
+            pass
+        self.close()
+
+    def reset(self):
+        """Close with RST, so that the peer cannot take what it got for complete."""
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:
+            pass
+        self.close()
+
+    def close(self):
+        try:
+            self.sock.close()
+        except OSError:  # it is closed all the same
+            pass
+
+
+def read_head(stream, limit, deadline):
+    """Read up to and including the empty line -> the head; what follows stays in stream.buffer.
+
+    Raises HTTPError 400, 414, 431; TimedOut; EOFError.
+    """
+    while True:
+        head = take_head(stream, limit)
+        if head is not None:
+            return head
+        if not stream.fill(deadline):
+            raise EOFError
+
+
+def take_head(stream, limit):
+    """Take a head out of stream.buffer -> bytes, or None while it is incomplete. Raises HTTPError."""
+    data = stream.buffer
+    if data.startswith(b"\r\n"):  # one empty line before a request is ignored (RFC 9112 2.2)
+        data = data[2:]
+    end = data.find(b"\r\n\r\n")
+    if end >= 0 and end + 4 <= limit:
+        stream.buffer = data[end + 4:]
+        return data[:end + 4]
+    if data.startswith(b"\x16\x03"):
+        raise HTTPError(400, "tls_on_plain_port", "this port does not speak TLS: use http:// or ws://")
+    if BARE_LF.search(data, 0, end if end >= 0 else len(data)):
+        raise HTTPError(400, "bad_request", "a line must end with CRLF")
+    line_end = data.find(b"\r\n")
+    if line_end > REQUEST_LINE_LIMIT or (line_end < 0 and len(data) > REQUEST_LINE_LIMIT):
+        raise HTTPError(414, "uri_too_long", "the request line is longer than %d bytes" % REQUEST_LINE_LIMIT)
+    if len(data) > limit:
+        raise HTTPError(431, "head_too_large", "the head is larger than client_header_size, %d bytes" % limit)
+    return None
+
+
+# The PROXY protocol, as HAProxy's proxy-protocol.txt has it (sections 2.1 and 2.2).
+PROXY_V2 = b"\r\n\r\n\x00\r\nQUIT\n"
+
+
+def read_proxy_header(stream, deadline):
+    """Read a PROXY header, version 1 or 2 -> (address, port), None for LOCAL and UNKNOWN. Raises ValueError."""
+    while True:
+        data = stream.buffer
+        if data.startswith(PROXY_V2):
+            if len(data) >= 16:
+                length = struct.unpack_from("!H", data, 14)[0]
+                if length > 2048:
+                    raise ValueError("it says it has %d bytes" % length)
+                if len(data) >= 16 + length:
+                    stream.buffer = data[16 + length:]
+                    return parse_proxy_v2(data[12], data[13], data[16:16 + length])
+        elif data.startswith(b"PROXY "):
+            end = data.find(b"\r\n", 0, 107)
+            if end >= 0:
+                stream.buffer = data[end + 2:]
+                return parse_proxy_v1(data[:end])
+            if len(data) >= 107:
+                raise ValueError("its line does not end")
+        elif not PROXY_V2.startswith(data[:12]) and not b"PROXY ".startswith(data[:6]):
+            raise ValueError("there is none")
+        try:
+            if not stream.fill(deadline):
+                raise ValueError("the connection ended in it")
+        except TimedOut:
+            raise ValueError("it did not arrive in time")
+
+
+def parse_proxy_v1(line):
+    """b'PROXY TCP4 source destination port port' -> (address, port) or None."""
+    words = line.decode("ascii").split(" ")
+    if words[1] == "UNKNOWN":
+        return None
+    if len(words) != 6 or words[1] not in ("TCP4", "TCP6") or not all(re.fullmatch("[0-9]{1,5}", port) for port in words[4:]):
+        raise ValueError(repr(line))
+    addresses = [ipaddress.ip_address(word) for word in words[2:4]]
+    if any(address.version != int(words[1][3]) for address in addresses) or max(map(int, words[4:])) > 65535:
+        raise ValueError(repr(line))
+    return str(addresses[0]), int(words[4])
+
+
+def parse_proxy_v2(command, family, data):
+    """The bytes behind the signature -> (address, port) or None."""
+    if command not in (0x20, 0x21):
+        raise ValueError("unknown version or command 0x%02x" % command)
+    size = {0x11: 4, 0x21: 16}.get(family)
+    if command == 0x20 or family in (0x00, 0x31):  # LOCAL, unspecified, unix
+        return None
+    if size is None or len(data) < 2 * size + 4:
+        raise ValueError("unknown family 0x%02x, or too short" % family)
+    return str(ipaddress.ip_address(data[:size])), struct.unpack_from("!H", data, 2 * size)[0]
+
+
+# ----------------------------------------- HTTP/1.1 messages (RFC 9110, RFC 9112)
+#
+# Refuse rather than repair: two parsers that repair differently are how requests
+# are smuggled. Every pattern is used with fullmatch, on bytes, and cannot backtrack
+# far. Lengths are ASCII digits, because int() also takes '+5', '1_0' and ' 5 '.
+
+TOKEN = re.compile(br"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")                     # RFC 9110 5.6.2
+REQUEST_LINE = re.compile(br"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(br"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
+FIELD_LINES = re.compile(br"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")  # RFC 9112 5
+FIELD_LINE = re.compile(br"([^:\r\n]+):([^\r\n]*)\r\n")                  # splits what FIELD_LINES accepts
+HOST = re.compile(br"([A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?")  # RFC 3986 3.2.2
+CHUNK_LINE = re.compile(br"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")  # RFC 9112 7.1
+BARE_LF = re.compile(br"(?<!\r)\n|\x00")
+REQUEST_LINE_LIMIT = 8192
+FIELD_LIMIT = 100          # fields in a head
+CHUNK_LINE_LIMIT = 4096
+INTERIM_LIMIT = 32         # 1xx answers before the final one
+
+
+class Headers(list):
+    """Header fields as they came: (name, value) pairs of bytes in their order, found in any case."""
+
+    def __init__(self, pairs=()):
+        super().__init__(pairs)
+        self.index = {}
+        for name, value in self:
+            self.index.setdefault(name.lower(), []).append(value)
+
+    def get_all(self, name):
+        """The values of all fields of this lower-case name, in order."""
+        return self.index.get(name, ())
+
+    def get(self, name):
+        """The value of the only field of this lower-case name; None if there is none or more than one."""
+        values = self.index.get(name, ())
+        return values[0] if len(values) == 1 else None
+
+    def tokens(self, name):
+        """The comma-separated elements of all fields of this name, in lower case (RFC 9110 5.6.1)."""
+        return [token for value in self.index.get(name, ())
+                for token in (part.strip(b" \t").lower() for part in value.split(b",")) if token]
+
+
+def parse_fields(block):
+    """The lines between start line and empty line -> Headers; raises ValueError."""
+    if not FIELD_LINES.fullmatch(block):
+        for line in block.split(b"\r\n"):
+            if not FIELD_LINES.fullmatch(line + b"\r\n"):
+                raise ValueError("bad field line %s" % printable(line[:80]))
+    fields = Headers((name, value.strip(b" \t")) for name, value in FIELD_LINE.findall(block))
+    if len(fields) > FIELD_LIMIT:
+        raise OverflowError("more than %d fields" % FIELD_LIMIT)
+    return fields
+
+
+class Request:
+    """A parsed request head. length: of the body, None if chunked or without one."""
+
+    __slots__ = ("method", "target", "path", "query", "minor", "fields", "host", "authority", "length", "chunked", "connection")
+
+    def has_body(self):
+        return bool(self.chunked or self.length)
+
+    def body(self, limit):
+        """A scanner for the request body; limit: client_max_body_size."""
+        if self.chunked:
+            return ChunkedBody(limit)
+        return LengthBody(self.length) if self.length else NoBody()
+
+    def repeatable(self):
+        """Whether another server may be asked the same although one may have seen it."""
+        return self.method in (b"GET", b"HEAD") and not self.has_body()
+
+    def persistent(self):
+        """Whether the client wants to send another request (RFC 9112 9.3; HTTP/1.0 gets one)."""
+        return self.minor >= 1 and b"close" not in self.fields.tokens(b"connection")
+
+    def variable(self, name):
+        """The bytes of $name in a Template."""
+        if name.startswith("http_"):
+            return b", ".join(self.fields.get_all(name[5:].replace("_", "-").encode()))
+        connection = self.connection
+        return {"host": lambda: self.host.encode(), "remote_addr": lambda: connection.client.encode(),
+                "scheme": lambda: b"https" if connection.stream.tls else b"http",
+                "request_uri": lambda: self.target,
+                "server_port": lambda: b"%d" % (connection.listen.address.port or 0),
+                "proxy_add_x_forwarded_for": lambda: forwarded_for(connection)}[name]()
+
+
+def parse_request_head(head):
+    """The bytes up to and including the empty line -> Request; raises HTTPError."""
+    line, _, block = head[:-2].partition(b"\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise HTTPError(400, "bad_request", "bad request line %s" % printable(line[:80]))
+    if match.group(3) != b"1" or match.group(4) not in b"01":
+        detail = "the client speaks HTTP/2, wsgate HTTP/1.1" if line.startswith(b"PRI ") else "HTTP/1.1 is spoken here"
+        raise HTTPError(505, "bad_version", detail)
+    request = Request()
+    request.method, request.target = match.group(1, 2)
+    request.minor = int(match.group(4))
+    request.connection = None
+    try:
+        request.fields = fields = parse_fields(block)
+    except ValueError as error:
+        raise HTTPError(400, "bad_request", str(error))
+    except OverflowError as error:
+        raise HTTPError(431, "head_too_large", str(error))
+    if request.method == b"CONNECT":
+        raise HTTPError(405, "not_allowed", "this is no forward proxy", ((b"Allow", b"GET, HEAD, POST, PUT, DELETE, OPTIONS"),))
+    parse_host(request)
+    split_target(request)
+    parse_request_framing(request)
+    named = PROTECTED.intersection(fields.tokens(b"connection"))
+    if named:
+        raise HTTPError(400, "bad_request", "Connection must not name %s" % printable(min(named)))
+    return request
+
+
+def parse_host(request):
+    """Check Host (RFC 9112 3.2) -> request.authority as it came, request.host without port."""
+    values = request.fields.get_all(b"host")
+    if not values and request.minor == 0:
+        request.authority, request.host = b"", ""
+        return
+    match = HOST.fullmatch(values[0]) if len(values) == 1 else None
+    if not match or int(match.group(2) or 0) > 65535:
+        raise HTTPError(400, "bad_request", "exactly one good Host is needed")
+    request.authority = values[0]
+    request.host = match.group(1).decode().lower().rstrip(".")
+
+
+def parse_request_framing(request):
+    """Where the body ends (RFC 9112 6.3) -> request.length, request.chunked."""
+    request.length, request.chunked = None, False
+    codings, lengths = request.fields.get_all(b"transfer-encoding"), request.fields.get_all(b"content-length")
+    if codings:
+        if lengths or request.minor == 0:
+            raise HTTPError(400, "bad_request", "Transfer-Encoding cannot stand here")
+        if len(codings) != 1 or codings[0].lower() != b"chunked":
+            raise HTTPError(501, "bad_transfer_encoding", "chunked is the only Transfer-Encoding here")
+        request.chunked = True
+    elif lengths:
+        request.length = parse_length(lengths)
+        if request.length is None:
+            raise HTTPError(400, "bad_request", "bad Content-Length")
+
+
+def parse_length(values):
+    """The values of Content-Length -> int, or None unless it is one good number."""
+    if len(values) == 1 and re.fullmatch(br"[0-9]{1,18}", values[0]):
+        return int(values[0])
+    return None
+
+
+class Response:
+    """A parsed response head."""
+
+    __slots__ = ("status", "reason", "fields", "chunked", "length")
+
+    def body(self, method, decode):
+        """A scanner for the body; decode: take the chunks off, for an HTTP/1.0 client."""
+        if method == b"HEAD" or self.status in (204, 304):
+            return NoBody()
+        if self.chunked:
+            return ChunkedBody(decode=decode)
+        return UntilCloseBody() if self.length is None else LengthBody(self.length)
+
+
+def parse_response_head(head):
+    """The bytes up to and including the empty line -> Response; raises BackendError 502."""
+    line, _, block = head[:-2].partition(b"\r\n")
+    match = STATUS_LINE.fullmatch(line)
+    try:
+        if not match or match.group(1) != b"1":
+            raise ValueError("bad status line %s" % printable(line[:80]))
+        response = Response()
+        response.status = int(match.group(3))
+        response.reason = match.group(4) or b""
+        response.fields = fields = parse_fields(block)
+        codings, lengths = fields.get_all(b"transfer-encoding"), fields.get_all(b"content-length")
+        response.chunked = bool(codings)
+        response.length = parse_length(lengths) if lengths else None
+        if codings and (lengths or len(codings) != 1 or codings[0].lower() != b"chunked" or match.group(2) == b"0"):
+            raise ValueError("Transfer-Encoding that cannot be followed")
+        if lengths and response.length is None:
+            raise ValueError("bad Content-Length")
+    except (ValueError, OverflowError) as error:
+        raise BackendError(502, "backend_bad_answer", str(error), sent=True, retry=False)
+    return response
+
+
+class NoBody:
+    """There is no body."""
+
+    done = True
+
+    def feed(self, data):
+        return b"", 0
+
+    def at_end(self):
+        """The stream has ended -> whether the body is complete."""
+        return True
+
+
+class LengthBody(NoBody):
+    """A body with Content-Length."""
+
+    def __init__(self, length):
+        self.left = length
+        self.done = not length
+
+    def feed(self, data):
+        """-> (bytes to pass on, how many bytes of data belonged to the body)"""
+        if len(data) > self.left:
+            data = data[:self.left]
+        self.left -= len(data)
+        self.done = not self.left
+        return data, len(data)
+
+    def at_end(self):
+        return self.done
+
+
+class UntilCloseBody(NoBody):
+    """A response body that ends with the connection."""
+
+    done = False
+
+    def feed(self, data):
+        return data, len(data)
+
+    def at_end(self):
+        self.done = True
+        return True
+
+
+class ChunkedBody(NoBody):
+    """A chunked body (RFC 9112 7.1): checked, and written again without its extensions.
+
+    limit: of the payload in bytes, 0 for none. decode: give the payload alone.
+    feed raises ValueError for anything that is not chunked coding, HTTPError 413.
+    """
+
+    def __init__(self, limit=0, decode=False):
+        self.limit = limit
+        self.decode = decode
+        self.done = False
+        self.state = "size_line"  # or "payload_end", "trailer_line": the function for the next line; or "payload"
+        self.line = b""       # of a line that has not ended yet
+        self.left = 0         # of the chunk
+        self.total = 0        # payload so far
+        self.trailers = 0     # bytes of trailer lines so far
+        self.tail = []        # last chunk and trailers: they pass whole or not at all
+
+    def feed(self, data):
+        out = []
+        position = 0
+        while position < len(data) and not self.done:
+            if self.state == "payload":
+                piece = data[position:position + self.left]
+                out.append(piece)
+                position += len(piece)
+                self.left -= len(piece)
+                if not self.left:
+                    self.state = "payload_end"
+            else:
+                position = self.feed_line(data, position, out)
+        return b"".join(out), position
+
+    def feed_line(self, data, position, out):
+        """Collect a line up to its CRLF and hand it to the state's function -> new position."""
+        end = data.find(b"\n", position)
+        stop = len(data) if end < 0 else end + 1
+        self.line += data[position:stop]
+        if len(self.line) > CHUNK_LINE_LIMIT:
+            raise ValueError("a line is longer than %d bytes" % CHUNK_LINE_LIMIT)
+        if self.state == "payload_end" and not b"\r\n".startswith(self.line):
+            raise ValueError("more payload than the chunk size said")
+        if end >= 0:
+            line, self.line = self.line, b""
+            if not line.endswith(b"\r\n"):
+                raise ValueError("a line must end with CRLF")
+            getattr(self, self.state)(line[:-2], out)
+        return stop
+
+    def size_line(self, line, out):
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise ValueError("bad chunk size %s" % printable(line[:40]))
+        self.left = int(match.group(1), 16)
+        self.total += self.left
+        if 0 < self.limit < self.total:
+            raise HTTPError(413, "body_too_large", "client_max_body_size is %d" % self.limit)
+        size = b"" if self.decode else b"%x\r\n" % self.left
+        if self.left:
+            out.append(size)
+            self.state = "payload"
+        else:
+            self.tail.append(size)
+            self.state = "trailer_line"
+
+    def payload_end(self, line, out):
+        if not self.decode:
+            out.append(b"\r\n")
+        self.state = "size_line"
+
+    def trailer_line(self, line, out):
+        self.trailers += len(line) + 2
+        if self.trailers > SMALL_READ:
+            raise ValueError("trailers larger than %d bytes" % SMALL_READ)
+        if line and not FIELD_LINES.fullmatch(line + b"\r\n"):
+            raise ValueError("bad trailer %s" % printable(line[:80]))
+        self.done = not line
+        name = line.partition(b":")[0].lower()
+        if not self.decode and (self.done or (name not in PROTECTED and name not in HOP_BY_HOP and b"_" not in name)):
+            self.tail.append(line + b"\r\n")
+        if self.done:
+            out.extend(self.tail)
+
+    def at_end(self):
+        return False
+
+
+def make_answer(status, reason, body, fields, close, head_only):
+    """A complete answer of the gate's own -> bytes. reason: the word of X-Wsgate-Reason, or None."""
+    lines = [b"HTTP/1.1 %d %s" % (status, reason_phrase(status).encode()),
+             b"Date: " + email.utils.formatdate(usegmt=True).encode()]
+    lines += [b"%s: %s" % pair for pair in fields]
+    if reason:
+        lines.append(b"X-Wsgate-Reason: " + reason.encode())
+        body = body or ("%d %s: %s\n" % (status, reason_phrase(status), reason)).encode()
+    if isinstance(body, str):
+        body = body.encode()
+    if status not in (204, 304):
+        lines += [b"Content-Type: text/plain; charset=utf-8", b"Content-Length: %d" % len(body)]
+    if close:
+        lines.append(b"Connection: close")
+    return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only or status in (204, 304) else body)
+
+
+def reason_phrase(status):
+    try:
+        return http.HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"
+
+
+def printable(data):
+    """Bytes or text of a peer -> text that is safe in a log line and inside its quotes."""
+    text = data.decode("latin-1") if isinstance(data, bytes) else data
+    return "".join(char if " " <= char <= "~" and char not in '"\\' else
+                   "\\x%02x" % ord(char) if ord(char) < 256 else "\\u%04x" % ord(char) for char in text)
+
+
+# ---------------------------------------------------------------------- Routes
+
+
+class Location:
+    """One [location]: which requests it takes and what becomes of them. Frozen, as its Settings are."""
+
+    def __init__(self, name, host, path, exact, values, upstream, context, auth, auth_context):
+        self.__dict__.update(values)          # every key of LOCATION_KEYS
+        self.name = name                      # as the section has it
+        self.host = host                      # lower case, '*.suffix' or None for any
+        self.path = path
+        self.exact = exact
+        self.upstream = upstream
+        self.context = context                # ssl.SSLContext towards the backend, or None
+        self.auth = auth                      # Upstream of auth_request
+        self.auth_context = auth_context
+        self.passwords = PasswordFile(self.auth_basic_user_file) if self.auth_basic_user_file else None
+        # Fields of a request that proxy_set_header replaces.
+        self.replaced = frozenset(name.lower() for name, _ in self.proxy_set_header)
+
+    def matches(self, path):
+        """Whether a decoded path lies under this prefix, at a / boundary."""
+        return path.startswith(self.path) and (self.path.endswith("/") or path[len(self.path):len(self.path) + 1] in ("", "/"))
+
+    def rewrite(self, request):
+        """-> the target to ask the backend for: the bytes that came, or the matched prefix replaced (nginx proxy_pass)."""
+        uri = self.proxy_pass.uri
+        if uri is None or request.target == b"*":
+            return request.target
+        path, question, query = request.target.partition(b"?")
+        rest = b"" if self.exact else path[raw_length(path, self.path):]
+        return uri.encode() + rest + question + query
+
+
+PATH_UNIT = re.compile(br"/+|%[0-9A-Fa-f]{2}|[^/%]")
+
+
+def split_target(request):
+    """Check the request-target (RFC 9112 3.2) -> request.target for the backend, request.path for routing.
+
+    The path is decoded for matching only (%2F stays encoded, // counts as /, as in nginx's merge_slashes).
+    What two programs could read differently is refused: dot segments, backslashes, control bytes, bad escapes.
+    """
+    target = request.target
+    if target[:7].lower() == b"http://" or target[:8].lower() == b"https://":
+        authority, slash, rest = target.partition(b"//")[2].partition(b"/")
+        authority, question, query = authority.partition(b"?")
+        if authority.lower() != request.authority.lower():
+            raise HTTPError(400, "bad_request", "the address in the request line is not that of Host")
+        target = request.target = b"/" + question + query if question else b"/" + rest
+    if target == b"*":
+        if request.method != b"OPTIONS":
+            raise HTTPError(400, "bad_request", "* is for OPTIONS only")
+        request.path = "/"
+        return
+    if not target.startswith(b"/") or b"#" in target:
+        raise HTTPError(400, "bad_request", "bad request-target %s" % printable(target[:80]))
+    raw = target.partition(b"?")[0]
+    if b"%" in raw or b"//" in raw:
+        units = PATH_UNIT.findall(raw)
+        if sum(map(len, units)) != len(raw):
+            raise HTTPError(400, "bad_request", "bad %-escape in the path")
+        raw = b"".join(map(decode_unit, units))
+    if re.search(br"/\.\.?(?:/|$)|[\\\x00-\x1f\x7f]", raw):
+        raise HTTPError(400, "bad_request", "dot segments, backslashes and control bytes are refused")
+    request.path = raw.decode("utf-8", "surrogateescape")
+
+
+def decode_unit(unit):
+    """One match of PATH_UNIT -> the byte it means; %2F stays as it is."""
+    if unit[:1] == b"/":
+        return b"/"
+    if unit[:1] != b"%" or unit.upper() == b"%2F":
+        return unit
+    return binascii.unhexlify(unit[1:])
+
+
+def raw_length(raw, prefix):
+    """How many bytes of a raw path make up this decoded prefix, which it is known to match."""
+    prefix = prefix.encode()
+    decoded = length = 0
+    for match in PATH_UNIT.finditer(raw):
+        if decoded >= len(prefix):
+            break
+        decoded += len(decode_unit(match.group()))
+        length = match.end()
+    return length
+
+
+def upgrade_wanted(message, location):
+    """The protocol to ask the backend for, as bytes, or None for plain HTTP; raises HTTPError for a broken handshake.
+
+    RFC 6455 4.2.1, RFC 9110 7.8. Only a proper handshake may become a tunnel: whatever else
+    asks for an upgrade goes on as plain HTTP, without it.
+    """
+    fields = message.fields
+    asked = fields.tokens(b"upgrade")
+    named = b"upgrade" in fields.tokens(b"connection")
+    if location.upgrade == "none" or message.method != b"GET":
+        return None
+    if location.upgrade == "any" and asked and named and message.minor and not message.has_body() and asked != [b"websocket"]:
+        hidden = any(name.partition(b"/")[0] in (b"h2c", b"h2", b"tls", b"http") for name in asked)
+        return None if hidden else fields.get(b"upgrade")
+    keys = fields.get_all(b"sec-websocket-key")
+    if location.strict_handshake and keys and not (asked and named and message.minor):
+        raise HTTPError(426, "upgrade_missing", UPGRADE_MISSING, ((b"Upgrade", b"websocket"),))
+    if b"websocket" not in asked or not named or not message.minor:
+        return None
+    if message.has_body():
+        raise HTTPError(400, "bad_handshake", "a WebSocket handshake has no body")
+    if location.strict_handshake:
+        if handshake_key(message) is None:
+            raise HTTPError(400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64")
+        if not re.fullmatch(br"[0-9]{1,3}", fields.get(b"sec-websocket-version") or b""):
+            raise HTTPError(426, "bad_handshake", "Sec-WebSocket-Version: 13 is needed",
+                            ((b"Sec-WebSocket-Version", b"13"), (b"Upgrade", b"websocket")))
+    return b"websocket"
+
+
+UPGRADE_MISSING = """\
+This WebSocket handshake lost its "Upgrade: websocket" or "Connection: upgrade" on the way: both are
+hop-by-hop, and a proxy in front of wsgate did not pass them on. In nginx the location needs
+    proxy_http_version 1.1;
+    proxy_set_header Upgrade $http_upgrade;
+    proxy_set_header Connection "upgrade";"""
+
+
+# ---------------------------------------------------------------------- Access
+
+
+@functools.lru_cache(1024)
+def parse_ip(text):
+    """An address -> ip_address, IPv4-mapped IPv6 as IPv4; None if it is none (a unix socket)."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def trusted(networks, text):
+    """Whether an address (as text) lies in one of these networks."""
+    if not networks:
+        return False
+    address = parse_ip(text)
+    return address is not None and any(address in network for network in networks)
+
+
+def real_client(server, peer, fields):
+    """The client's address as text: the peer, or whom a trusted proxy names."""
+    if server.real_ip_header == "proxy_protocol" or not trusted(server.set_real_ip_from, peer):
+        return peer
+    if server.real_ip_header == "X-Real-IP":
+        named = [fields.get(b"x-real-ip") or b""]
+    else:
+        named = [part.strip(b" \t") for value in fields.get_all(b"x-forwarded-for") for part in value.split(b",")]
+    client = peer
+    for part in reversed(named):  # from the right: the left end is what the client claims
+        address = parse_ip(part.decode("latin-1"))
+        if address is None:
+            break
+        client = str(address)
+        if not trusted(server.set_real_ip_from, client):
+            break
+    return client
+
+
+def check_address(location, client):
+    """allow and deny (ngx_http_access_module; deny wins)."""
+    if trusted(location.deny, client) or (location.allow and not trusted(location.allow, client)):
+        raise HTTPError(403, "not_allowed", "this address may not connect")
+
+
+def check_origin(location, message):
+    """allowed_origins (RFC 6455 10.2): browsers always say where a script came from, and scripts cannot lie.
+
+    A request without Origin is no cross-site request of a browser; it passes.
+    """
+    origins = message.fields.get_all(b"origin")
+    if location.allowed_origins is None or not origins:
+        return
+    origin = origins[0].decode("latin-1").lower()
+    if len(origins) == 1:
+        for allowed in location.allowed_origins:
+            if allowed == "same":
+                if origin_host(origin) == origin_host("//" + message.authority.decode("latin-1").lower()):
+                    return
+            elif origin_pattern(allowed).fullmatch(origin):
+                return
+    raise HTTPError(403, "origin_denied", "Origin %s is not in allowed_origins; Host is %s" % (
+        ", ".join(printable(each) for each in origins), printable(message.authority)))
+
+
+def origin_host(origin):
+    """'https://host:443' -> 'host', with the port unless it is the default one."""
+    scheme, _, authority = origin.partition("//")
+    default = {"https:": ":443", "http:": ":80"}.get(scheme)
+    if default and authority.endswith(default):
+        return authority[:-len(default)]
+    return authority
+
+
+@functools.lru_cache(256)
+def origin_pattern(glob):
+    """A glob whose * stays within host and port -> compiled pattern."""
+    return re.compile("[^/]*".join(map(re.escape, glob.split("*"))))
+
+
+def check_password(location, message):
+    """HTTP Basic (RFC 7617) against auth_basic_user_file."""
+    if location.passwords is None:
+        return
+    scheme, _, credentials = (message.fields.get(b"authorization") or b"").partition(b" ")
+    if scheme.lower() != b"basic" or not location.passwords.accepts(credentials.strip()):
+        raise HTTPError(401, "auth_needed", "", ((b"WWW-Authenticate", b'Basic realm="wsgate", charset="UTF-8"'),))
+
+
+class PasswordFile:
+    """An htpasswd file with hashes that the standard library can check; read again when it changes."""
+
+    def __init__(self, path):
+        self.path = path
+        self.secret = os.urandom(32)
+        self.lock = threading.Lock()
+        # Guarded by lock: a slow hash is computed once for each right password.
+        self.known = collections.OrderedDict()
+        self.changed = None
+        self.hashes = {}
+        self.refresh()
+
+    def refresh(self):
+        """Read the file if it has changed; raises ValueError with what is wrong in it."""
+        info = os.stat(self.path)
+        changed = (info.st_mtime_ns, info.st_size, info.st_ino)
+        if changed == self.changed:
+            return
+        hashes = {}
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                user, colon, stored = line.strip().partition(b":")
+                if not user or user.startswith(b"#"):
+                    continue
+                if not re.match(br"\{(SHA|SSHA|SCRYPT)\}.", stored):
+                    raise ValueError("%s:%d: only {SCRYPT}, {SSHA} and {SHA} can be checked here; "
+                                     "make the line with: wsgate.py --hash-password" % (self.path, number))
+                hashes[user] = stored
+        with self.lock:
+            self.hashes, self.changed = hashes, changed
+            self.known.clear()
+
+    def accepts(self, credentials):
+        """base64 of user:password -> whether they are right."""
+        try:
+            self.refresh()
+        except (OSError, ValueError) as error:
+            log.error("auth_basic_user_file: %s; going on with what it said before", error)
+        digest = hmac.new(self.secret, credentials, "sha256").digest()
+        with self.lock:
+            if digest in self.known:
+                return True
+            hashes = self.hashes
+        try:
+            user, _, password = base64.b64decode(credentials, validate=True).partition(b":")
+        except ValueError:
+            return False
+        # An unknown user takes as long as a known one.
+        stored = hashes.get(user) or next(iter(hashes.values()), b"{SHA}")
+        right = verify_password(stored, password) and user in hashes
+        if right:
+            with self.lock:
+                self.known[digest] = True
+                while len(self.known) > 1000:
+                    self.known.popitem(last=False)
+        return right
+
+
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}
+
+
+def hash_password(password, salt=None):
+    """Bytes -> a {SCRYPT} value for the htpasswd file."""
+    salt = salt or os.urandom(16)
+    digest = hashlib.scrypt(password, salt=salt, **SCRYPT)
+    return b"{SCRYPT}" + base64.b64encode(salt + digest)
+
+
+def verify_password(stored, password):
+    """Whether a password (bytes) is that of an htpasswd value; takes the same time either way."""
+    scheme, _, encoded = stored.partition(b"}")
+    try:
+        value = base64.b64decode(encoded)
+    except ValueError:
+        return False
+    if scheme == b"{SCRYPT":
+        return hmac.compare_digest(hash_password(password, value[:16]), stored)
+    salt = value[20:] if scheme == b"{SSHA" else b""
+    return hmac.compare_digest(hashlib.sha1(password + salt).digest(), value[:20])
+
+
+# -------------------------------------------------- Upstreams and their health
+
+
+class Health:
+    """What is known of a server; shared by old and new configuration. Guarded by its Upstream's lock."""
+
+    __slots__ = ("active", "fails", "first_fail", "resting_until", "turn", "picked")
+
+    def __init__(self):
+        self.active = 0             # exchanges and tunnels under way
+        self.fails = 0              # since first_fail
+        self.first_fail = 0.0       # time.monotonic()
+        self.resting_until = 0.0    # time.monotonic(); in the past: not resting
+        self.turn = 0               # of the smooth round robin
+        self.picked = 0             # in all
+
+
+class Server:
+    """One backend server: where it is, what it may be given, how it is doing."""
+
+    def __init__(self, address, weight=1, max_fails=1, fail_timeout=10.0, max_conns=0, backup=False, down=False):
+        self.address = address
+        self.name = show_address(address)
+        self.weight = weight
+        self.max_fails = max_fails
+        self.fail_timeout = fail_timeout
+        self.max_conns = max_conns
+        self.backup = backup
+        self.down = down
+        self.health = Health()
+
+    def healthy(self, now):
+        return now >= self.health.resting_until
+
+    def full(self):
+        return 0 < self.max_conns <= self.health.active
+
+    def load(self):
+        """Live exchanges per weight, what least_conn compares."""
+        return self.health.active / self.weight
+
+    def addresses(self):
+        """Resolve, now: backends move. -> [(family, address)]; raises OSError."""
+        if self.address.path:
+            return [(socket.AF_UNIX, self.address.path)]
+        host, port = self.address.host, self.address.port
+        if parse_ip(host) is not None and "%" not in host:
+            return [(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))]
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        return [(family, address) for family, _, _, _, address in found]
+
+    def connect(self, timeout, context=None, tls_name=None, preface=b""):
+        """Connect to the first address that answers, all within timeout -> Stream; raises BackendError.
+
+        context: for TLS, verified against tls_name or the host. preface: bytes to send before TLS.
+        """
+        deadline = Deadline(timeout)
+        try:
+            addresses = self.addresses()
+        except (OSError, UnicodeError) as error:
+            raise BackendError(502, "backend_unresolved", "%s: %s" % (self.name, error))
+        for place, (family, address) in enumerate(addresses):
+            try:
+                share = deadline.left() / (len(addresses) - place)
+                stream = connect_socket(family, address, Deadline(share))
+            except (OSError, TimedOut) as error:
+                failure = error
+                continue
+            try:
+                if preface:
+                    stream.write_all(preface, deadline)
+                if context:
+                    stream.start_tls(context, deadline, server_hostname=tls_name or self.address.host)
+                return stream
+            except (OSError, ValueError, TimedOut) as error:  # ValueError: a wrong name, on old Pythons
+                stream.close()
+                if getattr(error, "errno", None) == errno.ETIMEDOUT:
+                    raise BackendError(504, "backend_timeout", "%s: %s" % (self.name, error))
+                raise BackendError(502, "backend_tls", "%s: %s" % (self.name, error))
+        raise self.connect_error(failure)
+
+    def connect_error(self, error):
+        """What went wrong at connect -> the BackendError for it."""
+        detail = "%s: %s" % (self.name, error)
+        if isinstance(error, ConnectionRefusedError):
+            return BackendError(502, "backend_refused", detail)
+        if isinstance(error, TimedOut) or error.errno == errno.ETIMEDOUT:
+            return BackendError(504, "backend_timeout", "%s: no connection within proxy_connect_timeout" % self.name)
+        return BackendError(502, "backend_unreachable", detail)
+
+
+def connect_socket(family, address, deadline):
+    """-> a connected Stream; raises OSError or TimedOut."""
+    stream = Stream(socket.socket(family, socket.SOCK_STREAM))
+    try:
+        set_tcp_options(stream.sock)
+        result = stream.sock.connect_ex(address)
+        if result in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EWOULDBLOCK)):
+            stream.wait(POLLOUT, deadline)
+            result = stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        elif result == errno.EAGAIN:  # a unix socket whose backlog is full
+            raise TimedOut("its backlog is full")
+        if result:
+            raise OSError(result, os.strerror(result))
+        return stream
+    except BaseException:
+        stream.close()
+        raise
+
+
+class Upstream:
+    """A group of servers and the way to choose among them."""
+
+    def __init__(self, name, servers, balance):
+        self.name = name
+        self.servers = servers
+        self.balance = balance
+        self.lock = threading.Lock()  # guards the Health of all servers
+
+    def adopt(self, old):
+        """Go on with what the old configuration's upstream of this name knows of the same servers."""
+        self.lock = old.lock
+        known = {server.name: server.health for server in old.servers}
+        for server in self.servers:
+            server.health = known.get(server.name, server.health)
+
+    def connect(self, location, context, client, preface=b"", tried=None, error=None):
+        """Connect to a server that is not in tried, and to the next when that fails -> Backend.
+
+        error: why the last one tried has failed. Raises it, or BackendError, HTTPError 503 when none is left.
+        """
+        tried = [] if tried is None else tried
+        while True:
+            server = self.pick(tried, client)
+            if server is None:
+                raise error or HTTPError(503, "full" if any(each.full() for each in self.servers) else "no_backend",
+                                         "every server of %s has its max_conns or is down" % self.name, retry_after())
+            tried.append(server)
+            try:
+                return Backend(self, server, server.connect(
+                    location.proxy_connect_timeout, context, location.proxy_ssl_name, preface))
+            except BackendError as failure:
+                error = failure
+                self.release(server)
+                self.failed(server, error)
+            except BaseException:
+                self.release(server)
+                raise
+
+    def pick(self, tried, client):
+        """Choose a server that is not in tried and count it as active -> Server, or None.
+
+        Healthy servers come first, then healthy backups, then, rather than refuse, those that rest.
+        """
+        with self.lock:
+            now = time.monotonic()
+            left = [each for each in self.servers if not each.down and not each.full() and each not in tried]
+            healthy = [each for each in left if each.healthy(now)]
+            for group in ([each for each in healthy if not each.backup], healthy, left):
+                if group:
+                    chosen = self.choose(group, client)
+                    chosen.health.active += 1
+                    chosen.health.picked += 1
+                    return chosen
+        return None
+
+    def choose(self, group, client):
+        """The one of these servers whose turn it is."""
+        if self.balance == "ip_hash":
+            return max(group, key=lambda each: rendezvous(client, each.name, each.weight))
+        if self.balance == "least_conn":
+            least = min(each.load() for each in group)
+            group = [each for each in group if each.load() == least]
+        # Smooth weighted round robin, as in nginx: nobody gets its share in one go.
+        for each in group:
+            each.health.turn += each.weight
+        chosen = max(group, key=lambda each: each.health.turn)
+        chosen.health.turn -= sum(each.weight for each in group)
+        return chosen
+
+    def release(self, server):
+        with self.lock:
+            server.health.active -= 1
+
+    def failed(self, server, error):
+        """Count a failure; max_fails of them within fail_timeout rest the server for as long."""
+        health, now = server.health, time.monotonic()
+        with self.lock:
+            if now - health.first_fail > server.fail_timeout:
+                health.fails, health.first_fail = 0, now
+            health.fails += 1
+            rests = 0 < server.max_fails <= health.fails
+            if rests:
+                health.fails = 0
+                health.resting_until = now + server.fail_timeout
+        log.warning("backend %s of %s failed: %s: %s%s", server.name, self.name, error.reason, error,
+                    ", resting for %gs" % server.fail_timeout if rests and len(self.servers) > 1 else "")
+
+    def succeeded(self, server):
+        if server.health.fails or server.health.resting_until:
+            with self.lock:
+                server.health.fails = 0
+                server.health.resting_until = 0.0
+
+
+def rendezvous(client, name, weight):
+    """A weighted score that depends on client and server alone (highest random weight hashing).
+
+    Gates that share no state choose alike, and when a server goes only its clients move.
+    """
+    digest = hashlib.blake2b(("%s %s" % (client, name)).encode(), digest_size=8).digest()
+    return -weight / math.log((int.from_bytes(digest, "big") + 1) / (2 ** 64 + 1))
+
+
+class Backend:
+    """A connection to a server, counted in its Health until it is closed."""
+
+    __slots__ = ("upstream", "server", "stream")
+
+    def __init__(self, upstream, server, stream):
+        self.upstream = upstream
+        self.server = server
+        self.stream = stream
+
+    def succeeded(self):
+        self.upstream.succeeded(self.server)
+
+    def failed(self, error):
+        self.upstream.failed(self.server, error)
+
+    def close(self):
+        self.stream.close()
+        self.upstream.release(self.server)
+
+
+class CertificateStore:
+    """The contexts for TLS listeners, one for each certificate; made anew when a file changes."""
+
+    def __init__(self, config):
+        self.server = config.server
+        self.pairs = {None: (config.server.ssl_certificate, config.server.ssl_certificate_key)}
+        for location in config.locations:
+            pair = (location.ssl_certificate, location.ssl_certificate_key)
+            if location.host and pair[0] and pair != self.pairs[None]:
+                self.pairs.setdefault(location.host, pair)
+        if not self.pairs[None][0] and len(self.pairs) > 1:
+            self.pairs[None] = list(self.pairs.values())[1]
+        self.stamp = self.stamps()
+        self.contexts = self.load()
+
+    @property
+    def context(self):
+        """The context that a handshake begins with."""
+        return self.contexts[None]
+
+    def stamps(self):
+        """What changes when a file changes."""
+        paths = [path for pair in self.pairs.values() for path in pair] + [self.server.ssl_client_certificate]
+        return [(info.st_mtime_ns, info.st_size, info.st_ino) for info in map(os.stat, filter(None, paths))]
+
+    def load(self):
+        """-> {host or None: SSLContext}; raises ValueError with what is wrong."""
+        contexts = {host: self.make_context(*pair) for host, pair in self.pairs.items()}
+
+        def choose(sock, name, context):
+            """Called in the handshake with the name that the client asks for (SNI)."""
+            name = (name or "").lower()
+            suffixes = ["*" + name[place:] for place, char in enumerate(name) if char == "."]
+            for candidate in [name] + suffixes:
+                if candidate in contexts:
+                    sock.context = contexts[candidate]
+                    return
+
+        contexts[None].set_servername_callback(choose)
+        return contexts
+
+    def make_context(self, certificate, key):
+        if not certificate:
+            raise ValueError("a listener with ssl needs ssl_certificate and ssl_certificate_key")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        set_protocols(context, self.server.ssl_protocols)
+        load_pair(context, certificate, key)
+        if self.server.ssl_client_certificate:
+            context.load_verify_locations(self.server.ssl_client_certificate)
+            context.verify_mode = ssl.CERT_REQUIRED
+        context.set_alpn_protocols(["http/1.1"])
+        return context
+
+    def refresh(self):
+        """Take changed files; if they are broken, keep what is there and say so."""
+        try:
+            stamp = self.stamps()
+            if stamp != self.stamp:
+                self.stamp = stamp
+                self.contexts = self.load()
+                log.info("certificates were read again")
+        except (OSError, ValueError) as error:
+            log.error("new certificate not taken, going on with the old one: %s", error)
+
+
+def load_pair(context, certificate, key):
+    """Load a certificate chain and its key; raises ValueError that names the file."""
+    try:
+        context.load_cert_chain(certificate, key or certificate, password=lambda: "")
+    except ssl.SSLError as error:
+        why = "is not the key of this certificate" if "MISMATCH" in str(error) else "cannot be used (%s)" % (error.reason or error)
+        raise ValueError("%s with key %s: %s" % (certificate, key or certificate, why))
+    except OSError as error:
+        raise ValueError("%s or %s: %s" % (certificate, key or certificate, error.strerror))
+
+
+def set_protocols(context, names):
+    """Allow these versions of TLS and none between them (Python 3.6 has options for it alone)."""
+    if hasattr(ssl, "TLSVersion"):
+        versions = sorted(getattr(ssl.TLSVersion, name.replace(".", "_")) for name in names)
+        context.minimum_version, context.maximum_version = versions[0], versions[-1]
+    else:
+        for name in ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"):
+            if name not in names:
+                context.options |= getattr(ssl, "OP_NO_" + name.replace(".", "_"), 0)
+
+
+def backend_context(settings):
+    """The SSLContext for https:// backends of a location."""
+    try:
+        context = ssl.create_default_context(cafile=settings.proxy_ssl_trusted_certificate)
+    except ssl.SSLError as error:
+        raise ValueError("proxy_ssl_trusted_certificate: %s" % (error.reason or error))
+    if not settings.proxy_ssl_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if settings.proxy_ssl_certificate:
+        load_pair(context, settings.proxy_ssl_certificate, settings.proxy_ssl_certificate_key)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def distinguished_name(certificate):
+    """SSLSocket.getpeercert() -> the subject as text in the order of RFC 4514, or None."""
+    short = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C",
+             "localityName": "L", "stateOrProvinceName": "ST", "emailAddress": "emailAddress"}
+    parts = ["%s=%s" % (short.get(name, name), re.sub(r'([,+"\\<>;=])', r"\\\1", value))
+             for group in certificate.get("subject", ()) for name, value in group]
+    return ",".join(reversed(parts)) or None
+
+
+# ------------------------------------------------------------ Forwarding heads
+#
+# A hop-by-hop field speaks of one connection, so it ends here: Connection itself,
+# what it names, and those that always are (RFC 9110 7.6.1). The gate then says the
+# same things for its own connection to the other side, and writes its own fields
+# last: a client that could name X-Forwarded-For or Authorization in Connection, and
+# so have them dropped, would be somebody else to the backend (CVE-2022-31813,
+# CVE-2024-45410); such a request is refused. Everything else passes as it came.
+
+HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization",
+                        b"proxy-authentication-info", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"http2-settings"))
+# The gate says these; only a trusted proxy may have said them before.
+FORWARDING = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-forwarded-port",
+                        b"x-forwarded-server", b"x-forwarded-prefix", b"x-forwarded-ssl", b"x-forwarded-user",
+                        b"x-real-ip", b"forwarded"))
+WRITTEN = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip", b"x-ssl-client-s-dn"))
+PROTECTED = FORWARDING | WRITTEN | frozenset((
+    b"host", b"content-length", b"transfer-encoding", b"authorization", b"cookie", b"origin",
+    b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-protocol", b"sec-websocket-extensions"))
+
+
+def request_head_for_backend(connection, protocol):
+    """The head that the backend gets -> bytes. protocol: what to upgrade to, or None."""
+    message, location = connection.message, connection.location
+    lines = [b"%s %s HTTP/1.1" % (message.method, location.rewrite(message))]
+    lines += passed_fields(connection, location.replaced)
+    if not message.authority and b"host" not in location.replaced:
+        lines.insert(1, b"Host: " + connection.backend.server.name.encode())  # HTTP/1.0 may come without
+    if message.chunked:
+        lines.append(b"Transfer-Encoding: chunked")
+    if protocol:
+        lines.append(b"Upgrade: " + protocol)
+        lines.append(b"Connection: upgrade")
+    else:
+        lines.append(b"Connection: close")
+    lines += own_fields(connection, location.replaced)
+    for name, template in location.proxy_set_header:
+        value = template.render(message)
+        if value:
+            lines.append(name + b": " + value)
+    lines.append(b"\r\n")
+    return b"\r\n".join(lines)
+
+
+def passed_fields(connection, without):
+    """The client's fields that go on to a backend -> list of lines."""
+    fields = connection.message.fields
+    listed = fields.tokens(b"connection")
+    believed = trusted(connection.config.server.set_real_ip_from, connection.peer)
+    lines = []
+    for name, value in fields:
+        lower = name.lower()
+        if (lower in HOP_BY_HOP or lower in listed or lower in without or b"_" in name or lower in WRITTEN
+                or (not believed and (lower in FORWARDING or lower.startswith(b"x-forwarded-")))):
+            continue  # names with _ are aliases of those with - in CGI and WSGI
+        lines.append(name + b": " + value)
+    return lines
+
+
+def own_fields(connection, without):
+    """What the gate knows about the client -> list of lines."""
+    message = connection.message
+    scheme, host = b"https" if connection.stream.tls else b"http", message.authority
+    if trusted(connection.config.server.set_real_ip_from, connection.peer):
+        scheme = message.fields.get(b"x-forwarded-proto") or scheme
+        host = message.fields.get(b"x-forwarded-host") or host
+    own = [(b"X-Forwarded-For", forwarded_for(connection)), (b"X-Forwarded-Proto", scheme),
+           (b"X-Forwarded-Host", host), (b"X-Real-IP", connection.client.encode())]
+    if connection.subject:
+        own.append((b"X-SSL-Client-S-DN", connection.subject.encode("ascii", "backslashreplace")))
+    return [name + b": " + value for name, value in own if value and name.lower() not in without]
+
+
+def forwarded_for(connection):
+    """X-Forwarded-For: appended to what a trusted proxy said, else begun afresh."""
+    before = ()
+    if trusted(connection.config.server.set_real_ip_from, connection.peer):
+        before = connection.message.fields.get_all(b"x-forwarded-for")
+    return b", ".join(tuple(before) + (connection.peer.encode(),))
+
+
+def auth_request_head(connection):
+    """The question to the auth_request service: the client's fields, no body, no handshake -> bytes."""
+    message, location = connection.message, connection.location
+    without = {b"content-length", b"expect", b"sec-websocket-key", b"sec-websocket-version",
+               b"sec-websocket-extensions", b"x-original-uri", b"x-original-method"}
+    lines = [b"GET %s HTTP/1.1" % (location.auth_request.uri or "/").encode()]
+    lines += passed_fields(connection, without)
+    if not message.authority:
+        lines.append(b"Host: auth")
+    lines += own_fields(connection, without)
+    lines += [b"X-Original-URI: " + message.target, b"X-Original-Method: " + message.method, b"Connection: close", b"\r\n"]
+    return b"\r\n".join(lines)
+
+
+def proxy_line(connection):
+    """The PROXY v1 line for the backend -> bytes."""
+    address = parse_ip(connection.client)
+    if address is None:
+        return b"PROXY UNKNOWN\r\n"
+    family, local = (b"TCP6", "::1") if address.version == 6 else (b"TCP4", "127.0.0.1")
+    name = connection.stream.sock.getsockname()
+    if isinstance(name, tuple) and parse_ip(name[0]) is not None and parse_ip(name[0]).version == address.version:
+        local = str(parse_ip(name[0]))
+    return b"PROXY %s %s %s %d %d\r\n" % (family, str(address).encode(), local.encode(), connection.peer_port,
+                                          connection.listen.address.port or 0)
+
+
+def response_head_for_client(response, message, keep):
+    """The head that the client gets -> bytes. keep: whether the connection stays."""
+    status = response.status
+    listed = response.fields.tokens(b"connection")
+    bodyless = status < 200 or status == 204
+    lines = [b"HTTP/1.1 %d %s" % (status, response.reason)]
+    for name, value in response.fields:
+        lower = name.lower()
+        if lower in HOP_BY_HOP and lower not in (b"trailer", b"proxy-authenticate"):
+            continue
+        if (lower in listed and lower not in PROTECTED) or (bodyless and lower == b"content-length"):
+            continue
+        lines.append(name + b": " + value)
+    if response.chunked and message.minor and not bodyless:
+        lines.append(b"Transfer-Encoding: chunked")
+    if status in (101, 426):
+        lines += [b"Upgrade: " + value for value in response.fields.get_all(b"upgrade")]
+    if status == 101:
+        lines.append(b"Connection: upgrade")
+    elif status >= 200 and not keep:
+        lines.append(b"Connection: close")
+    lines.append(b"\r\n")
+    return b"\r\n".join(lines)
+
+
+def check_101(message, response, location, protocol):
+    """A 101 must answer what was asked (RFC 6455 4.1), else the tunnel would be for somebody else; raises BackendError."""
+    fields = response.fields
+    wrong = None
+    if protocol is None:
+        wrong = "101, and nobody asked for it"
+    elif fields.tokens(b"upgrade") != [protocol.lower()] or b"upgrade" not in fields.tokens(b"connection"):
+        wrong = "101 without Upgrade: %s and Connection: upgrade" % printable(protocol)
+    elif protocol == b"websocket" and location.strict_handshake:
+        chosen = fields.tokens(b"sec-websocket-protocol")
+        if message.fields.get(b"sec-websocket-version") != b"13":
+            wrong = "101 to a handshake of a version that is not 13"
+        elif fields.get(b"sec-websocket-accept") != accept_for(handshake_key(message)):
+            wrong = "101 with a Sec-WebSocket-Accept that does not answer the key: a cache in between?"
+        elif chosen and (len(chosen) > 1 or chosen[0] not in message.fields.tokens(b"sec-websocket-protocol")):
+            wrong = "101 with a Sec-WebSocket-Protocol that was not offered"
+    if wrong:
+        raise BackendError(502, "backend_bad_101", wrong, sent=True)
+
+
+def handshake_key(message):
+    """Sec-WebSocket-Key of a request, if it is 16 bytes in base64 (RFC 6455 4.1), else None."""
+    key = message and message.fields.get(b"sec-websocket-key")
+    return key if key and re.fullmatch(br"[A-Za-z0-9+/]{21}[AQgw]==", key) else None
+
+
+def accept_for(key):
+    """Sec-WebSocket-Accept for a key (RFC 6455 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+
+
+def extensions_used(response):
+    """Whether the 101 agreed to an extension: then reserved bits are allowed."""
+    return bool(response.fields.get_all(b"sec-websocket-extensions"))
+
+
+def extensions_known(response):
+    """Whether frames keep the shape of RFC 6455 5.2 under the extensions agreed to."""
+    return all(name.partition(b";")[0].strip() in (b"permessage-deflate", b"x-webkit-deflate-frame")
+               for name in response.fields.tokens(b"sec-websocket-extensions"))
+
+
+# -------------------------------------------------------------------- Relaying
+
+
+class HTTPRelay:
+    """Moves a request up and its answer down, both at once: an answer may come before the upload is over.
+
+    Each way holds at most one read in memory; a side is read only while the other side
+    has taken what came before.
+    """
+
+    def __init__(self, client, backend, head, body, location, server):
+        self.client = client
+        self.backend = backend
+        self.up = body                          # scanner of the request body
+        self.down = None                        # scanner of the response body, once its head is known
+        self.up_pending = memoryview(head)      # to the backend
+        self.down_pending = memoryview(b"")     # to the client
+        self.limit = server.client_header_size  # a response head is bounded like that of a request
+        self.times = location, server
+        self.sent_up = self.sent_down = 0       # bytes of bodies
+        now = time.monotonic()
+        self.up_moved = self.down_moved = now   # when bytes last moved, each way
+        self.gone_at = math.inf                 # the client has closed: wait for the backend no longer than this
+        self.watching = True                    # for the client to close
+        self.poll = Poll()
+
+    def final_response(self, interim):
+        """Read heads up to the final one -> Response. interim: pass 1xx on to the client. Raises BackendError."""
+        self.move_up()
+        for _ in range(INTERIM_LIMIT):
+            response = parse_response_head(self.response_head())
+            if response.status >= 200 or response.status == 101:
+                return response
+            if interim:
+                lines = [b"HTTP/1.1 %d %s" % (response.status, response.reason)]
+                lines += [b"%s: %s" % pair for pair in response.fields
+                          if pair[0].lower() not in HOP_BY_HOP and pair[0].lower() != b"content-length"]
+                self.down_pending = memoryview(bytes(self.down_pending) + b"\r\n".join(lines) + b"\r\n\r\n")
+                self.move_down()
+        raise BackendError(502, "backend_bad_answer", "more than %d interim answers" % INTERIM_LIMIT, sent=True)
+
+    def response_head(self):
+        """Wait for a response head, while the request body goes up -> bytes."""
+        while True:
+            try:
+                head = take_head(self.backend, self.limit)
+            except HTTPError as error:
+                raise BackendError(502, "backend_bad_answer", str(error), sent=True)
+            if head is not None:
+                return head
+            if not b"HTTP/".startswith(self.backend.buffer[:5]):
+                raise BackendError(502, "backend_bad_answer", "no HTTP: %s" % printable(self.backend.buffer[:60]), sent=True)
+            self.turn()
+
+    def pass_response(self, head, body):
+        """Send a final head and relay its body to the end. Raises BackendError when the backend cuts it, ClientGone."""
+        self.down = body
+        self.down_pending = memoryview(bytes(self.down_pending) + head)
+        self.take_down(self.backend.buffer)
+        self.backend.buffer = b""
+        self.move_down()
+        while self.down_pending or not self.down.done:
+            self.turn()
+
+    def turn(self):
+        """Wait until something can move, and move it."""
+        reading_body = not self.up.done and not self.up_pending
+        reading_answer = not self.down_pending and not (self.down and self.down.done)
+        client_events = ((self.client.read_event if reading_body else 0) | (self.client.write_event if self.down_pending else 0)
+                         | (POLLRDHUP if self.watching else 0))
+        self.poll.register(self.client.fileno(), client_events)
+        self.poll.register(self.backend.fileno(), (self.backend.read_event if reading_answer else 0)
+                           | (self.backend.write_event if self.up_pending else 0))
+        now = time.monotonic()
+        deadline, expire = self.next_deadline(reading_body, reading_answer)
+        ready = ()
+        if not (self.client.tls and reading_body and self.client.sock.pending()):
+            ready = self.poll.poll(max(0.0, deadline - now) * 1000)
+            if not ready and time.monotonic() >= deadline:
+                expire()
+        for fd, event in ready:
+            if fd == self.client.fileno():
+                self.notice_client(event)
+        if reading_body or self.up_pending:
+            self.move_up()
+        if reading_answer:
+            self.read_answer()
+        self.move_down()
+
+    def next_deadline(self, reading_body, reading_answer):
+        """-> (time.monotonic() at which to give up, the function that then says why)"""
+        location, server = self.times
+        deadlines = [(self.gone_at, self.client_gone)]
+        if reading_answer and (self.down or (self.up.done and not self.up_pending)):
+            deadlines.append((max(self.down_moved, self.up_moved) + location.proxy_read_timeout, self.backend_silent))
+        if self.up_pending:
+            deadlines.append((self.up_moved + location.proxy_send_timeout, self.backend_silent))
+        if reading_body:
+            deadlines.append((self.up_moved + server.client_body_timeout, self.body_late))
+        if self.down_pending:
+            deadlines.append((self.down_moved + server.send_timeout, self.client_stalled))
+        return min(deadlines, key=lambda each: each[0])
+
+    def client_gone(self):
+        raise ClientGone("client_gone")
+
+    def client_stalled(self):
+        raise ClientGone("send_timeout")
+
+    def backend_silent(self):
+        raise BackendError(504, "backend_timeout", "the backend did not go on within proxy_read_timeout", sent=True)
+
+    def body_late(self):
+        raise HTTPError(408, "body_timeout", "the request body did not go on within client_body_timeout")
+
+    def notice_client(self, event):
+        """The client closed or broke its connection; an answer that comes soon may still reach it (nc -N)."""
+        if event & (POLLERR | POLLHUP):
+            self.client_gone()
+        if event & POLLRDHUP and self.up.done:
+            self.watching = False
+            self.gone_at = time.monotonic() + 0.5
+
+    def move_up(self):
+        """Send what is pending, read on in the request body, a bounded number of times."""
+        for _ in range(8):
+            if self.up_pending:
+                try:
+                    sent = self.backend.write(self.up_pending)
+                except OSError:  # it reads no more; perhaps it has answered already
+                    self.up, self.up_pending = NoBody(), memoryview(b"")
+                    return
+                if not sent:
+                    return
+                self.up_moved = time.monotonic()
+                self.up_pending = self.up_pending[sent:]
+                continue
+            if self.up.done:
+                return
+            data = self.client.buffer or self.read_client()
+            if not data:
+                return
+            try:
+                out, used = self.up.feed(data)
+            except ValueError as error:
+                raise HTTPError(400, "bad_request", "request body: %s" % error)
+            self.client.buffer = data[used:]
+            self.sent_up += len(out)
+            self.up_moved = time.monotonic()
+            self.up_pending = memoryview(out)
+
+    def read_client(self):
+        try:
+            data = self.client.read(BIG_READ)
+        except OSError:
+            raise ClientGone("client_gone")
+        if data == b"":
+            raise ClientGone("client_gone")
+        return data
+
+    def read_answer(self):
+        """Read once from the backend."""
+        try:
+            data = self.backend.read(BIG_READ if self.down else SMALL_READ)
+        except OSError as error:
+            raise BackendError(502, "backend_closed", str(error), sent=True, retry=not self.backend.buffer and not self.down)
+        if data is None:
+            return
+        self.down_moved = time.monotonic()
+        if self.gone_at < math.inf:
+            self.gone_at = self.down_moved + 0.5
+        if self.down is None:
+            if not data:
+                raise BackendError(502, "backend_bad_answer" if self.backend.buffer else "backend_closed",
+                                   "it closed before its answer was complete", sent=True, retry=not self.backend.buffer)
+            self.backend.buffer += data
+        elif data:
+            self.take_down(data)
+        elif not self.down.at_end():
+            raise BackendError(502, "backend_cut", "it closed in the middle of its answer", sent=True)
+
+    def take_down(self, data):
+        """Bytes of the response body."""
+        try:
+            out, _ = self.down.feed(data)
+        except ValueError as error:
+            raise BackendError(502, "backend_bad_answer", "response body: %s" % error, sent=True)
+        self.sent_down += len(out)
+        self.down_pending = memoryview(bytes(self.down_pending) + out) if self.down_pending else memoryview(out)
+
+    def move_down(self):
+        while self.down_pending:
+            try:
+                sent = self.client.write(self.down_pending)
+            except OSError:
+                raise ClientGone("client_gone")
+            if not sent:
+                return
+            self.down_moved = time.monotonic()
+            self.down_pending = self.down_pending[sent:]
+
+
+HALF_CLOSE = 10.0        # seconds that one direction may go on when the other has ended
+PIPE_SIZE = 1 << 20      # bytes under way in the kernel while a stream is bulk
+SPLICE_LEAST = 16 * 1024 # payload for which splice is worth its calls
+CAN_SPLICE = hasattr(os, "splice")
+
+
+class Flow:
+    """One direction of a tunnel: what is read from source is written to sink, in its order.
+
+    At most one read is pending, or one pipe full: source is read only while nothing is. That
+    is the back-pressure: a reader that stalls costs kernel buffers and no memory here.
+    """
+
+    __slots__ = ("source", "sink", "scanner", "pending", "pipe", "piped", "bulk", "eof", "broken", "discard", "fin",
+                 "done", "cut", "bytes", "heard", "moved")
+
+    def __init__(self, source, sink, scanner, now):
+        self.source = source
+        self.sink = sink
+        self.scanner = scanner    # FrameScanner, or None when the bytes are not frames
+        self.pending = b""        # read, but not taken by sink yet
+        self.pipe = None          # (read end, write end) while the stream is bulk
+        self.piped = 0            # bytes in it; they come before pending
+        self.bulk = False         # the last read filled its buffer
+        self.eof = False          # source has ended
+        self.broken = False       # ... with an error
+        self.discard = False      # what source still says goes nowhere
+        self.fin = False          # end sink when nothing is pending
+        self.done = False         # sink is ended, or cannot be written to
+        self.cut = False          # it cannot be written to
+        self.bytes = 0            # taken from source
+        self.heard = now          # time.monotonic() of the last byte from source
+        self.moved = now          # ... or to sink
+
+    def reading(self):
+        """Whether source is to be polled."""
+        return not (self.eof or self.pending or self.piped)
+
+    def writing(self):
+        """Whether sink is to be polled."""
+        return bool(self.pending or self.piped)
+
+    def move(self, now):
+        """Read once and pass it on. -> True if there is nothing else to see to."""
+        scanner = self.scanner
+        size = SMALL_READ
+        if self.bulk:
+            if CAN_SPLICE and self.spliceable():
+                return self.splice(now)
+            size = BIG_READ
+        try:
+            data = self.source.read(size)
+        except OSError:
+            self.eof = self.broken = True
+            return False
+        if data is None:
+            return False
+        if not data:
+            self.eof = True
+            return False
+        self.heard = self.moved = now
+        self.bytes += len(data)
+        self.bulk = len(data) == size
+        if self.discard:
+            return True
+        if scanner is not None:
+            data = scanner.feed(data, now)
+        try:
+            sent = self.sink.write(data)
+        except OSError:
+            self.abandon()
+            return False
+        if sent != len(data):
+            self.pending = data[sent:]
+            return False
+        return scanner is None or not scanner.notable
+
+    def flush(self, now):
+        """Write what is pending, then end sink if that was asked for."""
+        try:
+            while self.piped:
+                self.piped -= os.splice(self.pipe[0], self.sink.fileno(), self.piped, flags=SPLICE_FLAGS)
+                self.moved = now
+            while self.pending:
+                sent = self.sink.write(self.pending)
+                if not sent:
+                    return
+                self.pending = self.pending[sent:]
+                self.moved = now
+        except BlockingIOError:
+            return
+        except OSError:
+            self.abandon()
+        if self.fin and not self.done:
+            self.done = True
+            self.sink.end()
+
+    def spliceable(self):
+        """Whether the next bytes can pass without being looked at: no TLS, no frame header among them."""
+        if self.discard or self.source.tls or self.sink.tls:
+            return False
+        return self.scanner is None or self.scanner.left >= SPLICE_LEAST or self.scanner.large
+
+    def splice(self, now):
+        """Move bulk from socket to pipe to socket; the kernel hands pages on and copies nothing.
+
+        Between two large frames only the header is read, and written into the pipe.
+        """
+        if self.pipe is None and not self.open_pipe():
+            self.bulk = False
+            return self.move(now)
+        scanner = self.scanner
+        room = PIPE_SIZE
+        try:
+            while room > 0 and not self.pending:
+                left = room if scanner is None else scanner.left
+                if left:
+                    count = os.splice(self.source.fileno(), self.pipe[1], min(left, room), flags=SPLICE_FLAGS)
+                    if not count:
+                        self.eof = True
+                        break
+                    if scanner is not None:
+                        scanner.skip(count)
+                    self.piped += count
+                else:
+                    head = self.source.read(LONGEST_HEADER)
+                    if not head:
+                        self.eof = head == b""
+                        break
+                    count = len(head)
+                    self.pending = scanner.feed(head, now)
+                    self.pending = self.pending[os.write(self.pipe[1], self.pending):] if self.pending else b""
+                    self.piped += count - len(self.pending)
+                    if scanner.notable or scanner.left < SPLICE_LEAST:
+                        self.bulk = scanner.large = False
+                        break
+                room -= count
+                self.bytes += count
+                self.heard = self.moved = now
+        except BlockingIOError:  # nothing more to read, or the pipe is full
+            pass
+        except OSError:
+            self.eof = self.broken = True
+        if scanner is None and self.piped < SMALL_READ:
+            self.bulk = False
+        self.flush(now)
+        return not (self.eof or self.writing() or self.done) and (scanner is None or not scanner.notable)
+
+    def open_pipe(self):
+        try:
+            self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # out of descriptors: bytes are copied, then
+            return False
+        try:
+            fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+        except OSError:  # above the user's limit: the kernel's size will do
+            pass
+        return True
+
+    def close_pipe(self):
+        if self.pipe is not None:
+            os.close(self.pipe[0])
+            os.close(self.pipe[1])
+            self.pipe = None
+
+    def inject(self, frame, now):
+        """Put a control frame between two frames of the stream -> whether this was possible."""
+        if self.writing() or self.fin or self.done or not self.scanner.between():
+            return False
+        self.pending = frame
+        self.flush(now)
+        return True
+
+    def end(self, frame, now):
+        """Let nothing more pass, and end sink; a frame goes first where one may stand."""
+        self.discard = True
+        if frame and not self.fin and self.scanner is not None and self.scanner.between() and not self.scanner.close:
+            self.pending = bytes(self.pending) + frame
+        self.fin = True
+        self.flush(now)
+
+    def abandon(self):
+        """sink cannot be written to any more."""
+        self.pending, self.piped, self.bulk = b"", 0, False
+        self.close_pipe()
+        self.discard = self.fin = self.done = self.cut = True
+
+
+SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
+
+
+class Tunnel:
+    """What a connection is after a 101: two Flows, one poll object, one clock."""
+
+    __slots__ = ("gate", "record", "up", "down", "idle_timeout", "ping_interval", "ping_timeout", "send_timeout", "poll",
+                 "interest", "alarm", "end_at", "deadline", "over", "pinged", "rtt", "opened")
+
+    def __init__(self, connection, backend, head, scan, extensions):
+        location, now = connection.location, time.monotonic()
+        self.gate = connection.gate
+        self.record = connection.record
+        self.idle_timeout = location.idle_timeout
+        self.ping_interval = location.ping_interval
+        self.ping_timeout = location.ping_timeout
+        self.send_timeout = connection.config.server.send_timeout
+        limit = location.max_message_size
+        self.up = Flow(connection.stream, backend, FrameScanner(True, extensions, limit, now) if scan else None, now)
+        self.down = Flow(backend, connection.stream, FrameScanner(False, extensions, limit, now) if scan else None, now)
+        self.opened = now
+        self.end_at = math.inf       # when draining ends this tunnel
+        self.deadline = math.inf     # when a tunnel that is ending is closed, whatever its peers do
+        self.over = False
+        self.pinged = {}             # {flow to the side that was pinged: time of the ping}
+        self.rtt = None              # of the last pong, in seconds
+        self.poll = Poll()
+        self.interest = {}           # {descriptor: events registered for it}
+        self.alarm = None
+        self.down.pending = head
+        for flow in (self.up, self.down):  # bytes that came with the heads are the first of the tunnel
+            early, flow.source.buffer = flow.source.buffer, b""
+            flow.bytes = len(early)
+            flow.pending += flow.scanner.feed(early, now) if scan and early else early
+
+    @property
+    def last_byte(self):
+        """time.monotonic() of the last byte either way."""
+        return max(self.up.moved, self.down.moved)
+
+    def run(self):
+        """Relay until both directions have ended, a peer breaks off, a timer runs out or the gate ends it."""
+        up, down, poll = self.up, self.down, self.poll
+        client = up.source.fileno()
+        now = time.monotonic()
+        self.watch_alarm()
+        up.flush(now)
+        down.flush(now)
+        self.settle(now)
+        wake = self.timers(now)
+        while not self.over:
+            events = poll.poll(max(0.0, wake - now) * 1000)
+            now = time.monotonic()
+            for fd, event in events:
+                reader, writer = (up, down) if fd == client else (down, up)
+                if event == POLLIN and fd != self.alarm and not writer.source.tls and reader.move(now):
+                    continue
+                self.act(fd, reader, writer, event, now)
+                wake = now
+            if now >= wake or not events:
+                wake = self.timers(now)
+
+    def act(self, fd, reader, writer, event, now):
+        """Everything but the plain case: something is pending, ends, breaks, or the gate wants something."""
+        if fd == self.alarm:
+            self.obey(now)
+        else:
+            if writer.writing():
+                writer.flush(now)
+            if reader.reading():
+                reader.move(now)
+            elif event & POLLERR:
+                reader.eof = reader.broken = True
+            elif event & POLLHUP and not writer.writing():
+                self.interest.pop(fd)  # both ends closed, bytes still to be read: later
+                self.poll.unregister(fd)
+        self.settle(now)
+
+    def settle(self, now):
+        """Draw the conclusions of what has happened, and poll for what can go on."""
+        up, down = self.up, self.down
+        for flow in (up, down):
+            # Decrypted bytes are invisible to poll: read them before it is asked.
+            while flow.source.tls and flow.reading() and flow.source.sock.pending():
+                flow.move(now)
+            if flow.scanner is not None and flow.scanner.notable:
+                self.note(flow, now)
+        for flow, back in ((up, down), (down, up)):
+            flow.broken = flow.broken or (flow.eof and back.cut)  # the same socket, whose error was told to its writer
+            if flow.eof and not flow.fin:
+                self.source_ended(flow, back, now)
+            if flow.eof and flow.broken and not back.done:
+                back.abandon()
+            if flow.done and not flow.eof and self.deadline == math.inf:
+                self.deadline = now + LINGER  # the sink broke while it was written to
+                self.ended_by(back, "eof")
+        if up.done and down.done and up.eof and down.eof:
+            self.over = True
+        for reader, writer in ((up, down), (down, up)):
+            stream = reader.source
+            self.watch(stream.fileno(), (stream.read_event if reader.reading() else 0)
+                       | (stream.write_event if writer.writing() else 0), reader.eof and writer.done)
+
+    def watch(self, fd, events, finished):
+        """Register interest in a socket, if it has changed; a finished one would only report POLLHUP."""
+        if finished:
+            if self.interest.pop(fd, None) is not None:
+                self.poll.unregister(fd)
+        elif self.interest.get(fd) != events and (events or fd in self.interest):
+            self.interest[fd] = events
+            self.poll.register(fd, events)
+
+    def source_ended(self, flow, back, now):
+        """A peer has ended its side, or broken off. Without a Close frame before it, one is made for the other."""
+        self.ended_by(flow, "rst" if flow.broken else "eof")
+        code = 1001 if flow is self.up else 1014
+        scanner = flow.scanner
+        frame = b""
+        if scanner is not None and not scanner.close:
+            frame = close_frame(code, self.record.reason or "gone", flow is self.up)
+        clean = frame and scanner.between() and not flow.done
+        if scanner is not None and scanner.held:
+            flow.pending = bytes(flow.pending) + scanner.give_up_held()
+        both_closed = scanner is not None and scanner.close and back.scanner is not None and back.scanner.close
+        self.deadline = min(self.deadline, now + (LINGER if clean or flow.broken else HALF_CLOSE))
+        if clean:
+            flow.pending = bytes(flow.pending) + frame
+        flow.fin = True
+        flow.flush(now)
+        if flow.broken:
+            back.abandon()
+        elif both_closed or flow.source.tls or flow.sink.tls:
+            back.end(b"", now)
+        if (both_closed or (flow.broken and not clean)) and flow.done and back.done:
+            self.over = True
+
+    def ended_by(self, flow, how):
+        """Remember who ended the tunnel, if nobody has before. flow: the one whose source did."""
+        if not self.record.close:
+            side = "client" if flow is self.up else "backend"
+            self.record.close = "%s:%s" % (side, how)
+            self.record.reason = side + "_gone"
+
+    def note(self, flow, now):
+        """A scanner has seen something: a Close, too large a message, a pong, or bytes that are no frames."""
+        scanner = flow.scanner
+        scanner.notable = False
+        back = self.down if flow is self.up else self.up
+        if scanner.lost:
+            self.record.frames = "lost"
+            flow.pending = bytes(flow.pending)
+            self.record.messages(self)
+            self.up.scanner = self.down.scanner = None
+            return
+        if scanner.too_big:
+            reason = "max_message_size"
+            codes = (1009, 1001) if flow is self.up else (1001, 1009)
+            self.finish(reason, codes[0], codes[1], now)
+            return
+        if scanner.rtt is not None:
+            self.rtt, scanner.rtt = scanner.rtt, None
+        if scanner.close and not self.record.close:
+            self.record.close = "%s:%s" % ("client" if flow is self.up else "backend", scanner.close[0])
+        if scanner.close and back.scanner is not None and back.scanner.close:
+            self.deadline = min(self.deadline, now + HALF_CLOSE)
+
+    def finish(self, reason, to_client, to_backend, now, seconds=LINGER):
+        """The gate ends the tunnel: Close frames where they may stand, FIN, and a moment of reading on."""
+        if not self.record.close or self.record.close.split(":")[0] == "gate":
+            self.record.close = "gate:%d" % to_client if self.down.scanner is not None else "gate:fin"
+        self.record.reason = reason
+        self.deadline = min(self.deadline, now + seconds)
+        self.down.end(close_frame(to_client, reason, False), now)
+        self.up.end(close_frame(to_backend, reason, True), now)
+        self.settle(now)
+
+    def timers(self, now):
+        """Do what is due -> time.monotonic() at which to look again."""
+        up, down = self.up, self.down
+        if self.deadline < math.inf:
+            if now >= self.deadline:
+                self.over = True
+            return self.deadline
+        idle_at = max(up.moved, down.moved, *self.pinged.values()) + self.idle_timeout if self.pinged \
+            else max(up.moved, down.moved) + self.idle_timeout
+        stalled_at = down.moved + self.send_timeout if down.writing() else math.inf
+        if now >= idle_at:
+            self.finish("idle_timeout", 1001, 1001, now)
+        elif now >= self.end_at:
+            self.finish("drain", 1001, 1001, now)
+        elif now >= stalled_at:
+            self.finish("send_timeout", 1001, 1001, now)
+        if self.deadline < math.inf:
+            return self.deadline
+        wake = min(idle_at, self.end_at, stalled_at)
+        for flow in (up, down):
+            if flow.pipe is not None:
+                if now - flow.moved >= 1 and not flow.piped:
+                    flow.close_pipe()
+                else:
+                    wake = min(wake, now + 1)
+        if self.ping_interval and up.scanner is not None:
+            wake = min(wake, self.ping(up, down, now), self.ping(down, up, now))
+        return wake if self.deadline == math.inf else min(wake, self.deadline)
+
+    def ping(self, hears, tells, now):
+        """Ping the side that `hears` comes from when it has been silent -> when to look again."""
+        sent = self.pinged.get(tells)
+        if hears.scanner.close or tells.scanner.close:
+            return math.inf  # it is closing, and need not answer any more
+        if sent is not None and hears.heard < sent:
+            if now >= sent + self.ping_timeout:
+                codes = (1011, 1001) if hears is self.up else (1014, 1011)
+                self.finish("ping_timeout", codes[0], codes[1], now)
+                return self.deadline
+            return sent + self.ping_timeout
+        due = max(hears.heard, sent or 0.0) + self.ping_interval
+        if hears is self.down:
+            due += min(1.0, self.ping_interval / 4)  # the backend's turn is a little later
+        if now < due:
+            return due
+        payload = os.urandom(8)
+        if not tells.inject(make_frame(PING, payload, masked=tells is self.up), now):
+            return now + 0.25  # inside a frame, or stalled: soon again
+        hears.scanner.expect_pong(payload, now)
+        self.pinged[tells] = now
+        return now + min(self.ping_timeout, self.ping_interval)
+
+    def watch_alarm(self):
+        """Poll the gate's alarm, if it has not rung yet; else do at once what it is for."""
+        alarm = self.gate.alarm
+        self.alarm = alarm.fileno()
+        self.poll.register(self.alarm, POLLIN)
+
+    def obey(self, now):
+        """The alarm rang: the gate is being drained or stopped."""
+        self.poll.unregister(self.alarm)
+        self.watch_alarm()  # a second one may ring
+        if self.gate.state == "stopping":
+            self.finish("stop", 1001, 1001, now, seconds=0.8)
+        elif self.gate.state == "draining" and self.end_at == math.inf:  # opened after the plan was made
+            self.end_at = now + random.random() * max(0.0, self.gate.deadline - 1 - now)
+
+    def close(self):
+        for flow in (self.up, self.down):
+            flow.close_pipe()
+        self.record.messages(self)
+
+
+# --------------------------------------------------- WebSocket frames (RFC 6455)
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+LONGEST_HEADER = 14
+
+
+def make_frame(opcode, payload, masked):
+    """A final frame of at most 125 bytes of payload -> bytes. masked: towards the backend (RFC 6455 5.3)."""
+    if not masked:
+        return bytes((0x80 | opcode, len(payload))) + payload
+    mask = os.urandom(4)
+    return bytes((0x80 | opcode, 0x80 | len(payload))) + mask + apply_mask(payload, mask)
+
+
+def close_frame(code, reason, masked):
+    """A Close frame with code and a short reason text."""
+    return make_frame(CLOSE, struct.pack("!H", code) + reason.encode("ascii", "replace")[:60], masked)
+
+
+def apply_mask(payload, mask):
+    return bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
+
+
+class FrameScanner:
+    """Follows the frames of one direction and keeps no payload (RFC 6455 5.2).
+
+    feed() is given every byte that passes and returns those that shall pass: all of them, but
+    for pongs that answer the gate's own pings. When the bytes are not frames it gives up (lost).
+    """
+
+    __slots__ = ("masked", "reserved", "limit", "whole", "bias", "left", "head", "mask", "opcode", "control", "message",
+                 "messages", "last_data", "close", "lost", "too_big", "large", "notable", "pings", "held", "rtt")
+
+    def __init__(self, masked, extensions, limit, now):
+        self.masked = masked                     # frames of a client are masked, those of a server are not
+        self.reserved = 0 if extensions else 0x70  # bits that must be 0 while no extension uses them
+        self.limit = limit                       # max_message_size
+        # feed() knows a chunk that is one whole small frame by a comparison: its second
+        # byte is its size plus bias, and its size is below `whole`.
+        self.whole = 0 if 0 < limit < 126 else 132 if masked else 128
+        self.bias = 122 if masked else -2
+        self.left = 0                            # payload bytes of the current frame still to come
+        self.head = b""                          # of a header that has not come whole
+        self.mask = b""
+        self.opcode = CONTINUATION
+        self.control = None                      # payload so far of a Close
+        self.message = 0                         # payload of the current message in earlier fragments
+        self.messages = 0                        # text and binary messages that have ended
+        self.last_data = now                     # time.monotonic() of the last text or binary frame
+        self.close = None                        # (code, reason) of a Close that passed
+        self.lost = False
+        self.too_big = False
+        self.large = False                       # the last frame was large: the next may be spliced too
+        self.notable = False                     # something for Tunnel.note
+        self.pings = {}                          # {payload: time.monotonic()} of pings that are not answered
+        self.held = b""                          # of a pong that may be the answer
+        self.rtt = None                          # of the last pong, in seconds
+
+    def between(self):
+        """Whether all that passed are whole frames, so that one may be put in here."""
+        return not (self.left or self.head or self.held or self.lost or self.too_big)
+
+    def feed(self, data, now):
+        """-> the bytes to pass on."""
+        size = len(data)
+        if (5 < size < self.whole and data[1] == size + self.bias and not self.left and not self.head and not self.held
+                and (data[0] == 0x82 or data[0] == 0x81)):
+            self.messages += 1
+            self.last_data = now
+            self.message = 0
+            return data
+        return self.scan(data, now)
+
+    def scan(self, data, now):
+        """feed() for everything but one small whole frame."""
+        position, size = 0, len(data)
+        out, begin = [], 0                       # what passes: out, then data[begin:]
+        while position < size:
+            if self.left:
+                position = self.scan_payload(data, position)
+            elif self.pings and not self.head and (self.held or data[position] == 0x80 | PONG):
+                out.append(data[begin:position])
+                position = begin = self.scan_pong(data, position, out, now)
+            else:
+                start = position
+                position = self.scan_header(data, position, now)
+                if self.too_big:
+                    out.append(data[begin:max(begin, start)])
+                    return b"".join(out)
+                if self.lost:
+                    break
+        return b"".join(out) + data[begin:] if out else data
+
+    def scan_payload(self, data, position):
+        """-> the position behind what there is of the frame's payload."""
+        count = min(self.left, len(data) - position)
+        if self.control is not None:
+            self.control += data[position:position + count]
+        self.skip(count)
+        return position + count
+
+    def skip(self, count):
+        """Payload bytes passed, seen or unseen."""
+        self.left -= count
+        if not self.left and self.control is not None:
+            payload = apply_mask(self.control, self.mask) if self.masked else self.control
+            code = struct.unpack("!H", payload[:2])[0] if len(payload) > 1 else 1005
+            self.close = (code, payload[2:])
+            self.control = None
+            self.notable = True
+
+    def scan_header(self, data, position, now):
+        """A frame begins at position, or goes on after self.head -> the position behind its header."""
+        head = self.head + data[position:position + LONGEST_HEADER - len(self.head)]
+        length = len(head)
+        need = 2
+        if length > 1:
+            short = head[1] & 0x7F
+            need = (2 if short < 126 else 4 if short == 126 else 10) + (4 if self.masked else 0)
+        if length < need:
+            if length and not self.plausible(head):
+                self.lose()
+            self.head = head
+            return len(data)
+        position += need - len(self.head)
+        self.head = b""
+        if not self.plausible(head):
+            self.lose()
+            return position
+        if short > 125:
+            short = struct.unpack_from("!H" if short == 126 else "!Q", head, 2)[0]
+            if short >> 63:
+                self.lose()
+                return position
+        self.begin(head, short, head[need - 4:need] if self.masked else b"", now)
+        if need + short < 132 or self.lost or self.too_big:
+            return position
+        return self.skip_alike(data, position, head[:need], short)
+
+    def plausible(self, head):
+        """Whether the first one or two bytes of a header can be those of a frame."""
+        first = head[0]
+        opcode = first & 0x0F
+        if first & self.reserved or opcode > PONG or 2 < opcode < 8:
+            return False
+        if len(head) < 2:
+            return opcode < 8 or bool(first & 0x80)
+        if bool(head[1] & 0x80) != self.masked:
+            return False
+        return opcode < 8 or (bool(first & 0x80) and head[1] & 0x7F < 126)
+
+    def begin(self, head, length, mask, now):
+        """A whole header has been read."""
+        self.left = length
+        self.opcode = head[0] & 0x0F
+        if self.opcode >= CLOSE:
+            if self.opcode == CLOSE:
+                self.mask, self.control = mask, b""
+                self.skip(0)
+            return
+        self.large = length >= SPLICE_LEAST
+        self.last_data = now
+        self.message += length
+        if 0 < self.limit < self.message:
+            self.too_big = self.notable = True
+        if head[0] & 0x80:
+            self.messages += 1
+            self.message = 0
+
+    def skip_alike(self, data, position, head, length):
+        """A burst of frames of one size (and no mask to differ in) is found by comparing slices, not frame by frame."""
+        return position
+
+    def lose(self):
+        """These bytes are no frames."""
+        self.lost = self.notable = True
+
+    def expect_pong(self, payload, now):
+        """A ping with this payload was sent: its pong is not passed on."""
+        self.pings[payload] = now
+        if len(self.pings) > 8:
+            self.pings.pop(next(iter(self.pings)))
+
+    def scan_pong(self, data, position, out, now):
+        """A pong that may answer the gate's ping is held until it is whole -> the position behind it."""
+        before = len(self.held)
+        held = self.held + data[position:position + 6 + 125]
+        header = 6 if self.masked else 2
+        if len(held) > 1 and not self.plausible(held):
+            self.lose()
+        need = header + (held[1] & 0x7F) if len(held) > 1 else header
+        if self.lost:
+            need = len(held)
+        if len(held) < need:
+            self.held = held
+            return len(data)
+        self.held = b""
+        payload = held[header:need]
+        if self.masked:
+            payload = apply_mask(payload, held[2:6])
+        sent = self.pings.pop(payload, None)
+        if sent is None or self.lost:
+            out.append(held[:need])
+        else:
+            self.rtt = now - sent
+            self.notable = True
+        return position + need - before
+
+    def give_up_held(self):
+        """The stream ended inside a held frame: it passes as it is."""
+        held, self.held = self.held, b""
+        return held
+
+
+# ---------------------------------------------------------- Access log, status
+
+access_log = logging.getLogger("wsgate.access")
+HANDSHAKE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Record:
+    """What the access log says of one exchange; filled in on the way, written once at its end."""
+
+    __slots__ = ("gate", "id", "time", "begun", "client", "host", "request", "status", "event", "location", "server",
+                 "failed", "handshake", "up", "down", "close", "reason", "frames", "rtt", "note")
+    ids = itertools.count(random.randrange(1 << 24))
+
+    def __init__(self, gate, client):
+        self.gate = gate
+        self.id = "%06x" % (next(self.ids) & 0xFFFFFFFF)
+        self.time = time.time()
+        self.begun = time.monotonic()
+        self.client = client
+        self.host = self.request = self.location = self.server = "-"
+        self.status = 0
+        self.event = "done"          # for a tunnel "closed"
+        self.failed = 0              # servers that failed before this one
+        self.handshake = None        # seconds up to the 101
+        self.up = self.down = (0, 0)  # (messages, bytes) from and to the client
+        self.close = None            # who ended the tunnel and how: client:1000, gate:1001, backend:eof
+        self.reason = None           # a stable word
+        self.frames = None           # "lost" when the tunnel's bytes were no frames
+        self.rtt = None
+        self.note = None             # for people
+
+    def request_of(self, message):
+        self.host = printable(message.authority or b"-")
+        self.request = printable(b"%s %s HTTP/1.%d" % (message.method, mask_query(message.target), message.minor))
+
+    def ended(self, reason, status=None, note=None):
+        """The exchange could not go on; status only if no answer has begun."""
+        self.reason = reason
+        self.status = status or self.status
+        self.note = note or self.note
+
+    def note_refusal(self, message, response):
+        """A backend refused a handshake: say what its answer and the request disagree about."""
+        self.reason = "backend_said_%d" % response.status
+        location, origin = response.fields.get(b"location"), message.fields.get(b"origin")
+        if location and response.status // 100 == 3:
+            self.note = "redirected to %s" % printable(mask_query(location))
+        elif origin and response.status == 403:
+            self.note = "Origin %s, Host %s" % (printable(origin), printable(message.authority))
+
+    def count(self, up, down):
+        self.up, self.down = (0, up), (0, down)
+
+    def messages(self, tunnel):
+        """Take the tunnel's counts over, while its scanners are there."""
+        self.up, self.down = [(flow.scanner.messages if flow.scanner else (self.up, self.down)[flow is tunnel.down][0], flow.bytes)
+                              for flow in (tunnel.up, tunnel.down)]
+        self.rtt = tunnel.rtt
+
+    def opened(self):
+        """A tunnel begins: one line now, one at its end with the same id (and the whole story)."""
+        self.event = "closed"
+        self.handshake = time.monotonic() - self.begun
+        self.gate.opened(self.handshake)
+        if access_log.isEnabledFor(logging.INFO):
+            access_log.info("%s", Line("open", self.time, [
+                ("id", self.id), ("client", self.client), ("host", self.host), ("event", "open"), ("location", self.location),
+                ("server", self.server), ("hs", round(self.handshake, 3))]))
+
+    def write(self):
+        """The line at the end."""
+        self.gate.closed(self)
+        if not access_log.isEnabledFor(logging.INFO):
+            return
+        fields = [("id", self.id), ("client", self.client), ("host", self.host), ("request", self.request), ("status", self.status),
+                  ("event", self.event), ("location", self.location), ("server", self.server),
+                  ("dur", round(time.monotonic() - self.begun, 3)),
+                  ("hs", None if self.handshake is None else round(self.handshake, 3)),
+                  ("up", self.up), ("down", self.down), ("close", self.close), ("reason", self.reason or "-")]
+        fields += [(name, value) for name, value in (("failed", self.failed), ("frames", self.frames), ("note", self.note)) if value]
+        if self.rtt is not None:
+            fields.append(("rtt", round(self.rtt, 4)))
+        access_log.info("%s", Line(self.event, self.time, fields))
+
+
+class Line:
+    """An access log line, made into text or JSON by the formatter."""
+
+    def __init__(self, event, when, fields):
+        self.time = "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when)), when % 1 * 1000)
+        self.fields = fields
+
+    def __str__(self):
+        """time id client host "request" status event location server, then name=value."""
+        words = [self.time]
+        for name, value in self.fields:
+            if name in ("up", "down"):
+                words.append("%s=%d/%dB" % ((name,) + tuple(value)))
+            elif name in ("request", "note"):
+                words.append('%s"%s"' % ("note=" if name == "note" else "", value))
+            elif name in ("id", "client", "host", "status", "event", "location", "server"):
+                words.append(str(value).replace(" ", "\\x20"))
+            elif value is not None:
+                words.append("%s=%s" % (name, value))
+        return " ".join(words)
+
+    def json(self):
+        values = dict(self.fields, time=self.time)
+        for name in ("up", "down"):
+            if name in values:
+                values[name + "_messages"], values[name + "_bytes"] = values.pop(name)
+        return json.dumps(values, sort_keys=True)
+
+
+class JSONFormatter(logging.Formatter):
+    def format(self, record):
+        return record.args[0].json()
+
+
+def mask_query(target):
+    """A request-target with the values of its query taken out: tokens live there."""
+    path, question, query = target.partition(b"?")
+    query = re.sub(br"=[^&;]+", b"=...", query)
+    return path + question + re.sub(br"(^|[&;])[^&;=]{24,}", br"\1...", query)
+
+
+SECRET = frozenset((b"authorization", b"proxy-authorization", b"cookie", b"set-cookie", b"sec-websocket-protocol",
+                    b"sec-websocket-key", b"x-api-key"))
+
+
+class Masked:
+    """A head for the debug log, made into text only if somebody reads it; secrets are masked."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def __str__(self):
+        lines = ["  %s: %s" % (printable(name), "..." if name.lower() in SECRET else printable(value))
+                 for name, value in self.message.fields]
+        if isinstance(self.message, Request):
+            return "\n".join(["  %s %s" % (printable(self.message.method), printable(mask_query(self.message.target)))] + lines)
+        return "\n".join(["  %d %s" % (self.message.status, printable(self.message.reason))] + lines)
+
+
+def setup_logging(server):
+    """Open the logs that the configuration names; on OSError the old ones stay."""
+    error_format = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    access_format = JSONFormatter() if server.log_format == "json" else logging.Formatter("%(message)s")
+    handlers = [(log, log_handler(server.error_log, sys.stderr), error_format),
+                (access_log, log_handler(server.access_log, sys.stdout), access_format)]
+    log.setLevel(server.log_level.upper())
+    access_log.setLevel(logging.INFO if handlers[1][1] else logging.CRITICAL)
+    logging.raiseExceptions = False  # a log that cannot be written costs no connection
+    for logger, handler, formatter in handlers:
+        old = list(logger.handlers)
+        handler = handler or logging.NullHandler()
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+        logger.propagate = False
+        for each in old:
+            logger.removeHandler(each)
+            each.close()
+
+
+def log_handler(where, stream):
+    """The value of access_log or error_log -> a logging.Handler, None for off."""
+    if where == "off":
+        return None
+    if where == "-":
+        return logging.StreamHandler(stream)
+    if where.startswith("syslog:"):
+        host, _, port = where[7:].rpartition(":")
+        if not where[7:]:
+            return logging.handlers.SysLogHandler("/dev/log", facility="daemon")
+        return logging.handlers.SysLogHandler((host or port, int(port) if host else 514), facility="daemon")
+    return logging.FileHandler(where, encoding="utf-8")
+
+
+class History:
+    """Ten minutes of tunnels and bytes, for the status page. Written by the main thread alone."""
+
+    STEP = 5.0
+
+    def __init__(self):
+        self.samples = collections.deque(maxlen=121)  # (time.monotonic(), tunnels, bytes up, bytes down)
+
+    def due(self, now):
+        return not self.samples or now - self.samples[-1][0] >= self.STEP
+
+    def add(self, now, gate):
+        self.samples.append((now,) + gate.traffic())
+
+    def rates(self):
+        """-> [(tunnels, bytes up per second, bytes down per second)]"""
+        samples = list(self.samples)
+        return [(new[1], max(0, new[2] - old[2]) / (new[0] - old[0]), max(0, new[3] - old[3]) / (new[0] - old[0]))
+                for old, new in zip(samples, samples[1:])]
+
+
+class StatusListener(Listener):
+    """The listener of the status page."""
+
+    def __init__(self, gate, listen, inherited=None):
+        super().__init__(gate, listen, inherited)
+        self.RequestHandlerClass = StatusConnection
+
+
+class StatusConnection(socketserver.BaseRequestHandler):
+    """One request to the status page: / /status.json /metrics /healthz /readyz."""
+
+    def handle(self):
+        stream, gate = Stream(self.request), self.server.gate
+        deadline = Deadline(5)
+        peer = self.client_address[0] if self.client_address else None
+        try:
+            try:
+                message = parse_request_head(read_head(stream, 16384, deadline))
+                if peer and not trusted(gate.config.server.status_allow, peer):
+                    raise HTTPError(403, "not_allowed", "status_allow does not name this address")
+                if message.method not in (b"GET", b"HEAD"):
+                    raise HTTPError(405, "not_allowed", "", ((b"Allow", b"GET, HEAD"),))
+                status, kind, text = self.page(gate, message)
+            except HTTPError as error:
+                message, status, kind, text = None, error.status, "text/plain", "%s\n" % error.reason
+            body = text.encode()
+            head = ("HTTP/1.1 %d %s\r\nContent-Type: %s; charset=utf-8\r\nContent-Length: %d\r\nCache-Control: no-store\r\n"
+                    "Connection: close\r\n\r\n" % (status, reason_phrase(status), kind, len(body))).encode()
+            stream.write_all(head + (b"" if message and message.method == b"HEAD" else body), deadline)
+            stream.linger()
+        except (OSError, EOFError, TimedOut):  # whoever asked has gone
+            pass
+        finally:
+            stream.close()
+
+    def page(self, gate, message):
+        """-> (status, content type, text)"""
+        path, _, query = message.target.decode("ascii").partition("?")
+        if path == "/healthz":
+            return 200, "text/plain", "ok\n"
+        if path == "/readyz":
+            return (200, "text/plain", "ready\n") if gate.state == "running" else (503, "text/plain", gate.state + "\n")
+        if path == "/metrics":
+            return 200, "text/plain; version=0.0.4", metrics(gate)
+        if path == "/status.json":
+            return 200, "application/json", json.dumps(status(gate), indent=1) + "\n"
+        if path == "/":
+            return 200, "text/html", status_page(status(gate), query)
+        raise HTTPError(404, "not_found", "")
+
+
+def status(gate):
+    """What the status page shows -> dict. Takes no lock that traffic waits for longer than a copy."""
+    now = time.monotonic()
+    with gate.lock:
+        connections, totals = list(gate.connections), dict(gate.totals)
+    tunnels = []
+    for tunnel in [each.tunnel for each in connections]:
+        if tunnel is None:
+            continue
+        record, flows = tunnel.record, (tunnel.up, tunnel.down)
+        scanners = [flow.scanner for flow in flows]
+        data = max([scanner.last_data for scanner in scanners if scanner] or [tunnel.last_byte])
+        tunnels.append({
+            "id": record.id, "age": round(now - tunnel.opened, 1), "client": record.client, "location": record.location,
+            "server": record.server, "last_data": round(now - data, 1), "last_byte": round(now - tunnel.last_byte, 1),
+            "up_messages": scanners[0].messages if scanners[0] else 0, "up_bytes": flows[0].bytes,
+            "down_messages": scanners[1].messages if scanners[1] else 0, "down_bytes": flows[1].bytes,
+            "rtt": None if tunnel.rtt is None else round(tunnel.rtt, 4)})
+    servers = [{"upstream": upstream.name, "server": server.name, "active": server.health.active, "picked": server.health.picked,
+                "state": "down" if server.down else "up" if server.healthy(now) else "resting", "backup": server.backup}
+               for upstream in gate.config.upstreams for server in upstream.servers]
+    return {"version": VERSION, "state": gate.state, "uptime": round(time.time() - gate.started), "connections": len(connections),
+            "capacity": gate.capacity, "capacity_reason": gate.capacity_reason, "tunnels_open": len(tunnels),
+            "requests": totals.get("requests", 0), "tunnels": totals.get("tunnels", 0),
+            "refusals": {name[8:]: count for name, count in sorted(totals.items()) if name.startswith("refused_")},
+            "ends": {name[4:]: count for name, count in sorted(totals.items()) if name.startswith("end_")},
+            "servers": servers, "live": tunnels, "history": gate.history.rates()}
+
+
+def metrics(gate):
+    """The Prometheus text format, version 0.0.4."""
+    lines = []
+
+    def metric(name, kind, meaning, values):
+        lines.append("# HELP wsgate_%s %s\n# TYPE wsgate_%s %s" % (name, meaning, name, kind))
+        for labels, value in values:
+            text = ",".join('%s="%s"' % (key, str(each).replace("\\", "\\\\").replace('"', '\\"')) for key, each in labels)
+            lines.append("wsgate_%s%s %s" % (name, "{%s}" % text if text else "", value))
+
+    with gate.lock:
+        connections, totals = len(gate.connections), dict(gate.totals)
+    open_now, up, down = gate.traffic()
+    now = time.monotonic()
+    metric("start_time_seconds", "gauge", "When the gate was started, in unix time.", [((), round(gate.started, 3))])
+    metric("connections", "gauge", "Client connections open now.", [((), connections)])
+    metric("connections_limit", "gauge", "Client connections there may be.", [((), gate.capacity)])
+    metric("tunnels", "gauge", "Tunnels open now.", [((), open_now)])
+    metric("requests_total", "counter", "Exchanges that have ended, by status.", [
+        ((("status", name[7:]),), count) for name, count in sorted(totals.items()) if name.startswith("status_")])
+    metric("refusals_total", "counter", "Exchanges the gate answered itself, by reason.", [
+        ((("reason", name[8:]),), count) for name, count in sorted(totals.items()) if name.startswith("refused_")])
+    metric("tunnel_ends_total", "counter", "Tunnels that have ended, by reason.", [
+        ((("reason", name[4:]),), count) for name, count in sorted(totals.items()) if name.startswith("end_")])
+    metric("bytes_total", "counter", "Payload relayed, from (up) and to (down) clients.", [
+        ((("direction", "up"),), up), ((("direction", "down"),), down)])
+    buckets = [((("le", bound),), totals.get("handshake_%g" % bound, 0)) for bound in HANDSHAKE_BUCKETS]
+    name = "handshake_seconds"
+    lines.append("# HELP wsgate_%s From the request to the 101.\n# TYPE wsgate_%s histogram" % (name, name))
+    lines.extend('wsgate_%s_bucket{le="%g"} %d' % (name, labels[0][1], count) for labels, count in buckets)
+    lines.append('wsgate_%s_bucket{le="+Inf"} %d\nwsgate_%s_sum %s\nwsgate_%s_count %d' % (
+        name, totals.get("tunnels", 0), name, totals.get("handshake_sum", 0), name, totals.get("tunnels", 0)))
+    servers = [((("upstream", upstream.name), ("server", server.name)), server)
+               for upstream in gate.config.upstreams for server in upstream.servers]
+    metric("server_active", "gauge", "Exchanges and tunnels of a server now.", [(key, each.health.active) for key, each in servers])
+    metric("server_up", "gauge", "1 unless the server rests or is down.", [
+        (key, int(each.healthy(now) and not each.down)) for key, each in servers])
+    return "\n".join(lines) + "\n"
+
+
+STATUS_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="5">
+<meta name="viewport" content="width=device-width"><title>wsgate: {tunnels_open} tunnels</title>
+<style>
+:root{{color-scheme:light dark;--line:#8884}} body{{font:15px/1.45 system-ui,sans-serif;margin:1em auto;max-width:70em;padding:0 1em}}
+h1{{font-size:1.3em}} h2{{font-size:1.05em;margin:1.6em 0 .4em}} .facts{{display:flex;flex-wrap:wrap;gap:.6em 2em}}
+.facts b{{display:block;font-size:1.5em}} .wide{{overflow-x:auto}} table{{border-collapse:collapse;width:100%}}
+th,td{{text-align:right;padding:.25em .6em;border-bottom:1px solid var(--line);white-space:nowrap;font-variant-numeric:tabular-nums}}
+th:first-child,td:first-child,.text{{text-align:left}} svg{{width:100%;height:7em;border-bottom:1px solid var(--line)}}
+path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}} .a{{stroke:#36c}} .b{{stroke:#2a2}} .c{{stroke:#d70}}
+.resting,.down{{color:#d22;font-weight:bold}}
+</style><h1>wsgate {version} <small>{state}, up {uptime}</small></h1>
+<div class="facts"><div><b>{tunnels_open}</b>tunnels open</div><div><b>{connections}</b>connections of {capacity} ({capacity_reason})</div>
+<div><b>{tunnels}</b>tunnels in all</div><div><b>{requests}</b>exchanges ended</div></div>
+<h2>Last ten minutes: <span style="color:#36c">tunnels</span>, <span style="color:#2a2">bytes/s up</span>,
+<span style="color:#d70">bytes/s down</span></h2>
+<svg viewBox="0 0 120 100" preserveAspectRatio="none" role="img" aria-label="tunnels and bytes per second">{curves}</svg>
+<p>{peaks}</p><h2>Servers</h2><div class="wide"><table><tr><th>upstream<th class="text">server<th>state<th>active<th>picked</tr>{servers}</table></div>
+<h2>Tunnels, by <a href="?sort=age">age</a> or <a href="?sort=bytes">bytes</a></h2><div class="wide"><table>
+<tr><th>id<th>age<th class="text">client<th class="text">location<th class="text">server<th>messages up<th>bytes up<th>messages down
+<th>bytes down<th>last data<th>rtt</tr>{live}</table></div><h2>Answered by the gate itself</h2><p>{refusals}</p></html>
+"""
+
+
+def status_page(facts, query):
+    """The dict of status() as HTML that refreshes itself; no script, nothing from elsewhere."""
+    def cells(values):
+        return "<tr>" + "".join("<td>%s" % html.escape(str(value)) for value in values)
+
+    history = facts["history"][-120:]
+    curves, peaks = [], []
+    for column, (kind, name) in enumerate((("a", "tunnels"), ("b", "bytes/s up"), ("c", "bytes/s down"))):
+        values = [sample[column] for sample in history]
+        peak = max(values, default=0)
+        points = ["%d,%.1f" % (120 - len(values) + place, 98 - 96 * value / peak if peak else 98) for place, value in enumerate(values)]
+        if points:
+            curves.append('<path class="%s" d="M%s"/>' % (kind, " L".join(points)))
+        peaks.append("most %s: %s" % (name, amount(peak)))
+    order = (lambda each: -each["up_bytes"] - each["down_bytes"]) if query == "sort=bytes" else (lambda each: -each["age"])
+    live = [cells((each["id"], duration(each["age"]), each["client"], each["location"], each["server"], each["up_messages"],
+                   amount(each["up_bytes"]), each["down_messages"], amount(each["down_bytes"]), duration(each["last_data"]),
+                   "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
+            for each in sorted(facts["live"], key=order)[:500]]
+    servers = ['<tr><td>%s<td class="text">%s<td class="%s">%s<td>%d<td>%d' % (
+        html.escape(each["upstream"]), html.escape(each["server"]), each["state"], each["state"] + (" (backup)" if each["backup"] else ""),
+        each["active"], each["picked"]) for each in facts["servers"]]
+    refusals = ", ".join("%s %d" % pair for pair in facts["refusals"].items()) or "nothing"
+    return STATUS_PAGE.format(**dict(facts, uptime=duration(facts["uptime"]), curves="".join(curves), peaks=", ".join(peaks),
+                                     servers="".join(servers), live="".join(live), refusals=html.escape(refusals)))
+
+
+def duration(seconds):
+    """Seconds -> '12s', '5m', '3h', '2d' for people."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= 2 * size:
+            return "%d%s" % (seconds // size, unit)
+    return "%ds" % seconds
+
+
+def amount(count):
+    """A number -> '512', '3.4k', '1.2M', '5.0G' for people."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return "%.1f%s" % (count / size, unit)
+    return "%d" % count
+
+
+# ---------------------------------------------------------------- Command line
+
+
+def main(argv=None):
+    """Run what the command line asks for -> exit status: 0 as asked, 1 an error, 2 misuse."""
+    arguments = parse_arguments(argv)
+    try:
+        if arguments.print_config:
+            sys.stdout.write(sample_config())
+            return 0
+        if arguments.print_unit:
+            sys.stdout.write(UNIT % {"python": sys.executable, "file": os.path.abspath(__file__)})
+            return 0
+        if arguments.hash_password:
+            sys.stdout.write("%s:%s\n" % (arguments.hash_password, hash_password(getpass.getpass().encode()).decode()))
+            return 0
+        if arguments.demo:
+            return demo(arguments)
+        path, overrides = find_config(arguments)
+        if arguments.t:
+            return check_config(path, overrides)
+        if arguments.s:
+            return send_signal(load_config(path, overrides), arguments.s)
+        return run_gate(path, overrides)
+    except ConfigError as error:
+        for line in error.errors:
+            sys.stderr.write("wsgate: %s\n" % line)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    except (OSError, ValueError) as error:
+        sys.stderr.write("wsgate: %s\n" % (str(error) if not isinstance(error, OSError) or error.strerror is None
+                                          or error.filename is None else "%s: %s" % (error.filename, error.strerror)))
+        return 1
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="wsgate.py", description="A WebSocket reverse proxy in one file.", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  wsgate.py --demo\n  wsgate.py --listen :8080 --backend http://127.0.0.1:9000\n"
+               "  wsgate.py -c wsgate.ini -t\n  wsgate.py -s reload")
+    run = parser.add_argument_group("running")
+    run.add_argument("-c", metavar="FILE", help="configuration (default: ./wsgate.ini, then wsgate.ini beside wsgate.py)")
+    run.add_argument("--listen", metavar="ADDRESS", help="listen here instead of what the file says")
+    run.add_argument("--backend", metavar="URL", help="pass everything to this backend")
+    run.add_argument("--demo", action="store_true", help="run a gate, an echo backend and a page to try them on")
+    control = parser.add_argument_group("controlling a running gate")
+    control.add_argument("-s", metavar="SIGNAL", choices=sorted(CONTROL), help="%s, through its pid file" % ", ".join(sorted(CONTROL)))
+    helping = parser.add_argument_group("checking and helping")
+    helping.add_argument("-t", action="store_true", help="check the configuration and say everything that is wrong with it")
+    helping.add_argument("--hash-password", metavar="USER", help="ask for a password, print a line for auth_basic_user_file")
+    helping.add_argument("--print-config", action="store_true", help="print a wsgate.ini with every key at its default")
+    helping.add_argument("--print-unit", action="store_true", help="print a systemd unit")
+    helping.add_argument("-v", "--version", action="version", version="wsgate %s, Python %s" % (VERSION, sys.version.split()[0]))
+    return parser.parse_args(argv)
+
+
+CONTROL = {"reload": "SIGHUP", "quit": "SIGQUIT", "stop": "SIGTERM", "reopen": "SIGUSR1", "upgrade": "SIGUSR2"}
+
+
+def find_config(arguments):
+    """-> (path or None, {key: text} for [server])"""
+    overrides = {}
+    if arguments.listen:
+        overrides["listen"] = arguments.listen
+    if arguments.backend:
+        overrides["proxy_pass"] = arguments.backend if "://" in arguments.backend else "http://" + arguments.backend
+    if arguments.c:
+        return arguments.c, overrides
+    for path in ("wsgate.ini", os.path.join(os.path.dirname(os.path.abspath(__file__)), "wsgate.ini")):
+        if os.path.exists(path) and not arguments.backend:
+            return path, overrides
+    if not arguments.backend:
+        sys.stderr.write("wsgate: no wsgate.ini here or beside wsgate.py; using the defaults\n")
+    return None, overrides
+
+
+def check_config(path, overrides):
+    """-t"""
+    config = load_config(path, overrides)
+    for warning in config.warnings:
+        sys.stderr.write("wsgate: warning: %s\n" % warning)
+    sys.stderr.write("wsgate: %s is good\n" % (path or "the configuration"))
+    return 0
+
+
+def send_signal(config, name):
+    """-s"""
+    path = config.server.pid
+    if not path:
+        raise ValueError("-s needs pid = FILE in [server]")
+    try:
+        with open(path) as file:
+            number = int(file.read())
+        os.kill(number, getattr(signal, CONTROL[name]))
+    except ProcessLookupError:
+        raise ValueError("no gate runs with the process id in %s" % path)
+    return 0
+
+
+def run_gate(path, overrides, ready=None):
+    """Start the gate and run it to its end -> exit status. ready: called with the Gate once it listens."""
+    config = load_config(path, overrides)
+    setup_logging(config.server)
+    threading.stack_size(256 * 1024)  # 10,000 threads of 8 MiB do not fit everywhere
+    gate = Gate(config)
+    gate.load = lambda: load_config(path, overrides)
+    gate.reopen_logs = lambda: setup_logging(gate.config.server)
+    gate.open(inherited_sockets())
+    pid_file = config.server.pid and os.path.abspath(config.server.pid)
+    if pid_file:
+        with open(pid_file, "w") as file:
+            file.write("%d\n" % os.getpid())
+    if config.server.user:
+        drop_privileges(config.server.user)
+    gate.catch_signals()
+    announce(config, gate)
+    if ready:
+        ready(gate)
+    if os.environ.get("WSGATE_READY"):
+        os.write(int(os.environ["WSGATE_READY"]), b"ready")
+        os.close(int(os.environ.pop("WSGATE_READY")))
+    gate.run()
+    if pid_file:
+        remove_pid_file(pid_file)
+    log.info("stopped")
+    logging.shutdown()
+    if gate.connections:
+        os._exit(0)  # threads that did not end in time must not keep the process
+    return 0
+
+
+def announce(config, gate):
+    """Say in the log what runs here, and where."""
+    log.info("wsgate %s, Python %s, %s", VERSION, sys.version.split()[0], config.path or "no configuration file")
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    for listener in gate.listeners:
+        address = listener.listen.address
+        host, port = listener.server_address[:2] if not address.path else (None, None)
+        where = show_address(address) if address.path else "%s://%s:%d/" % (
+            "https" if listener.listen.ssl else "http", {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, "[%s]" % host if ":" in host else host), port)
+        log.info("%s %s", "status page" if isinstance(listener, StatusListener) else "listening on", where)
+    for location in config.locations:
+        target = location.proxy_pass
+        log.info("[location %s] -> %s", location.name, "%s://%s%s" % (
+            "https" if target.tls else "http", target.where, target.uri or "") if target else "return %d" % location.return_.status)
+    log.info("up to %d connections (%s)", gate.capacity, gate.capacity_reason)
+
+
+def inherited_sockets():
+    """Listening sockets from a predecessor (USR2) or from systemd (sd_listen_fds(3)) -> {address text: socket}."""
+    descriptors = [int(pair.rpartition("=")[2]) for pair in os.environ.pop("WSGATE_SOCKETS", "").split()]
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        descriptors += range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
+    found = {}
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+        family = socket.socket(fileno=os.dup(descriptor))
+        sock = socket.fromfd(descriptor, family.getsockname() and family.family or socket.AF_INET, socket.SOCK_STREAM)
+        os.close(descriptor)
+        name = sock.getsockname()
+        found[show_address(Address(None, None, name) if isinstance(name, str) else Address(name[0], name[1], None))] = sock
+        family.close()
+    return found
+
+
+def drop_privileges(user):
+    """Become this user, with its groups, for good; started as anybody else this must fail."""
+    entry = pwd.getpwnam(user)
+    if os.getuid() == entry.pw_uid:
+        return
+    os.initgroups(user, entry.pw_gid)
+    os.setgid(entry.pw_gid)
+    os.setuid(entry.pw_uid)
+    if os.getuid() != entry.pw_uid or os.geteuid() == 0:
+        raise OSError(errno.EPERM, "privileges could not be dropped to %s" % user)
+
+
+def remove_pid_file(path):
+    """Remove the pid file, unless a successor has written its own."""
+    try:
+        with open(path) as file:
+            mine = int(file.read()) == os.getpid()
+        if mine:
+            os.unlink(path)
+    except (OSError, ValueError):  # gone, or not to be removed by this user
+        pass
+
+
+SAMPLE_HEAD = """\
+# wsgate.ini: a complete configuration that runs as it stands.
+#
+#   python3 wsgate.py -t                check it
+#   python3 wsgate.py                   run it
+#   python3 wsgate.py -s reload         read it again (needs pid)
+#
+# Times: 500ms 30s 10m 2h 1d, a bare number is seconds. Sizes: 512 16k 1m.
+# Lists: by commas, spaces or lines. A line "#key = value" is a key at its default.
+# A file of two lines is complete: [server] and proxy_pass = http://host:port.
+"""
+
+
+def sample_config():
+    """wsgate.ini, written from the tables."""
+    lines = [SAMPLE_HEAD + "\n[server]"]
+
+    def keys(table, without=()):
+        for name, key in table.items():
+            if name not in without:
+                lines.append("# %s%s\n#%s =%s" % (key.meaning[0].upper(), key.meaning[1:], name, " " + key.default if key.default else ""))
+
+    keys(SERVER_KEYS)
+    lines.append("\n# Every key of a location may also stand in [server], as the default for all locations.\n"
+                 "# A location is /prefix, HOST/prefix, *.example.com/prefix or = /exact; the longest prefix wins.\n\n[location /]")
+    lines.append("proxy_pass = http://127.0.0.1:9000")
+    keys(LOCATION_KEYS, ("proxy_pass",))
+    lines.append("\n# A group of servers; proxy_pass = http://NAME uses it.\n\n#[upstream NAME]")
+    keys(UPSTREAM_KEYS)
+    return "\n".join(lines) + "\n"
+
+
+UNIT = """\
+# /etc/systemd/system/wsgate.service, then: systemctl daemon-reload; systemctl enable --now wsgate
+[Unit]
+Description=wsgate WebSocket reverse proxy
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+Type=notify
+NotifyAccess=all
+ExecStart=%(python)s %(file)s -c /etc/wsgate.ini
+ExecReload=/bin/kill -HUP $MAINPID
+KillSignal=SIGQUIT
+TimeoutStopSec=60
+Restart=on-failure
+WatchdogSec=60
+DynamicUser=yes
+AmbientCapabilities=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+LimitNOFILE=65536
+TasksMax=infinity
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+LogsDirectory=wsgate
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# The demo: an echo backend on a port of its own, and the gate in front of it.
+
+DEMO_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>wsgate demo</title><style>
+:root{color-scheme:light dark} body{font:16px/1.5 system-ui,sans-serif;max-width:46em;margin:2em auto;padding:0 1em}
+input{font:inherit;width:70%;padding:.3em} button{font:inherit;padding:.3em 1em} pre{background:#8882;padding:.8em;overflow-x:auto}
+#state{font-weight:bold}</style>
+<h1>wsgate works</h1><p>The WebSocket of this page goes through the gate to an echo backend: <span id="state">connecting</span>.
+<span id="rtt"></span></p>
+<form><input id="text" autofocus placeholder="Type something, press Enter"> <button>Send</button></form><pre id="log"></pre>
+<h2>The handshake, as the backend saw it</h2><pre id="head">...</pre>
+<script>
+const show = id => document.getElementById(id)
+const socket = new WebSocket(location.href.replace(/^http/, "ws").replace(/[?#].*/, "") + "socket")
+const note = text => show("log").textContent = text + "\\n" + show("log").textContent
+socket.onopen = () => { show("state").textContent = "connected"; socket.send("head") }
+socket.onclose = event => show("state").textContent = "closed with " + event.code + " " + event.reason
+let head = true
+socket.onmessage = event => { if (head) { show("head").textContent = event.data; head = false } else note("echo: " + event.data) }
+document.forms[0].onsubmit = event => { event.preventDefault(); note("sent: " + show("text").value); socket.send(show("text").value); show("text").value = "" }
+setInterval(async () => show("rtt").textContent = await (await fetch("rtt")).text(), 1000)
+</script></html>
+"""
+
+
+class DemoBackend(socketserver.ThreadingTCPServer):
+    """A backend in the same process, on a port of its own: a page, an echo, and the pings' round-trip time."""
+
+    daemon_threads = True
+    gate = None
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), DemoConnection)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """A browser that goes away is nothing to speak of."""
+
+
+class DemoConnection(socketserver.BaseRequestHandler):
+    def handle(self):
+        stream, deadline = Stream(self.request), Deadline(86400)
+        head = read_head(stream, SMALL_READ, deadline)
+        message = parse_request_head(head)
+        key = handshake_key(message)
+        if not key or message.path != "/socket":
+            rtts = ["%.1f ms" % (each.tunnel.rtt * 1000) for each in list(self.server.gate.connections) if each.tunnel and each.tunnel.rtt]
+            page = DEMO_PAGE if message.path == "/" else "The gate's last ping took %s." % rtts[-1] if rtts else ""
+            body = page.encode()
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: %d\r\n\r\n" % len(body) + body, deadline)
+            return
+        stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                         b"Sec-WebSocket-Accept: " + accept_for(key) + b"\r\n\r\n", deadline)
+        for opcode, payload in read_frames(stream, deadline):
+            if payload == b"head":
+                payload = head.strip()
+            answer = {PING: PONG}.get(opcode, opcode)
+            stream.write_all(bytes((0x80 | answer,)) + frame_length(len(payload)) + payload, deadline)
+            if opcode == CLOSE:
+                return stream.linger()
+
+
+def frame_length(length):
+    """The length bytes of an unmasked frame."""
+    if length < 126:
+        return bytes((length,))
+    return struct.pack("!BH", 126, length) if length < 1 << 16 else struct.pack("!BQ", 127, length)
+
+
+def read_frames(stream, deadline):
+    """Read whole frames of at most 1 MiB -> (opcode, payload), unmasked."""
+    while True:
+        data = stream.buffer
+        short = data[1] & 0x7F if len(data) > 1 else 0
+        header = (2 if short < 126 else 4 if short == 126 else 10) + (4 if len(data) > 1 and data[1] & 0x80 else 0)
+        if len(data) >= max(2, header):
+            length = short if short < 126 else struct.unpack_from("!H" if short == 126 else "!Q", data, 2)[0]
+            if length > 1 << 20:
+                return
+            if len(data) >= header + length:
+                payload = data[header:header + length]
+                stream.buffer = data[header + length:]
+                yield data[0] & 0x0F, apply_mask(payload, data[header - 4:header]) if data[1] & 0x80 else payload
+                continue
+        if not stream.fill(deadline):
+            return
+
+
+def demo(arguments):
+    """--demo"""
+    backend = DemoBackend()
+    overrides = {"listen": arguments.listen or "127.0.0.1:8080", "proxy_pass": "http://127.0.0.1:%d" % backend.server_address[1],
+                 "ping_interval": "5s"}
+
+    def ready(gate):
+        backend.gate = gate
+        sys.stderr.write("wsgate: open http://%s/ in a browser; Ctrl-C ends it\n" % overrides["listen"])
+    return run_gate(None, overrides, ready)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
