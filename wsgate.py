@@ -39,6 +39,7 @@ import _thread
 import argparse
 import base64
 import binascii
+import bisect
 import collections
 import configparser
 import difflib
@@ -736,6 +737,7 @@ class Gate:
         self.connections = set()              # every ClientConnection that has a thread
         self.in_use = collections.Counter()   # exchanges by ("ip", address) and ("location", name)
         self.totals = collections.Counter()   # what ended: requests, tunnels, bytes, refusals by reason
+        self.handshakes = [0] * (len(HANDSHAKE_BUCKETS) + 1)  # how many took how long
         # Changed by the main thread alone:
         self.listeners = []
         self.state = "running"                # then "draining", "stopping"
@@ -743,6 +745,7 @@ class Gate:
         self.alarm = Alarm()                  # rings when state changes: idle threads poll it
         self.capacity, self.capacity_reason = capacity(config.server.max_connections)
         self.started = time.time()
+        self.workers = Workers()
         self.history = History()
         self.next_check = 0.0                 # time.monotonic() of the next look at the certificates
         self.reopen_logs = lambda: None       # set by main
@@ -792,6 +795,9 @@ class Gate:
                 key.data()
             self.tick(time.monotonic())
         self.close()
+        self.selector.close()
+        for end in (self.wake_in, self.wake_out, self.alarm.reader, self.alarm.writer):
+            end.close()
 
     def finished(self):
         """Whether the end was asked for and nothing is left to wait for."""
@@ -979,9 +985,7 @@ class Gate:
         with self.lock:
             self.totals["tunnels"] += 1
             self.totals["handshake_sum"] += seconds
-            for bound in HANDSHAKE_BUCKETS:
-                if seconds <= bound:
-                    self.totals["handshake_%g" % bound] += 1
+            self.handshakes[bisect.bisect_left(HANDSHAKE_BUCKETS, seconds)] += 1
 
     def closed(self, record):
         """An exchange or tunnel has ended."""
@@ -1018,6 +1022,40 @@ class Alarm:
 
     def ring(self):
         self.writer.send(b"!")
+
+
+class Workers:
+    """Threads for connections. One whose connection has ended waits a moment for another: starting one costs more."""
+
+    KEEP = 1.0  # seconds
+
+    def __init__(self):
+        self.idle = []  # [lock, job] of threads that wait; list.append and list.pop need no lock
+
+    def run(self, *job):
+        """Call job[0](*job[1:]) in a thread; raises RuntimeError when there can be none."""
+        try:
+            worker = self.idle.pop()
+        except IndexError:
+            _thread.start_new_thread(self.work, job)
+        else:
+            worker[1] = job
+            worker[0].release()
+
+    def work(self, *job):
+        worker = [_thread.allocate_lock(), None]
+        worker[0].acquire()
+        while job:
+            job[0](*job[1:])
+            worker[1] = job = None
+            self.idle.append(worker)
+            if not worker[0].acquire(timeout=self.KEEP):
+                try:
+                    self.idle.remove(worker)
+                    return
+                except ValueError:  # it was given a job in this very moment
+                    worker[0].acquire()
+            job = worker[1]
 
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -1078,6 +1116,11 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             except OSError:  # somebody else has removed it
                 pass
 
+    def get_request(self):
+        """accept() without what socket.accept() spends on turning the socket's family into an enum."""
+        descriptor, address = self.socket._accept()
+        return socket.socket(self.address_family, socket.SOCK_STREAM, 0, descriptor), address
+
     def accept_ready(self):
         """Accept what is waiting, a handful at a time so that signals are not kept waiting."""
         for _ in range(32):
@@ -1107,9 +1150,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.gate.selector.register(self, selectors.EVENT_READ, self.accept_ready)
 
     def process_request(self, request, client_address):
-        """Start the connection's thread; if the system allows no more, say 503 and close."""
+        """Give the connection a thread; if the system allows no more, say 503 and close."""
         try:
-            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+            self.gate.workers.run(self.process_request_thread, request, client_address)
         except RuntimeError:
             request.setblocking(False)
             try:
@@ -1212,9 +1255,8 @@ def retry_after():
 
 def set_tcp_options(sock):
     """No delay for small frames; keep-alive finds peers whose cable was pulled."""
-    if sock.family != getattr(socket, "AF_UNIX", None):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def notify(message):
@@ -1652,14 +1694,14 @@ class Stream:
             if ready:
                 return any(fd == self.sock.fileno() for fd, _ in ready)
 
-    def fill(self, deadline, alarm=None, quiet=False):
-        """Read once into buffer -> False at the end of the stream, or when the alarm rang.
+    def fill(self, deadline, alarm=None, quiet=False, size=SMALL_READ):
+        """Read once, at most size bytes, into buffer -> False at the end of the stream, or when the alarm rang.
 
         Raises TimedOut, or with quiet returns False for that too.
         """
         try:
             while True:
-                data = self.read()
+                data = self.read(size)
                 if data is not None:
                     self.buffer += data
                     return bool(data)
@@ -1789,14 +1831,20 @@ PROXY_V2 = b"\r\n\r\n\x00\r\nQUIT\n"
 
 
 def read_proxy_header(stream, deadline):
-    """Read a PROXY header, version 1 or 2 -> (address, port), None for LOCAL and UNKNOWN. Raises ValueError."""
+    """Read a PROXY header, version 1 or 2 -> (address, port), None for LOCAL and UNKNOWN. Raises ValueError.
+
+    Not a byte more is read: what follows may be a TLS handshake, which the SSL object reads by itself.
+    """
     while True:
         data = stream.buffer
+        size = 1
         if data.startswith(PROXY_V2):
+            size = 16 - len(data)
             if len(data) >= 16:
                 length = struct.unpack_from("!H", data, 14)[0]
                 if length > 2048:
                     raise ValueError("it says it has %d bytes" % length)
+                size += length
                 if len(data) >= 16 + length:
                     stream.buffer = data[16 + length:]
                     return parse_proxy_v2(data[12], data[13], data[16:16 + length])
@@ -1810,7 +1858,7 @@ def read_proxy_header(stream, deadline):
         elif not PROXY_V2.startswith(data[:12]) and not b"PROXY ".startswith(data[:6]):
             raise ValueError("there is none")
         try:
-            if not stream.fill(deadline):
+            if not stream.fill(deadline, size=size):
                 raise ValueError("the connection ended in it")
         except TimedOut:
             raise ValueError("it did not arrive in time")
@@ -1855,6 +1903,8 @@ FIELD_LINE = re.compile(br"([^:\r\n]+):([^\r\n]*)\r\n")                  # split
 HOST = re.compile(br"([A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?")  # RFC 3986 3.2.2
 CHUNK_LINE = re.compile(br"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")  # RFC 9112 7.1
 BARE_LF = re.compile(br"(?<!\r)\n|\x00")
+PLAIN = re.compile(r"[ !#-\[\]-~]*")                                    # text that needs no escape in a log
+LENGTH = re.compile(br"[0-9]{1,18}")                                     # RFC 9110 8.6, within 64 bits
 REQUEST_LINE_LIMIT = 8192
 FIELD_LIMIT = 100          # fields in a head
 CHUNK_LINE_LIMIT = 4096
@@ -1881,8 +1931,11 @@ class Headers(list):
 
     def tokens(self, name):
         """The comma-separated elements of all fields of this name, in lower case (RFC 9110 5.6.1)."""
-        return [token for value in self.index.get(name, ())
-                for token in (part.strip(b" \t").lower() for part in value.split(b",")) if token]
+        values = self.index.get(name)
+        if not values:
+            return []
+        parts = [part.strip(b" \t") for part in b",".join(values).lower().split(b",")]
+        return [part for part in parts if part]
 
 
 def parse_fields(block):
@@ -1992,7 +2045,7 @@ def parse_request_framing(request):
 
 def parse_length(values):
     """The values of Content-Length -> int, or None unless it is one good number."""
-    if len(values) == 1 and re.fullmatch(br"[0-9]{1,18}", values[0]):
+    if len(values) == 1 and LENGTH.fullmatch(values[0]):
         return int(values[0])
     return None
 
@@ -2193,6 +2246,8 @@ def reason_phrase(status):
 def printable(data):
     """Bytes or text of a peer -> text that is safe in a log line and inside its quotes."""
     text = data.decode("latin-1") if isinstance(data, bytes) else data
+    if PLAIN.fullmatch(text):
+        return text
     return "".join(char if " " <= char <= "~" and char not in '"\\' else
                    "\\x%02x" % ord(char) if ord(char) < 256 else "\\u%04x" % ord(char) for char in text)
 
@@ -2591,7 +2646,8 @@ def connect_socket(family, address, deadline):
     """-> a connected Stream; raises OSError or TimedOut."""
     stream = Stream(socket.socket(family, socket.SOCK_STREAM))
     try:
-        set_tcp_options(stream.sock)
+        if family in (socket.AF_INET, socket.AF_INET6):
+            set_tcp_options(stream.sock)
         result = stream.sock.connect_ex(address)
         if result in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EWOULDBLOCK)):
             stream.wait(POLLOUT, deadline)
@@ -3219,6 +3275,7 @@ class HTTPRelay:
             self.down_pending = self.down_pending[sent:]
 
 
+BUSY = 0.5               # seconds without a byte after which a tunnel is quiet
 HALF_CLOSE = 10.0        # seconds that one direction may go on when the other has ended
 PIPE_SIZE = 1 << 20      # bytes under way in the kernel while a stream is bulk
 SPLICE_LEAST = 16 * 1024 # payload for which splice is worth its calls
@@ -3414,7 +3471,7 @@ class Tunnel:
     """What a connection is after a 101: two Flows, one poll object, one clock."""
 
     __slots__ = ("gate", "record", "up", "down", "idle_timeout", "ping_interval", "ping_timeout", "send_timeout", "poll",
-                 "interest", "alarm", "end_at", "deadline", "over", "pinged", "rtt", "opened")
+                 "interest", "alarm", "known_alarm", "end_at", "deadline", "over", "pinged", "rtt", "opened")
 
     def __init__(self, connection, backend, head, scan, extensions):
         location, now = connection.location, time.monotonic()
@@ -3435,7 +3492,8 @@ class Tunnel:
         self.rtt = None              # of the last pong, in seconds
         self.poll = Poll()
         self.interest = {}           # {descriptor: events registered for it}
-        self.alarm = None
+        self.alarm = None            # the descriptor of known_alarm while it is polled
+        self.known_alarm = self.gate.alarm
         self.down.pending = head
         for flow in (self.up, self.down):  # bytes that came with the heads are the first of the tunnel
             early, flow.source.buffer = flow.source.buffer, b""
@@ -3452,22 +3510,23 @@ class Tunnel:
         up, down, poll = self.up, self.down, self.poll
         client = up.source.fileno()
         now = time.monotonic()
-        self.watch_alarm()
         up.flush(now)
         down.flush(now)
         self.settle(now)
         wake = self.timers(now)
         while not self.over:
-            events = poll.poll(max(0.0, wake - now) * 1000)
-            now = time.monotonic()
+            events = poll.poll((wake - now) * 1000 if wake > now else 0)
+            before, now = now, time.monotonic()
             for fd, event in events:
                 reader, writer = (up, down) if fd == client else (down, up)
-                if event == POLLIN and fd != self.alarm and not writer.source.tls and reader.move(now):
-                    continue
-                self.act(fd, reader, writer, event, now)
-                wake = now
+                if event != POLLIN or fd == self.alarm or writer.source.tls or not reader.move(now):
+                    self.act(fd, reader, writer, event, now)
+                    wake = now
             if now >= wake or not events:
                 wake = self.timers(now)
+            elif self.alarm is not None and now - before < BUSY / 10:
+                self.watch_alarm(False)
+                wake = min(wake, now + BUSY)
 
     def act(self, fd, reader, writer, event, now):
         """Everything but the plain case: something is pending, ends, breaks, or the gate wants something."""
@@ -3602,6 +3661,13 @@ class Tunnel:
         if self.deadline < math.inf:
             return self.deadline
         wake = min(idle_at, self.end_at, stalled_at)
+        if self.alarm is None:
+            if self.known_alarm is not self.gate.alarm:
+                return self.obey(now)
+            if now - self.last_byte < BUSY:
+                wake = min(wake, now + BUSY)
+            else:
+                self.watch_alarm(True)
         for flow in (up, down):
             if flow.pipe is not None:
                 if now - flow.moved >= 1 and not flow.piped:
@@ -3635,20 +3701,26 @@ class Tunnel:
         self.pinged[tells] = now
         return now + min(self.ping_timeout, self.ping_interval)
 
-    def watch_alarm(self):
-        """Poll the gate's alarm, if it has not rung yet; else do at once what it is for."""
-        alarm = self.gate.alarm
-        self.alarm = alarm.fileno()
-        self.poll.register(self.alarm, POLLIN)
+    def watch_alarm(self, quiet):
+        """Poll the gate's alarm while the tunnel is quiet. A busy one saves that third descriptor: it
+        comes by timers() twice a second anyway, and sees there that the alarm is not the one it knows."""
+        if quiet:
+            self.alarm = self.known_alarm.fileno()
+            self.poll.register(self.alarm, POLLIN)
+        else:
+            self.poll.unregister(self.alarm)
+            self.alarm = None
 
     def obey(self, now):
-        """The alarm rang: the gate is being drained or stopped."""
-        self.poll.unregister(self.alarm)
-        self.watch_alarm()  # a second one may ring
+        """The alarm rang: the gate is being drained or stopped -> when to look again."""
+        if self.alarm is not None:
+            self.watch_alarm(False)
+        self.known_alarm = self.gate.alarm  # it may ring once more
         if self.gate.state == "stopping":
             self.finish("stop", 1001, 1001, now, seconds=0.8)
         elif self.gate.state == "draining" and self.end_at == math.inf:  # opened after the plan was made
             self.end_at = now + random.random() * max(0.0, self.gate.deadline - 1 - now)
+        return now
 
     def close(self):
         for flow in (self.up, self.down):
@@ -3791,9 +3863,23 @@ class FrameScanner:
                 self.lose()
                 return position
         self.begin(head, short, head[need - 4:need] if self.masked else b"", now)
-        if need + short < 132 or self.lost or self.too_big:
+        return self.skip_alike(data, position, head[:need], need + short) if self.left else position
+
+    def skip_alike(self, data, position, head, size):
+        """If frames of one size follow (a burst), skip them all: slices are compared instead of frames -> position.
+
+        Their headers stand `size` bytes apart, so each byte of a header is in a slice with that step.
+        """
+        behind = position + self.left
+        count = (len(data) - behind) // size
+        if count < 1 or head[0] & 0x8F not in (0x81, 0x82):
             return position
-        return self.skip_alike(data, position, head[:need], short)
+        for place in range(len(head) - 4 if self.masked else len(head)):
+            column = data[behind + place:behind + count * size:size]
+            count = min(count, len(column) - len(column.lstrip(head[place:place + 1])))
+        self.left = 0
+        self.messages += count
+        return behind + count * size
 
     def plausible(self, head):
         """Whether the first one or two bytes of a header can be those of a frame."""
@@ -3824,10 +3910,6 @@ class FrameScanner:
         if head[0] & 0x80:
             self.messages += 1
             self.message = 0
-
-    def skip_alike(self, data, position, head, length):
-        """A burst of frames of one size (and no mask to differ in) is found by comparing slices, not frame by frame."""
-        return position
 
     def lose(self):
         """These bytes are no frames."""
@@ -4175,10 +4257,10 @@ def metrics(gate):
         ((("reason", name[4:]),), count) for name, count in sorted(totals.items()) if name.startswith("end_")])
     metric("bytes_total", "counter", "Payload relayed, from (up) and to (down) clients.", [
         ((("direction", "up"),), up), ((("direction", "down"),), down)])
-    buckets = [((("le", bound),), totals.get("handshake_%g" % bound, 0)) for bound in HANDSHAKE_BUCKETS]
+    buckets = zip(HANDSHAKE_BUCKETS, itertools.accumulate(gate.handshakes))
     name = "handshake_seconds"
     lines.append("# HELP wsgate_%s From the request to the 101.\n# TYPE wsgate_%s histogram" % (name, name))
-    lines.extend('wsgate_%s_bucket{le="%g"} %d' % (name, labels[0][1], count) for labels, count in buckets)
+    lines.extend('wsgate_%s_bucket{le="%g"} %d' % (name, bound, count) for bound, count in buckets)
     lines.append('wsgate_%s_bucket{le="+Inf"} %d\nwsgate_%s_sum %s\nwsgate_%s_count %d' % (
         name, totals.get("tunnels", 0), name, totals.get("handshake_sum", 0), name, totals.get("tunnels", 0)))
     servers = [((("upstream", upstream.name), ("server", server.name)), server)
@@ -4273,6 +4355,8 @@ def main(argv=None):
             return 0
         if arguments.demo:
             return demo(arguments)
+        if arguments.probe:
+            return probe(arguments)
         path, overrides = find_config(arguments)
         if arguments.t:
             return check_config(path, overrides)
@@ -4305,6 +4389,18 @@ def parse_arguments(argv):
     control.add_argument("-s", metavar="SIGNAL", choices=sorted(CONTROL), help="%s, through its pid file" % ", ".join(sorted(CONTROL)))
     helping = parser.add_argument_group("checking and helping")
     helping.add_argument("-t", action="store_true", help="check the configuration and say everything that is wrong with it")
+    helping.add_argument("--probe", metavar="URL", help="make a WebSocket handshake and explain what happens; "
+                         "a /path: with each backend of the configuration, then with the gate")
+    probing = parser.add_argument_group("with --probe")
+    probing.add_argument("--header", metavar="'NAME: VALUE'", action="append", help="add or replace a field")
+    probing.add_argument("--origin", metavar="URL", help="send this Origin, as a browser would")
+    probing.add_argument("--subprotocol", metavar="NAME", help="offer it as Sec-WebSocket-Protocol")
+    probing.add_argument("--cafile", metavar="FILE", help="trust the certificates of this CA")
+    probing.add_argument("--insecure", action="store_true", help="do not check the certificate")
+    probing.add_argument("--message", metavar="TEXT", help="send it and wait for its echo")
+    probing.add_argument("--count", metavar="N", type=parse_count, help="so many echo round trips")
+    probing.add_argument("--idle", metavar="TIME", type=parse_timeout, help="then stay silent; who cuts it, when")
+    probing.add_argument("--timeout", metavar="TIME", type=parse_timeout, default="10s", help="without --idle (10s)")
     helping.add_argument("--hash-password", metavar="USER", help="ask for a password, print a line for auth_basic_user_file")
     helping.add_argument("--print-config", action="store_true", help="print a wsgate.ini with every key at its default")
     helping.add_argument("--print-unit", action="store_true", help="print a systemd unit")
@@ -4610,6 +4706,443 @@ def demo(arguments):
         backend.gate = gate
         sys.stderr.write("wsgate: open http://%s/ in a browser; Ctrl-C ends it\n" % overrides["listen"])
     return run_gate(None, overrides, ready)
+
+
+# The probe: one handshake from the client's side, and what its end means.
+
+VERDICTS = {  # word: (what happened, what to do)
+    "works": ("101 with everything right, the WebSocket works", ""),
+    "wrong_accept": ("101, but Sec-WebSocket-Accept does not answer the key: a cache, or no WebSocket server, said it",
+                     "probe the backend directly; take caches and whatever rewrites answers out of the way"),
+    "not_upgraded": ("101, but without Upgrade: websocket and Connection: Upgrade, so browsers refuse it",
+                     "the server left them out, or a proxy took these hop-by-hop fields out of the answer"),
+    "wrong_choice": ("101, but with %(chosen)s where %(offered)s was offered, so browsers refuse it",
+                     "offer what the server speaks (--subprotocol), or let it choose one of those offered"),
+    "cut": ("101, but after %(seconds).1f s %(how)s", "%(advice)s"),
+    "page": ("200: the page, not the socket; nobody there saw a WebSocket handshake",
+             "compare the path with the application's; each proxy must pass Upgrade and Connection on"),
+    "redirected": ("%(status)d to %(location)s, and no WebSocket follows it: a prefix, a login page, or https",
+                   "use that address, or log in and give the cookie: --header 'Cookie: ...'"),
+    "headers_lost": ("400: most often Upgrade and Connection, which are hop-by-hop, were lost on the way",
+                     "each proxy must set both itself, in HTTP/1.1; then see the body above and the server's log"),
+    "login_needed": ("401: a login or a token is needed", "--header 'Authorization: ...' or --header 'Cookie: ...'"),
+    "wrong_path": ("404: nobody knows %(target)s at Host %(host)s", "is a prefix (not) taken off on the way?"),
+    "wrong_version": ("426: another Sec-WebSocket-Version is wanted", "use one its answer names; browsers speak 13"),
+    "bad_gateway": ("502: the proxy cannot reach its backend: not started, another port, or localhost is ::1 there",
+                    "start it, write 127.0.0.1 for localhost, and probe the backend from that machine"),
+    "unavailable": ("503: the proxy has no backend for it: not started, not healthy, or full", "start the backend"),
+    "gateway_timeout": ("504: the backend did not answer its proxy in time", "probe it from that machine; a firewall?"),
+    "other_answer": ("%(status)d is no answer to a WebSocket handshake", "see the body above, and the server's log"),
+    "unresolved": ("the name does not resolve: %(error)s", "check its spelling, and DNS on this machine"),
+    "refused": ("connection refused, nobody listens at %(where)s", "start the server; check its port and address"),
+    "unreachable": ("no connection to %(where)s: %(error)s", "check address, route and firewall"),
+    "timeout": ("no %(step)s within %(timeout)g s", "a firewall drops it, the server hangs, or it wants wss://"),
+    "closed": ("%(where)s closed without an answer: %(error)s", "it wants TLS (wss://), or failed: see its log"),
+    "certificate": ("bad certificate: %(error)s", "repair it, or name its CA by --cafile; --insecure goes on"),
+    "plain_port": ("this port does not speak TLS", "use ws:// here, or the port that has TLS"),
+    "tls_port": ("this port speaks TLS", "use wss:// here"),
+    "tls_failed": ("no TLS: %(error)s", "a plain port, an unknown name (SNI), a client certificate wanted?"),
+    "garbage": ("what came back is no HTTP or no WebSocket: %(error)s", "another program listens on this port"),
+}
+REASONS = {  # the same, for words that the gate says in X-Wsgate-Reason; ANSWERS has the sentence for its others
+    "origin_denied": ("refused: most often because Origin (%(origin)s) does not match Host (%(host)s)",
+                      "pass Host unchanged (nginx: proxy_set_header Host $http_host), allow the origin, or --origin"),
+    "upgrade_missing": ("426: Upgrade or Connection was lost on the way to whoever said this",
+                        "both are hop-by-hop: each proxy must set them again, in HTTP/1.1 (see the body above)"),
+    "too_many": ("429: too many connections from here", "wait, or raise the limit (wsgate: max_connections_per_ip)"),
+    "full": ("503: the gate is full", "raise max_connections or max_conns, or see why tunnels stay"),
+    "draining": ("503: the gate is being stopped", "try again"),
+    "no_backend": ("503: the gate's servers are all down or full", "start one; see [upstream]"),
+    "not_allowed": ("the gate does not let this address in", "see allow and deny"),
+    "bad_request": ("400: the gate does not take this for good HTTP", "see the body above"),
+    "bad_handshake": ("the gate got a broken handshake", "see the body above"),
+    "internal_error": ("500: a bug in the gate", "its log has the traceback; please report it"),
+    "auth_failed": ("502: the gate's auth_request service does not answer properly", "probe it; see the gate's log"),
+    "backend_unresolved": ("502: the gate cannot resolve its backend's name", "check proxy_pass, and DNS over there"),
+    "backend_refused": ("502: nobody listens at the gate's backend", "start it; write 127.0.0.1 for localhost (::1)"),
+    "backend_unreachable": ("502: no way from the gate to its backend", "check proxy_pass, route, firewall"),
+    "backend_timeout": ("504: the gate's backend did not answer in time", "does it hang? see proxy_read_timeout"),
+    "backend_tls": ("502: no TLS between gate and backend", "see its log, proxy_ssl_name and the CA file"),
+    "backend_bad_101": ("502: the backend's 101 does not fit the handshake", "is a cache before it? probe it directly"),
+    "backend_bad_answer": ("502: the gate's backend speaks no HTTP", "check the port, and http or https in proxy_pass"),
+    "backend_closed": ("502: the gate's backend closed without an answer", "see its log; http or https?"),
+    "backend_cut": ("502: the gate's backend closed in the middle of its answer", "see its log"),
+}
+ANSWERS = {200: "page", 301: "redirected", 302: "redirected", 303: "redirected", 307: "redirected", 308: "redirected",
+           400: "headers_lost", 401: "login_needed", 403: "origin_denied", 404: "wrong_path", 426: "upgrade_missing",
+           429: "too_many", 502: "bad_gateway", 503: "unavailable", 504: "gateway_timeout"}
+LONGEST_WAIT = 1e6  # seconds: what poll() takes
+SHOWN = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))  # of SECRET
+
+
+class Verdict(Exception):
+    """A probe has come to its end: a word, and the facts for its sentence (like: whose one an unknown word gets)."""
+
+    def __init__(self, word, **facts):
+        super().__init__(word)
+        self.word = word
+        self.facts = facts
+
+
+def probe(arguments):
+    """--probe URL or /path -> exit status: 0 only if the socket works."""
+    try:
+        if arguments.probe.startswith("/"):
+            return probe_config(arguments)
+        match = re.fullmatch(r"(?:ws|http)(s?)://([^\s/?#@]+)(/?)([^\s#]*)(?:#\S*)?", arguments.probe, re.I)
+        if not match:
+            raise ValueError("--probe needs ws://host[:port]/path, wss://, or a /path of the configuration")
+        server = Server(parse_address(match.group(2), default_port=443 if match.group(1) else 80))
+        authority = re.sub(":443$" if match.group(1) else ":80$", "", match.group(2))  # as browsers write it
+        context = probe_context(not arguments.insecure, parse_pem(arguments.cafile)) if match.group(1) else None
+        head = handshake_head(arguments, authority, "/" + match.group(4))
+        return 0 if Probe(arguments, server, head, context).run().word == "works" else 1
+    except KeyboardInterrupt:
+        return 1
+
+
+def probe_config(arguments):
+    """-c FILE --probe /path: each backend server sent what the gate would send, then the gate -> exit status."""
+    config = load_config(*find_config(arguments))
+    listen = config.server.listen[0]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen.address.host, listen.address.host)
+    gate = Server(listen.address._replace(host=host))
+    head = handshake_head(arguments, gate.name if host else "localhost", arguments.probe)
+    try:
+        message = parse_request_head(head)
+    except HTTPError as error:
+        raise ValueError("the gate would not take this: %s" % error)
+    location = config.route(message.host, message.path)
+    if location is None:
+        raise ValueError("no [location] for this at %s; --header 'Host: NAME' names another" % message.host)
+    client = "::1" if ":" in (host or "") else "127.0.0.1"
+    message.connection = connection = argparse.Namespace(  # the probe, as the gate would see it
+        message=message, location=location, config=config, listen=listen, stream=argparse.Namespace(tls=listen.ssl),
+        peer=client, client=client, peer_port=0, subject=None, backend=None)
+    probes = []
+    for server in location.upstream.servers if location.upstream else ():
+        say("The backend %s of [location %s] directly:" % (server.name, location.name))
+        connection.backend = argparse.Namespace(server=server)
+        head_there = request_head_for_backend(connection, b"websocket")
+        probes.append(Probe(arguments, server, head_there, location.context, location.proxy_ssl_name,
+                            location.proxy_protocol).run())
+    say("The gate at %s:" % gate.name)
+    context = probe_context(False) if listen.ssl else None
+    probes.append(Probe(arguments, gate, head, context, message.host, listen.proxy_protocol).run())
+    compare(probes)
+    return 0 if all(each.word == "works" for each in probes) else 1
+
+
+def compare(probes):
+    """Status, verdict and the fields that differ, side by side; then where to look."""
+    fields = [each.response.fields if each.response else Headers() for each in probes]
+    rows = [[""] + [each.server.name for each in probes[:-1]] + ["the gate"],
+            ["status"] + [str(each.response.status) if each.response else "-" for each in probes],
+            ["verdict"] + [each.word for each in probes]]
+    for name in sorted(set().union(*(each.index for each in fields)) - SECRET - {b"date", b"sec-websocket-accept"}):
+        values = [printable(b", ".join(each.get_all(name)))[:40] or "-" for each in fields]
+        if len(set(map(str.lower, values))) > 1:
+            rows.append([printable(name)] + values)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        say("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    bad = [each.server.name for each in probes[:-1] if each.word != "works"]
+    say("\nBegin with the backend, it does not work by itself: %s" % ", ".join(bad) if bad else
+        "\nEverything works." if probes[-1].word == "works" else
+        "\nThe gate alone does not work: see its log, and whether it runs with this configuration (-s reload).")
+
+
+def handshake_head(arguments, authority, target):
+    """The client's handshake (RFC 6455 4.1) -> bytes. --header replaces the field of its name, or removes it."""
+    fields = [("Host", authority if max(authority) < "\x7f" else authority.encode("idna").decode()),
+              ("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13"),
+              ("Sec-WebSocket-Key", base64.b64encode(os.urandom(16)).decode()),
+              ("Origin", arguments.origin), ("Sec-WebSocket-Protocol", arguments.subprotocol)]
+    for line in arguments.header or ():
+        if "\n" in line or not FIELD_LINES.fullmatch(line.encode("utf-8", "surrogateescape") + b"\r\n"):
+            raise ValueError("--header is written 'Name: value', not '%s'" % printable(line))
+    given = [line.partition(":")[::2] for line in arguments.header or ()]
+    names = [name.lower() for name, _ in given]
+    fields = [pair for pair in fields if pair[0].lower() not in names] + given
+    lines = "".join("%s: %s\r\n" % (name, value.strip()) for name, value in fields if value and value.strip())
+    if "\n" in (arguments.origin or "") + (arguments.subprotocol or ""):
+        raise ValueError("--origin and --subprotocol are one line each")
+    target = target.encode("utf-8", "surrogateescape")
+    target = re.sub(br"[^\x21-\x7e]", lambda match: b"%%%02X" % ord(match.group()), target)
+    return b"GET %s HTTP/1.1\r\n%s\r\n" % (target, lines.encode("utf-8", "surrogateescape"))
+
+
+def probe_context(verify, cafile=None):
+    """The SSLContext of a probe, made as those for backends are."""
+    return backend_context(Settings({"proxy_ssl_verify": verify, "proxy_ssl_trusted_certificate": cafile,
+                                     "proxy_ssl_certificate": None}))
+
+
+def say(label, text=None, since=None):
+    """A line of the report, in ASCII. since: the time.monotonic() at which this step began."""
+    line = label if text is None else "%-10s%s" % (label, text)
+    if since is not None:
+        line += "  (%.1f ms)" % ((time.monotonic() - since) * 1000)
+    sys.stdout.write(line.encode("ascii", "backslashreplace").decode() + "\n")
+    sys.stdout.flush()
+
+
+class Probe:
+    """One handshake with one server, told step by step. run() leaves word, the verdict, and response."""
+
+    def __init__(self, arguments, server, head, context=None, tls_name=None, proxy_protocol=False):
+        self.arguments = arguments
+        self.server = server
+        self.head = head
+        self.sent = parse_fields(head[:-2].partition(b"\r\n")[2])
+        self.context = context
+        self.tls_name = tls_name or server.address.host
+        self.preface = b"PROXY UNKNOWN\r\n" if proxy_protocol else b""
+        self.deadline = Deadline(min(arguments.timeout, LONGEST_WAIT))
+        self.stream = self.response = self.word = None
+        self.opened = 0.0                # time.monotonic() of the 101, or when the silence began
+
+    def run(self):
+        """All steps up to the verdict -> self."""
+        try:
+            self.connect(self.resolve())
+            if self.context:
+                self.start_tls()
+            self.shake_hands()
+            self.judge()
+            self.use_frames()
+            raise Verdict("works")
+        except Verdict as verdict:
+            self.tell(verdict)
+        finally:
+            if self.stream:
+                self.stream.close()
+        return self
+
+    def resolve(self):
+        """-> [(family, address)]; in a thread, because getaddrinfo takes its time and no timeout."""
+        found, began = [], time.monotonic()
+
+        def ask():
+            try:
+                found.append(self.server.addresses())
+            except (OSError, UnicodeError) as error:
+                found.append(error)
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(max(0, self.deadline.at - began))
+        if not found or isinstance(found[0], Exception):
+            raise Verdict("unresolved", error=explain(found[0]) if found else "no answer in time")
+        names = ", ".join(address if isinstance(address, str) else address[0] for _, address in found[0])
+        say("resolve", "%s is %s" % (printable(self.server.name), names), began)
+        return found[0]
+
+    def connect(self, addresses):
+        """To the first address that answers, in their order."""
+        for place, (family, address) in enumerate(addresses):
+            where, began = self.server.name if isinstance(address, str) else address[0], time.monotonic()
+            try:
+                self.stream = connect_socket(family, address, Deadline(self.deadline.left() / (len(addresses) - place)))
+                say("connect", "%s answers" % where, began)
+                return self.stream.write_all(self.preface, self.deadline)
+            except (OSError, TimedOut) as failure:
+                say("connect", "%s: %s" % (where, explain(failure)), began)
+                error = failure
+        if isinstance(error, TimedOut):
+            raise Verdict("timeout", step="connection")
+        raise Verdict("refused" if isinstance(error, ConnectionRefusedError) else "unreachable", error=explain(error))
+
+    def start_tls(self):
+        """TLS, and what it is worth."""
+        began = time.monotonic()
+        try:
+            self.stream.start_tls(self.context, self.deadline, server_hostname=self.tls_name)
+        except (OSError, ValueError) as error:  # ValueError: a wrong name, on old Pythons
+            if getattr(error, "errno", None) == errno.ETIMEDOUT:
+                raise Verdict("timeout", step="TLS handshake")
+            if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise Verdict("certificate", error=getattr(error, "verify_message", "") or str(error))
+            plain = re.search("WRONG_VERSION_NUMBER|UNKNOWN_PROTOCOL|HTTP_REQUEST|RECORD_LAYER_FAILURE", str(error))
+            raise Verdict("plain_port" if plain else "tls_failed", error=explain(error))
+        sock = self.stream.sock
+        say("TLS", "%s, %s" % (sock.version(), sock.cipher()[0]), began)
+        facts = sock.getpeercert()  # nothing in it when it was not checked
+        say("", "certificate not checked" if not facts else "certificate of %s from %s, good until %s" % (
+            distinguished_name(facts), distinguished_name({"subject": facts["issuer"]}), facts["notAfter"]))
+
+    def shake_hands(self):
+        """Send the handshake and read the answer's head."""
+        self.show("sent", self.head)
+        began = time.monotonic()
+        try:
+            self.stream.write_all(self.head, self.deadline)
+            while self.response is None or (self.response.status < 200 and self.response.status != 101):
+                self.deadline.left()
+                head = read_head(self.stream, BIG_READ, self.deadline)
+                self.show("received", head, began)
+                self.response = parse_response_head(head)
+        except (TimedOut, EOFError, HTTPError, OSError) as error:
+            got = self.stream.buffer
+            if re.match(br"[\x15\x16]\x03", got):  # a TLS alert, or a handshake record
+                raise Verdict("tls_port")
+            if got or isinstance(error, HTTPError):
+                raise Verdict("garbage", error=str(error) if isinstance(error, BackendError) else printable(got[:60]))
+            if isinstance(error, TimedOut):
+                raise Verdict("timeout", step="answer to the handshake")
+            raise Verdict("tls_failed" if isinstance(error, ssl.SSLError) else "closed", error=explain(error))
+
+    def show(self, label, head, since=None):
+        """A head, line by line, without what must stay secret."""
+        for line in head[:-4].split(b"\r\n"):
+            name = line.partition(b":")[0]
+            say(label, printable(name + b": ..." if name.lower() in SECRET - SHOWN else line), since)
+            label, since = "", None
+
+    def judge(self):
+        """What the answer means; returns if the socket is open."""
+        fields, sent = self.response.fields, self.sent
+        if self.response.status != 101:
+            self.judge_refusal(self.read_body())
+        if fields.tokens(b"upgrade") != [b"websocket"] or b"upgrade" not in fields.tokens(b"connection"):
+            raise Verdict("not_upgraded")
+        if fields.get(b"sec-websocket-accept") != accept_for(sent.get(b"sec-websocket-key") or b""):
+            raise Verdict("wrong_accept")
+        chosen, offered = (each.tokens(b"sec-websocket-protocol") for each in (fields, sent))
+        if len(chosen) != min(1, len(offered)) or not set(chosen) <= set(offered):
+            shown = "Sec-WebSocket-Protocol: %s" % (printable(b", ".join(chosen)) or "(none)")
+            raise Verdict("wrong_choice", chosen=shown, offered=printable(b", ".join(offered)) or "none")
+        if extensions_used(self.response) and not sent.get_all(b"sec-websocket-extensions"):
+            raise Verdict("wrong_choice", chosen="Sec-WebSocket-Extensions", offered="none")
+
+    def read_body(self):
+        """The text that came with a refusal, without tags: servers say there what they miss."""
+        scanner, body, deadline = self.response.body(b"GET", True), b"", Deadline(1)
+        try:
+            while True:
+                data, used = scanner.feed(self.stream.buffer)
+                body, self.stream.buffer = body + data, self.stream.buffer[used:]
+                if scanner.done or len(body) > SMALL_READ or not self.stream.fill(deadline, quiet=True):
+                    break
+        except (OSError, ValueError, HTTPError):  # what there is has to do
+            pass
+        return re.sub(br"(?is)<(style|script).*?</\1>|<[^>]*>|\s+", b" ", body).strip()
+
+    def judge_refusal(self, body):
+        """Any status but 101: the gate's own word if there is one, else the folklore."""
+        status, fields = self.response.status, self.response.fields
+        if body:
+            say("body", printable(re.sub(b" +", b" ", body)[:400]))
+        if status == 400 and re.search(br"(?i)HTTPS (port|server)|SSL-enabled", body):
+            raise Verdict("tls_port")
+        word = ANSWERS.get(status, "other_answer")
+        if status == 426 and fields.get_all(b"sec-websocket-version"):
+            word = "wrong_version"
+        reason = printable(fields.get(b"x-wsgate-reason") or b"")
+        raise Verdict(word if reason in VERDICTS else reason or word, like=word)
+
+    def use_frames(self):
+        """The socket is open: echoes or silence if asked for, else one ping; then an orderly Close."""
+        asked = self.arguments
+        self.opened = time.monotonic()
+        try:
+            if asked.count or asked.message is not None:
+                self.echo(asked.count or 1, (asked.message or "wsgate").encode("utf-8", "surrogateescape"))
+            elif not asked.idle:
+                took = self.round_trip(PING, b"wsgate", Deadline(1))
+                say("ping", "no pong came" if took is None else "its pong came after %.1f ms" % took)
+            if asked.idle:
+                self.idle(min(asked.idle, LONGEST_WAIT))
+            deadline = Deadline(1)
+            self.stream.write_all(close_frame(1000, "", masked=True), deadline)
+            answered = any(deadline.left() and opcode == CLOSE for opcode, _ in read_frames(self.stream, deadline))
+            say("close", "its Close came back" if answered else "it ended without a Close frame")
+        except TimedOut:
+            say("close", "no Close came back")
+        except OSError as error:
+            raise self.cut("the connection broke: %s" % explain(error))
+
+    def echo(self, count, payload):
+        """Round trips of one message."""
+        times = []
+        while len(times) < count:
+            took = self.round_trip(TEXT, payload, self.deadline)
+            if took is None:
+                break
+            times.append(took)
+        times.sort()
+        say("echo", "%d of %d came back%s" % (len(times), count, ": min %.1f, median %.1f, max %.1f ms" % (
+            times[0], times[len(times) // 2], times[-1]) if times else "; perhaps this is no echo server"))
+
+    def round_trip(self, opcode, payload, deadline):
+        """Send a frame and wait for the same payload -> milliseconds, None if it does not come."""
+        mask, length, began = os.urandom(4), bytearray(frame_length(len(payload))), time.monotonic()
+        length[0] |= 0x80
+        answers = (PONG,) if opcode == PING else (TEXT, BINARY, CONTINUATION)
+        try:
+            self.stream.write_all(bytes((0x80 | opcode,)) + length + mask + apply_mask(payload, mask), deadline)
+            for answer, data in self.frames(deadline):
+                if answer in answers and data == payload:
+                    return (time.monotonic() - began) * 1000
+                if answer == PING:
+                    self.stream.write_all(make_frame(PONG, data[:125], masked=True), deadline)
+        except TimedOut:
+            return None
+
+    def idle(self, seconds):
+        """Say and answer nothing for so long."""
+        self.opened = time.monotonic()
+        try:
+            for opcode, _ in self.frames(Deadline(seconds)):
+                if opcode == PING:
+                    say("idle", "a ping after %.1f s, not answered" % (time.monotonic() - self.opened))
+        except TimedOut:
+            say("idle", "survived %g s of silence" % seconds)
+
+    def frames(self, deadline):
+        """read_frames, but a Close or the end of the connection is a Verdict."""
+        for opcode, payload in read_frames(self.stream, deadline):
+            deadline.left()  # a flood must not go on for ever either
+            if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+                raise Verdict("garbage", error="opcode %d in a frame" % opcode)
+            if opcode == CLOSE:
+                code = struct.unpack("!H", payload[:2])[0] if len(payload) > 1 else 1005
+                reason = printable(payload[2:])
+                said = re.fullmatch("backend_said_([0-9]{3})", reason)
+                if said or reason in REASONS:  # reject_with = close
+                    raise Verdict(reason, like=ANSWERS.get(int(said.group(1)), "other_answer") if said else None)
+                raise self.cut("the other side sent Close %d %s" % (code, reason or "without a reason"))
+            yield opcode, payload
+        raise self.cut("the other side ended the connection without a Close frame (1006 in browsers)")
+
+    def cut(self, how):
+        """-> the Verdict for a socket that did not stay open, and what may help."""
+        seconds = time.monotonic() - self.opened
+        advice = ("raise the idle timeout on the way, or have one side ping more often (wsgate: ping_interval)"
+                  if self.arguments.idle else "see the server's log")
+        return Verdict("cut", seconds=seconds, how=how, advice=advice)
+
+    def tell(self, verdict):
+        """The verdict, and what to do."""
+        self.word = verdict.word
+        fields = self.response.fields if self.response else Headers()
+        facts = {"where": self.server.name, "target": self.head.split(b" ")[1],
+                 "host": self.sent.get(b"host") or "missing", "origin": self.sent.get(b"origin") or "not sent",
+                 "location": fields.get(b"location") or "nowhere"}
+        facts = {name: printable(value) for name, value in facts.items()}
+        facts.update(timeout=self.arguments.timeout, status=self.response.status if self.response else 0)
+        facts.update(verdict.facts)
+        happened, advice = [table[word] for word in (self.word, verdict.facts.get("like"))
+                            for table in (REASONS, VERDICTS) if word in table][0]
+        say("verdict", "%s: %s" % (self.word, happened % facts))
+        if advice:
+            say("to do", advice % facts)
+        say("")
+
+
+def explain(error):
+    """An exception in a few words."""
+    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error) or "it ended"
 
 
 if __name__ == "__main__":
