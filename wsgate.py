@@ -15,7 +15,7 @@ The file reads from top to bottom as a connection lives:
     One connection      ClientConnection.handle: begin (PROXY protocol, TLS), then
                         serve for each request: admit, connect, forward, log
     Reading a head      Stream and Deadline: bytes within a time; read_head
-    HTTP/1.1 messages   parse_request_head, parse_response_head, BodyScanner
+    HTTP/1.1 messages   parse_request_head, parse_response_head, ChunkedBody
     Routes              Config.route, split_target, Location.rewrite
     Access              who may pass: addresses, origins, passwords, auth_request
     Upstreams           Upstream.pick and their health; Server.connect
@@ -205,6 +205,13 @@ def parse_list(text):
     return tuple(word for word in re.split(r"[,\s]+", text) if word)
 
 
+def parse_log(text):
+    """A path, '-', 'off', 'syslog:' or 'syslog:HOST:PORT'."""
+    if not text or (text.startswith("syslog:") and not re.fullmatch(r"syslog:([^\s:]+(:[0-9]{1,5})?)?", text)):
+        raise ValueError("a path, -, off, syslog: or syslog:HOST:PORT is needed")
+    return text
+
+
 def parse_text(text):
     """Any text; '' -> None."""
     return text or None
@@ -223,9 +230,16 @@ def parse_address(text, default_port=None, default_host=None):
     if default_host is not None and port is None and re.fullmatch(r"[0-9]{1,5}", host):
         host, port = "", host  # a listener may be a port alone
     port = int(port) if port else default_port
-    if port is None or not 0 <= port <= 65535 or not (host or default_host is not None):
+    if port is not None and port > 65535:
+        raise ValueError("%r: a port is at most 65535" % text)
+    if port is None or not (host or default_host is not None):
         raise ValueError("%r needs a %s" % (text, "host" if port is not None else "port, host:port"))
     return Address(host or default_host, port, None)
+
+
+def parse_status_listen(text):
+    """As parse_address, 'off' or '' -> None."""
+    return None if text in ("", "off") else parse_address(text, default_host="127.0.0.1")
 
 
 def show_address(address):
@@ -247,8 +261,8 @@ def parse_listen(text):
                              % " ".join(words[1:]))
         address = parse_address(words[0], default_host="0.0.0.0")
         listens.append(Listen(address, "ssl" in flags, "proxy_protocol" in flags, "reuseport" in flags))
-    if not listens:
-        raise ValueError("at least one address is needed")
+    if not listens or len({listen.address for listen in listens}) < len(listens):
+        raise ValueError("at least one address is needed, and none of them twice")
     return tuple(listens)
 
 
@@ -281,6 +295,7 @@ def parse_proxy_pass(text):
         raise ValueError("http://host:port, https://host:port or http://unix:/path is needed")
     if "@" in match.group(2):
         raise ValueError("a backend has no user name; use proxy_set_header = Authorization: ...")
+    parse_address(match.group(2), default_port=80)  # its ValueError says what is wrong
     return Target(match.group(1) in ("https", "wss"), match.group(2), match.group(4))
 
 
@@ -392,11 +407,11 @@ SERVER_KEYS = {
     "real_ip_header": Key(one_of("X-Forwarded-For", "X-Real-IP", "proxy_protocol"), "X-Forwarded-For",
                           "where trusted proxies say it: X-Forwarded-For, X-Real-IP or proxy_protocol"),
     "drain_timeout": Key(parse_seconds, "30s", "time over which QUIT ends the tunnels"),
-    "access_log": Key(parse_text, "-", "a path, - (stdout), off, syslog: or syslog:HOST:PORT"),
-    "error_log": Key(parse_text, "-", "a path, - (stderr), off, syslog: or syslog:HOST:PORT"),
+    "access_log": Key(parse_log, "-", "a path, - (stdout), off, syslog: or syslog:HOST:PORT"),
+    "error_log": Key(parse_log, "-", "a path, - (stderr), off, syslog: or syslog:HOST:PORT"),
     "log_level": Key(one_of("debug", "info", "warning", "error"), "info", "debug, info, warning or error"),
     "log_format": Key(one_of("text", "json"), "text", "of the access log: text or json"),
-    "status_listen": Key(parse_text, "off", "host:port or unix:/path of the status page, or off"),
+    "status_listen": Key(parse_status_listen, "off", "host:port or unix:/path of the status page, or off"),
     "status_allow": Key(parse_networks, "127.0.0.0/8 ::1", "CIDRs that may see the status page"),
     "user": Key(parse_user, "", "drop to this user after binding, when started as root"),
     "pid": Key(parse_text, "", "file for the process id, which -s needs"),
@@ -550,18 +565,18 @@ class ConfigReader:
         server = self.section("server", server_texts, dict(LOCATION_KEYS, **SERVER_KEYS))
         upstreams, locations = {}, []
         for title in sections:
-            if title.startswith("upstream "):
+            kind = title.partition(" ")[0]
+            if kind == "upstream":
                 self.read_upstream(title, sections[title], upstreams)
-            elif not title.startswith("location "):
-                self.error(title, None, "unknown section%s" % nearest(
-                    title.split()[0], ("server", "location", "upstream")))
+            elif kind != "location":
+                self.error(title, None, "unknown section%s" % nearest(kind, ("server", "location", "upstream")))
         defaults = {key: text for key, text in server_texts.items()
                     if key in LOCATION_KEYS and key not in SERVER_KEYS}
         for title in sections:
-            if title.startswith("location "):
+            if title.partition(" ")[0] == "location":
                 self.read_location(title, sections[title], defaults, upstreams, locations)
         if defaults.get("proxy_pass") or defaults.get("return"):
-            if not any(each.path == "/" and not each.host for each in locations):
+            if not any(each.path == "/" and not each.host and not each.exact for each in locations):
                 self.read_location("location /", {}, defaults, upstreams, locations)
         if not self.errors and not locations:
             self.errors.append("%s: nothing to do: a [location /] with proxy_pass = http://host:port is needed" % self.name)
@@ -587,7 +602,7 @@ class ConfigReader:
         if self.path is None:
             return {}
         parser = configparser.RawConfigParser(delimiters=("=",), strict=True, interpolation=None,
-                                              empty_lines_in_values=False, default_section="")
+                                              empty_lines_in_values=True, default_section="")
         parser.optionxform = str
         try:
             with open(self.path, encoding="utf-8-sig") as file:  # Notepad writes a BOM
@@ -600,14 +615,21 @@ class ConfigReader:
         except configparser.ParsingError as error:
             if isinstance(error, configparser.MissingSectionHeaderError):
                 raise ConfigError(["%s:%d: a [section] must stand before %s" % (self.path, error.lineno, error.line.strip())])
-            raise ConfigError(["%s:%d: neither [section] nor key = value: %s" % (self.path, number, line.strip("'\""))
-                               for number, line in error.errors])
+            lines = text.split("\n")
+            raise ConfigError(["%s:%d: neither [section] nor key = value: %s" % (self.path, number, lines[number - 1].strip())
+                               for number, _ in error.errors])
         except configparser.DuplicateSectionError as error:
             raise ConfigError(["%s:%d: [%s] stands here twice" % (self.path, error.lineno, error.section)])
         except configparser.DuplicateOptionError as error:
             raise ConfigError(["%s:%d: [%s] %s: stands here twice" % (self.path, error.lineno, error.section, error.option)])
         self.number_lines(text)
-        return {" ".join(section.split()): dict(parser.items(section)) for section in parser.sections()}
+        sections = {}
+        for section in parser.sections():
+            title = " ".join(section.split())
+            if title in sections:
+                self.error(title, None, "stands here twice")
+            sections[title] = dict(parser.items(section))
+        return sections
 
     def number_lines(self, text):
         """Remember where each section and key stands; configparser does not."""
@@ -621,9 +643,12 @@ class ConfigReader:
             elif key:
                 self.lines[section, key.group(1)] = number
 
-    def section(self, title, texts, keys):
-        """{key: text} -> Settings with a value for every key of the table."""
-        values = {}
+    def section(self, title, texts, keys, inherited=()):
+        """{key: text} -> Settings with a value for every key of the table; None if a value is bad.
+
+        inherited: keys whose errors have been told where they stand.
+        """
+        values, bad = {}, []
         for key in texts:
             if key not in keys:
                 self.error(title, key, "unknown key%s" % nearest(key, keys))
@@ -631,19 +656,20 @@ class ConfigReader:
             text = texts.get(name, key.default).strip()
             try:
                 values["return_" if name == "return" else name] = key.parse(text)
-            except OSError as error:
-                values[name] = None
-                self.error(title, name, "%s: %s" % (text, error.strerror))
-            except ValueError as error:
-                values[name] = None
-                self.error(title, name, "%r: %s" % (text, error))
-        return Settings(values)
+            except (OSError, ValueError) as error:
+                bad.append(name)
+                if name not in inherited:
+                    self.error(title, name, "%s: %s" % (text, error.strerror) if isinstance(error, OSError)
+                               else "%r: %s" % (text, error))
+        return None if bad else Settings(values)
 
     def read_upstream(self, title, texts, upstreams):
         """[upstream NAME] -> an Upstream in upstreams."""
         settings = self.section(title, texts, UPSTREAM_KEYS)
         name = title.partition(" ")[2]
-        if settings.server and settings.balance:
+        if not name:
+            self.error(title, None, "[upstream NAME] is needed")
+        elif settings:
             for server in settings.server:
                 self.check_resolves(title, server.address)
             upstreams[name] = Upstream(name, settings.server, settings.balance)
@@ -656,13 +682,20 @@ class ConfigReader:
             merged.pop("proxy_pass", None)
         elif "proxy_pass" in texts and "return" not in texts:
             merged.pop("return", None)
-        settings = self.section(title, merged, LOCATION_KEYS)
-        values = dict(settings.__dict__)
-        if "idle_timeout" not in merged:
-            values["idle_timeout"] = settings.proxy_read_timeout
+        settings = self.section(title, merged, LOCATION_KEYS, set(merged) - set(texts))
         match = re.fullmatch(r"location (= ?)?([^/\s]*)(/\S*)", title)
         if not match:
             return self.error(title, None, "[location /path], [location HOST/path] or [location = /path] is needed")
+        host, path, exact = match.group(2).lower() or None, match.group(3), bool(match.group(1))
+        if host and not re.fullmatch(r"(\*\.)?[^*:]+|\[[0-9a-f:]+\]", host):
+            return self.error(title, None, "a host has no port, and * stands only for its first part: *.example.com")
+        if any((each.host, each.path, each.exact) == (host, path, exact) for each in locations):
+            return self.error(title, None, "stands here twice")
+        if settings is None:
+            return None
+        values = dict(settings.__dict__)
+        if "idle_timeout" not in merged:
+            values["idle_timeout"] = settings.proxy_read_timeout
         target = settings.proxy_pass
         if not target and not settings.return_:
             if "proxy_pass" not in texts and "return" not in texts:
@@ -684,10 +717,9 @@ class ConfigReader:
                 self.error(title, "auth_basic_user_file", str(error))
         if any(contexts) and not settings.proxy_ssl_verify:
             self.warn(title, "proxy_ssl_verify = off: anybody between the gate and the backend can read and change everything")
-        path = match.group(3)
         if target and target.uri == "/" and not path.endswith("/"):
             self.warn(title, "%s/x will be asked for as //x; write [location %s/]" % (path, path))
-        locations.append(Location(title.partition(" ")[2], match.group(2).lower() or None, path, bool(match.group(1)),
+        locations.append(Location(title.partition(" ")[2], host, path, exact,
                                   values, upstream, contexts[0], auth, contexts[1]))
         return None
 
@@ -717,11 +749,6 @@ class ConfigReader:
                 config.certificates = CertificateStore(config)
             except (OSError, ValueError) as error:
                 self.error("server", "ssl_certificate", "%s" % error)
-        if server.status_listen != "off":
-            try:
-                parse_address(server.status_listen, default_host="127.0.0.1")
-            except ValueError as error:
-                self.error("server", "status_listen", str(error))
 
 
 # ------------------------------------------------------------------- Listening
@@ -764,8 +791,8 @@ class Gate:
         try:
             for listen in self.config.server.listen:
                 self.add_listener(Listener(self, listen, take_inherited(inherited, listen.address)))
-            if self.config.server.status_listen != "off":
-                address = parse_address(self.config.server.status_listen, default_host="127.0.0.1")
+            address = self.config.server.status_listen
+            if address:
                 self.add_listener(StatusListener(self, Listen(address, False, False, False),
                                                  take_inherited(inherited, address)))
         except OSError:
@@ -1115,6 +1142,14 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 os.unlink(self.listen.address.path)
             except OSError:  # somebody else has removed it
                 pass
+
+    def url(self):
+        """How to reach it, for people -> text."""
+        if self.listen.address.path:
+            return show_address(self.listen.address)
+        host, port = self.server_address[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return "%s://%s/" % ("https" if self.listen.ssl else "http", show_address(Address(host, port, None)))
 
     def get_request(self):
         """accept() without what socket.accept() spends on turning the socket's family into an enum."""
@@ -2301,7 +2336,7 @@ def split_target(request):
         authority, question, query = authority.partition(b"?")
         if authority.lower() != request.authority.lower():
             raise HTTPError(400, "bad_request", "the address in the request line is not that of Host")
-        target = request.target = b"/" + question + query if question else b"/" + rest
+        target = request.target = b"/" + question + query + slash + rest if question else b"/" + rest
     if target == b"*":
         if request.method != b"OPTIONS":
             raise HTTPError(400, "bad_request", "* is for OPTIONS only")
@@ -2315,7 +2350,7 @@ def split_target(request):
         if sum(map(len, units)) != len(raw):
             raise HTTPError(400, "bad_request", "bad %-escape in the path")
         raw = b"".join(map(decode_unit, units))
-    if re.search(br"/\.\.?(?:/|$)|[\\\x00-\x1f\x7f]", raw):
+    if re.search(br"(?:/|%2F)\.\.?(?:/|%2F|$)|[\\\x00-\x1f\x7f]", raw):
         raise HTTPError(400, "bad_request", "dot segments, backslashes and control bytes are refused")
     request.path = raw.decode("utf-8", "surrogateescape")
 
@@ -2325,7 +2360,7 @@ def decode_unit(unit):
     if unit[:1] == b"/":
         return b"/"
     if unit[:1] != b"%" or unit.upper() == b"%2F":
-        return unit
+        return unit.upper() if unit[:1] == b"%" else unit
     return binascii.unhexlify(unit[1:])
 
 
@@ -3991,7 +4026,7 @@ class Record:
         """The exchange could not go on; status only if no answer has begun."""
         self.reason = reason
         self.status = status or self.status
-        self.note = note or self.note
+        self.note = " ".join(note.split()).replace('"', "'") if note else self.note
 
     def note_refusal(self, message, response):
         """A backend refused a handshake: say what its answer and the request disagree about."""
@@ -4123,10 +4158,8 @@ def log_handler(where, stream):
     if where == "-":
         return logging.StreamHandler(stream)
     if where.startswith("syslog:"):
-        host, _, port = where[7:].rpartition(":")
-        if not where[7:]:
-            return logging.handlers.SysLogHandler("/dev/log", facility="daemon")
-        return logging.handlers.SysLogHandler((host or port, int(port) if host else 514), facility="daemon")
+        host, _, port = where[7:].partition(":")
+        return logging.handlers.SysLogHandler((host, int(port or 514)) if host else "/dev/log", facility="daemon")
     return logging.FileHandler(where, encoding="utf-8")
 
 
@@ -4370,8 +4403,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 0
     except (OSError, ValueError) as error:
-        sys.stderr.write("wsgate: %s\n" % (str(error) if not isinstance(error, OSError) or error.strerror is None
-                                          or error.filename is None else "%s: %s" % (error.filename, error.strerror)))
+        what = getattr(error, "strerror", None) or str(error)
+        sys.stderr.write("wsgate: %s%s\n" % ("%s: " % error.filename if getattr(error, "filename", None) else "", what))
         return 1
 
 
@@ -4445,8 +4478,10 @@ def send_signal(config, name):
     try:
         with open(path) as file:
             number = int(file.read())
+        if number < 1:  # these would mean other processes than the gate
+            raise ValueError
         os.kill(number, getattr(signal, CONTROL[name]))
-    except ProcessLookupError:
+    except (ProcessLookupError, ValueError):
         raise ValueError("no gate runs with the process id in %s" % path)
     return 0
 
@@ -4489,11 +4524,7 @@ def announce(config, gate):
     for warning in config.warnings:
         log.warning("%s", warning)
     for listener in gate.listeners:
-        address = listener.listen.address
-        host, port = listener.server_address[:2] if not address.path else (None, None)
-        where = show_address(address) if address.path else "%s://%s:%d/" % (
-            "https" if listener.listen.ssl else "http", {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, "[%s]" % host if ":" in host else host), port)
-        log.info("%s %s", "status page" if isinstance(listener, StatusListener) else "listening on", where)
+        log.info("%s %s", "status page" if isinstance(listener, StatusListener) else "listening on", listener.url())
     for location in config.locations:
         target = location.proxy_pass
         log.info("[location %s] -> %s", location.name, "%s://%s%s" % (
@@ -4561,7 +4592,7 @@ def sample_config():
     def keys(table, without=()):
         for name, key in table.items():
             if name not in without:
-                lines.append("# %s%s\n#%s =%s" % (key.meaning[0].upper(), key.meaning[1:], name, " " + key.default if key.default else ""))
+                lines.append("# %s\n#%s =%s" % (key.meaning, name, " " + key.default if key.default else ""))
 
     keys(SERVER_KEYS)
     lines.append("\n# Every key of a location may also stand in [server], as the default for all locations.\n"
@@ -4704,7 +4735,7 @@ def demo(arguments):
 
     def ready(gate):
         backend.gate = gate
-        sys.stderr.write("wsgate: open http://%s/ in a browser; Ctrl-C ends it\n" % overrides["listen"])
+        sys.stderr.write("wsgate: open %s in a browser; Ctrl-C ends it\n" % gate.listeners[0].url())
     return run_gate(None, overrides, ready)
 
 
