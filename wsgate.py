@@ -1332,6 +1332,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.client = self.peer      # the real client's address
         self.acquired = False        # whether the exchange is counted in Gate.in_use
         self.answered = False        # whether a byte of the answer may have been sent
+        self.lingers = False         # whether that was the last one, and its client may still be sending
 
     def handle(self):
         self.admitted = self.gate.enter(self)
@@ -1339,6 +1340,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
             if self.begin():
                 while self.serve():
                     self.served += 1
+                if self.lingers:
+                    self.stream.linger()
         except (ClientGone, TimedOut, OSError) as error:
             log.debug("%s: connection ended: %s", self.peer, error)
         finally:
@@ -1519,19 +1522,17 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Pass an answer on, whole -> whether another request may follow."""
         message = self.message
         body = response.body(message.method, decode=message.minor == 0)
-        keep = (keep and message.persistent() and relay.up.done and not isinstance(body, UntilCloseBody)
-                and self.gate.state == "running" and self.config.server.keepalive_timeout > 0)
+        keep = keep and self.persistent() and relay.up.done and not relay.unread and not isinstance(body, UntilCloseBody)
         self.answered = True
         try:
             relay.pass_response(response_head_for_client(response, message, keep), body)
         except BackendError as error:  # too late for another answer: the client must see that this one is cut
             self.record.ended(error.reason)
             self.stream.reset()
-            keep = False
-        self.record.count(relay.sent_up, relay.sent_down)
-        self.drop_backend()
-        if not keep:
-            self.stream.linger()
+            return False
+        finally:
+            self.record.count(relay.sent_up, relay.sent_down)
+        self.lingers = not keep
         return keep
 
     def open_tunnel(self, response, protocol):
@@ -1542,6 +1543,11 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.tunnel = Tunnel(self, self.backend.stream, head, scan, extensions_used(response))
         self.record.opened()
         return False
+
+    def persistent(self):
+        """Whether client and gate both want the connection to stay."""
+        return (self.message.persistent() and self.config.server.keepalive_timeout > 0
+                and self.gate.state == "running" and self.admitted)
 
     def refuse(self, error):
         """Answer an HTTPError by the gate itself -> whether another request may follow."""
@@ -1566,8 +1572,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         no body is outstanding, and no upgrade was asked for (RFC 9931).
         """
         message = self.message
-        keep = (message is not None and message.persistent() and not message.has_body() and status not in (400, 408)
-                and not message.fields.get_all(b"upgrade") and self.gate.state == "running" and self.admitted)
+        keep = (message is not None and self.persistent() and not message.has_body() and status not in (400, 408)
+                and not message.fields.get_all(b"upgrade"))
         self.answered = True
         head_only = message is not None and message.method == b"HEAD"
         try:
@@ -1575,8 +1581,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                                   Deadline(self.gate.config.server.send_timeout))
         except (OSError, TimedOut):  # it does not want the answer
             return False
-        if not keep:
-            self.stream.linger()
+        self.lingers = not keep
         return keep
 
     def refuse_in_band(self, error):
@@ -1588,7 +1593,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 b"Sec-WebSocket-Accept: %s\r\n\r\n" % accept)
         try:
             self.stream.write_all(head + close_frame(code, error.reason, masked=False), Deadline(5))
-            self.stream.linger()
+            self.lingers = True
         except (OSError, TimedOut):  # it does not want the answer
             pass
         return False
@@ -1845,16 +1850,16 @@ def take_head(stream, limit):
     data = stream.buffer
     if data.startswith(b"\r\n"):  # one empty line before a request is ignored (RFC 9112 2.2)
         data = data[2:]
-    end = data.find(b"\r\n\r\n")
-    if end >= 0 and end + 4 <= limit:
+    end, line_end = data.find(b"\r\n\r\n"), data.find(b"\r\n")
+    too_long = line_end > REQUEST_LINE_LIMIT or (line_end < 0 and len(data) > REQUEST_LINE_LIMIT + 1)  # its CR may be there
+    if end >= 0 and end + 4 <= limit and not too_long:
         stream.buffer = data[end + 4:]
         return data[:end + 4]
     if data.startswith(b"\x16\x03"):
         raise HTTPError(400, "tls_on_plain_port", "this port does not speak TLS: use http:// or ws://")
     if BARE_LF.search(data, 0, end if end >= 0 else len(data)):
         raise HTTPError(400, "bad_request", "a line must end with CRLF")
-    line_end = data.find(b"\r\n")
-    if line_end > REQUEST_LINE_LIMIT or (line_end < 0 and len(data) > REQUEST_LINE_LIMIT):
+    if too_long:
         raise HTTPError(414, "uri_too_long", "the request line is longer than %d bytes" % REQUEST_LINE_LIMIT)
     if len(data) > limit:
         raise HTTPError(431, "head_too_large", "the head is larger than client_header_size, %d bytes" % limit)
@@ -2025,12 +2030,12 @@ def parse_request_head(head):
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise HTTPError(400, "bad_request", "bad request line %s" % printable(line[:80]))
-    if match.group(3) != b"1" or match.group(4) not in b"01":
+    if match.group(3) != b"1":
         detail = "the client speaks HTTP/2, wsgate HTTP/1.1" if line.startswith(b"PRI ") else "HTTP/1.1 is spoken here"
         raise HTTPError(505, "bad_version", detail)
     request = Request()
     request.method, request.target = match.group(1, 2)
-    request.minor = int(match.group(4))
+    request.minor = min(1, int(match.group(4)))  # HTTP/1.2 would be understood as 1.1 (RFC 9110 2.5)
     request.connection = None
     try:
         request.fields = fields = parse_fields(block)
@@ -3128,6 +3133,7 @@ class HTTPRelay:
         self.limit = server.client_header_size  # a response head is bounded like that of a request
         self.times = location, server
         self.sent_up = self.sent_down = 0       # bytes of bodies
+        self.unread = False                     # the rest of the request body stays with the client: no request may follow
         now = time.monotonic()
         self.up_moved = self.down_moved = now   # when bytes last moved, each way
         self.gone_at = math.inf                 # the client has closed: wait for the backend no longer than this
@@ -3143,8 +3149,8 @@ class HTTPRelay:
                 return response
             if interim:
                 lines = [b"HTTP/1.1 %d %s" % (response.status, response.reason)]
-                lines += [b"%s: %s" % pair for pair in response.fields
-                          if pair[0].lower() not in HOP_BY_HOP and pair[0].lower() != b"content-length"]
+                gone = HOP_BY_HOP.union(response.fields.tokens(b"connection"), (b"content-length",))
+                lines += [b"%s: %s" % pair for pair in response.fields if pair[0].lower() not in gone]
                 self.down_pending = memoryview(bytes(self.down_pending) + b"\r\n".join(lines) + b"\r\n\r\n")
                 self.move_down()
         raise BackendError(502, "backend_bad_answer", "more than %d interim answers" % INTERIM_LIMIT, sent=True)
@@ -3152,14 +3158,14 @@ class HTTPRelay:
     def response_head(self):
         """Wait for a response head, while the request body goes up -> bytes."""
         while True:
+            if not b"HTTP/".startswith(self.backend.buffer[:5]):
+                raise BackendError(502, "backend_bad_answer", "no HTTP: %s" % printable(self.backend.buffer[:60]), sent=True)
             try:
                 head = take_head(self.backend, self.limit)
             except HTTPError as error:
                 raise BackendError(502, "backend_bad_answer", str(error), sent=True)
             if head is not None:
                 return head
-            if not b"HTTP/".startswith(self.backend.buffer[:5]):
-                raise BackendError(502, "backend_bad_answer", "no HTTP: %s" % printable(self.backend.buffer[:60]), sent=True)
             self.turn()
 
     def pass_response(self, head, body):
@@ -3177,10 +3183,13 @@ class HTTPRelay:
         reading_body = not self.up.done and not self.up_pending
         reading_answer = not self.down_pending and not (self.down and self.down.done)
         client_events = ((self.client.read_event if reading_body else 0) | (self.client.write_event if self.down_pending else 0)
-                         | (POLLRDHUP if self.watching else 0))
+                         | (POLLRDHUP if self.watching and self.up.done else 0))
+        backend_events = ((self.backend.read_event if reading_answer else 0)
+                          | (self.backend.write_event if self.up_pending else 0))
         self.poll.register(self.client.fileno(), client_events)
-        self.poll.register(self.backend.fileno(), (self.backend.read_event if reading_answer else 0)
-                           | (self.backend.write_event if self.up_pending else 0))
+        self.poll.register(self.backend.fileno(), backend_events)
+        if not backend_events:  # else a reset would be reported again and again
+            self.poll.unregister(self.backend.fileno())
         now = time.monotonic()
         deadline, expire = self.next_deadline(reading_body, reading_answer)
         ready = ()
@@ -3238,6 +3247,7 @@ class HTTPRelay:
                 try:
                     sent = self.backend.write(self.up_pending)
                 except OSError:  # it reads no more; perhaps it has answered already
+                    self.unread = not self.up.done
                     self.up, self.up_pending = NoBody(), memoryview(b"")
                     return
                 if not sent:
