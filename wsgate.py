@@ -714,7 +714,7 @@ class ConfigReader:
             try:
                 PasswordFile(settings.auth_basic_user_file)
             except ValueError as error:
-                self.error(title, "auth_basic_user_file", str(error))
+                return self.error(title, "auth_basic_user_file", str(error))
         if any(contexts) and not settings.proxy_ssl_verify:
             self.warn(title, "proxy_ssl_verify = off: anybody between the gate and the backend can read and change everything")
         if target and target.uri == "/" and not path.endswith("/"):
@@ -789,12 +789,8 @@ class Gate:
         """Bind all listeners; inherited: {address text: socket} from systemd or a predecessor."""
         inherited = inherited or {}
         try:
-            for listen in self.config.server.listen:
-                self.add_listener(Listener(self, listen, take_inherited(inherited, listen.address)))
-            address = self.config.server.status_listen
-            if address:
-                self.add_listener(StatusListener(self, Listen(address, False, False, False),
-                                                 take_inherited(inherited, address)))
+            for (kind, address), listen in wanted_listeners(self.config.server).items():
+                self.add_listener(kind(self, listen, take_inherited(inherited, address)))
         except OSError:
             self.close()
             raise
@@ -823,8 +819,8 @@ class Gate:
             self.tick(time.monotonic())
         self.close()
         self.selector.close()
-        for end in (self.wake_in, self.wake_out, self.alarm.reader, self.alarm.writer):
-            end.close()
+        for end in (self.wake_in, self.wake_out) + (() if self.connections else (self.alarm.reader, self.alarm.writer)):
+            end.close()  # the alarm not while late threads still poll it
 
     def finished(self):
         """Whether the end was asked for and nothing is left to wait for."""
@@ -889,7 +885,9 @@ class Gate:
     def end(self, state, seconds):
         notify("STOPPING=1")
         self.state = state
-        self.close()
+        for listener in list(self.listeners):  # the status page tells of the draining, unless a successor has it
+            if type(listener) is Listener or listener.handed_over or state == "stopping":
+                self.close_listener(listener)
         self.deadline = min(self.deadline, time.monotonic() + seconds)
         alarm, self.alarm = self.alarm, Alarm()
         alarm.ring()
@@ -911,13 +909,13 @@ class Gate:
 
     def adopt(self, config):
         """Open the listeners that are new, then switch, then close those that went."""
-        here = {listener.listen.address: listener for listener in self.listeners if type(listener) is Listener}
-        wanted = {listen.address: listen for listen in config.server.listen}
+        here = {(type(listener), listener.listen.address): listener for listener in self.listeners}
+        wanted = wanted_listeners(config.server)
         opened = []
         try:
-            for address in wanted:
-                if address not in here:
-                    opened.append(Listener(self, wanted[address]))
+            for key in wanted:
+                if key not in here:
+                    opened.append(key[0](self, wanted[key]))
         except OSError:
             for listener in opened:
                 listener.server_close()
@@ -928,9 +926,9 @@ class Gate:
                     upstream.adopt(old)
         self.config = config
         self.capacity, self.capacity_reason = capacity(config.server.max_connections)
-        for address, listener in here.items():
-            if address in wanted:
-                listener.listen = wanted[address]
+        for key, listener in here.items():
+            if key in wanted:
+                listener.listen = wanted[key]
             else:
                 self.close_listener(listener)
         for listener in opened:
@@ -1200,6 +1198,14 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         log.exception("internal error on a connection from %s", client_address)
 
 
+def wanted_listeners(server):
+    """-> {(class, Address): Listen}"""
+    wanted = {(Listener, listen.address): listen for listen in server.listen}
+    if server.status_listen:
+        wanted[StatusListener, server.status_listen] = Listen(server.status_listen, False, False, False)
+    return wanted
+
+
 def take_inherited(inherited, address):
     """The inherited socket for this address: the same text, else the only one on that port."""
     text = show_address(address)
@@ -1433,7 +1439,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         message, server = self.message, self.config.server
         if not self.admitted:
             raise HTTPError(503, "full", "max_connections is reached", retry_after())
-        if self.gate.state != "running":
+        if self.gate.state == "stopping" or (self.gate.state == "draining" and message.fields.get_all(b"upgrade")):
             raise HTTPError(503, "draining", "this gate is being stopped", retry_after())
         self.client = self.record.client = real_client(server, self.peer, message.fields)
         self.location = self.config.route(message.host, message.path)
@@ -1573,7 +1579,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """
         message = self.message
         keep = (message is not None and self.persistent() and not message.has_body() and status not in (400, 408)
-                and not message.fields.get_all(b"upgrade"))
+                and not message.fields.get_all(b"upgrade") and not message.fields.get_all(b"sec-websocket-key"))
         self.answered = True
         head_only = message is not None and message.method == b"HEAD"
         try:
@@ -1597,6 +1603,11 @@ class ClientConnection(socketserver.BaseRequestHandler):
         except (OSError, TimedOut):  # it does not want the answer
             pass
         return False
+
+    def port(self):
+        """The port that the client has connected to, 0 for a unix socket."""
+        name = self.stream.sock.getsockname()
+        return name[1] if isinstance(name, tuple) else 0
 
     def drop_backend(self):
         """Let the backend go: nothing is expected from it any more."""
@@ -1751,7 +1762,7 @@ class Stream:
             if quiet:
                 return False
             raise
-        except ConnectionError:  # a reset ends it as well
+        except OSError:  # a reset ends it as well, and so does what is no TLS record
             return False
 
     def write_all(self, data, deadline):
@@ -2020,7 +2031,7 @@ class Request:
         return {"host": lambda: self.host.encode(), "remote_addr": lambda: connection.client.encode(),
                 "scheme": lambda: b"https" if connection.stream.tls else b"http",
                 "request_uri": lambda: self.target,
-                "server_port": lambda: b"%d" % (connection.listen.address.port or 0),
+                "server_port": lambda: b"%d" % connection.port(),
                 "proxy_add_x_forwarded_for": lambda: forwarded_for(connection)}[name]()
 
 
@@ -2477,7 +2488,8 @@ def check_origin(location, message):
     if len(origins) == 1:
         for allowed in location.allowed_origins:
             if allowed == "same":
-                if origin_host(origin) == origin_host("//" + message.authority.decode("latin-1").lower()):
+                scheme = origin.partition("//")[0]
+                if origin_host(origin) == origin_host(scheme + "//" + message.authority.decode("latin-1").lower()):
                     return
             elif origin_pattern(allowed).fullmatch(origin):
                 return
@@ -3043,7 +3055,7 @@ def proxy_line(connection):
     if isinstance(name, tuple) and parse_ip(name[0]) is not None and parse_ip(name[0]).version == address.version:
         local = str(parse_ip(name[0]))
     return b"PROXY %s %s %s %d %d\r\n" % (family, str(address).encode(), local.encode(), connection.peer_port,
-                                          connection.listen.address.port or 0)
+                                          connection.port())
 
 
 def response_head_for_client(response, message, keep):
@@ -3451,15 +3463,17 @@ class Flow:
                         self.eof = head == b""
                         break
                     count = len(head)
-                    self.pending = scanner.feed(head, now)
-                    self.pending = self.pending[os.write(self.pipe[1], self.pending):] if self.pending else b""
-                    self.piped += count - len(self.pending)
-                    if scanner.notable or scanner.left < SPLICE_LEAST:
-                        self.bulk = scanner.large = False
-                        break
+                    self.pending = scanner.feed(head, now)  # without a pong, perhaps
+                    if self.pending:
+                        written = os.write(self.pipe[1], self.pending)
+                        self.pending = self.pending[written:]
+                        self.piped += written
                 room -= count
                 self.bytes += count
                 self.heard = self.moved = now
+                if not left and (scanner.notable or scanner.left < SPLICE_LEAST):
+                    self.bulk = scanner.large = False
+                    break
         except BlockingIOError:  # nothing more to read, or the pipe is full
             pass
         except OSError:
@@ -3564,9 +3578,12 @@ class Tunnel:
             before, now = now, time.monotonic()
             for fd, event in events:
                 reader, writer = (up, down) if fd == client else (down, up)
-                if event != POLLIN or fd == self.alarm or writer.source.tls or not reader.move(now):
+                if event != POLLIN or fd == self.alarm or writer.source.tls:
                     self.act(fd, reader, writer, event, now)
-                    wake = now
+                elif reader.move(now):
+                    continue
+                self.settle(now)
+                wake = now
             if now >= wake or not events:
                 wake = self.timers(now)
             elif self.alarm is not None and now - before < BUSY / 10:
@@ -3574,7 +3591,7 @@ class Tunnel:
                 wake = min(wake, now + BUSY)
 
     def act(self, fd, reader, writer, event, now):
-        """Everything but the plain case: something is pending, ends, breaks, or the gate wants something."""
+        """Do what an event asks for, where it is more than plain bytes to be read."""
         if fd == self.alarm:
             self.obey(now)
         else:
@@ -3587,7 +3604,6 @@ class Tunnel:
             elif event & POLLHUP and not writer.writing():
                 self.interest.pop(fd)  # both ends closed, bytes still to be read: later
                 self.poll.unregister(fd)
-        self.settle(now)
 
     def settle(self, now):
         """Draw the conclusions of what has happened, and poll for what can go on."""
@@ -3833,7 +3849,7 @@ class FrameScanner:
 
     def between(self):
         """Whether all that passed are whole frames, so that one may be put in here."""
-        return not (self.left or self.head or self.held or self.lost or self.too_big)
+        return not (self.left or self.head or self.held or self.lost)
 
     def feed(self, data, now):
         """-> the bytes to pass on."""
@@ -3897,6 +3913,7 @@ class FrameScanner:
                 self.lose()
             self.head = head
             return len(data)
+        split = bool(self.head)
         position += need - len(self.head)
         self.head = b""
         if not self.plausible(head):
@@ -3908,6 +3925,8 @@ class FrameScanner:
                 self.lose()
                 return position
         self.begin(head, short, head[need - 4:need] if self.masked else b"", now)
+        if self.too_big:
+            self.left = int(split)  # the frame does not pass: this is a boundary, unless half its header has
         return self.skip_alike(data, position, head[:need], need + short) if self.left else position
 
     def skip_alike(self, data, position, head, size):
