@@ -2693,10 +2693,10 @@ def test_what_is_no_handshake_goes_on_as_plain_http_without_upgrade(tmp_path, ra
     (asking(b"GET / HTTP/1.0"), 426, "upgrade_missing", b"proxy_http_version 1.1"),
     (asking(key=b""), 400, "bad_handshake", b"Sec-WebSocket-Key"),
     (asking(key=b"Sec-WebSocket-Key:"), 400, "bad_handshake", b"Sec-WebSocket-Key"),
-    (asking(key=b"Sec-WebSocket-Key: " + base64.b64encode(b"15 bytes only.."[:15])), 400, "bad_handshake", b"16 bytes"),
-    (asking(key=b"Sec-WebSocket-Key: " + base64.b64encode(b"17 bytes, too many"[:17])), 400, "bad_handshake", b"16 bytes"),
+    (asking(key=b"Sec-WebSocket-Key: " + base64.b64encode(bytes(15))), 400, "bad_handshake", b"16 bytes"),
+    (asking(key=b"Sec-WebSocket-Key: " + base64.b64encode(bytes(17))), 400, "bad_handshake", b"16 bytes"),
     (asking(key=b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j!Q=="), 400, "bad_handshake", b"base64"),
-    (asking(key=b"Sec-WebSocket-Key: " + KEY, more=b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="), 400, "bad_handshake", b""),
+    (asking(more=b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="), 400, "bad_handshake", b"Sec-WebSocket-Key"),
     (asking(version=b""), 426, "bad_handshake", b"13"),
     (asking(version=b"Sec-WebSocket-Version: thirteen"), 426, "bad_handshake", b"13"),
     (asking(more=b"Content-Length: 3", body=b"abc"), 400, "bad_handshake", b"body"),
@@ -2781,8 +2781,12 @@ def test_the_location_says_what_may_be_upgraded(tmp_path, line, raw, status, rea
     def script(peer):
         heads.append(peer.head())
         asked = field(heads[0], b"upgrade")
-        peer.send(b"HTTP/1.1 101 Go\r\nConnection: upgrade\r\nUpgrade: %s\r\n\r\n" % asked[0] if asked and line[0] == "s"
-                  else switching().replace(b"websocket", asked[0], 1) if asked else ok())
+        if not asked:
+            peer.send(ok())
+        elif line == "strict_handshake = off":
+            peer.send(b"HTTP/1.1 101 Go\r\nConnection: upgrade\r\nUpgrade: %s\r\n\r\n" % asked[0])
+        else:
+            peer.send(switching().replace(b"websocket", asked[0], 1))
 
     with gate_and_backend(tmp_path, script, line) as (gate, _):
         assert gate.ask(raw).status == status
@@ -2795,7 +2799,7 @@ REFUSALS = [
     (401, b"HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic realm=\"x, y\"\r\nContent-Length: 2\r\n\r\nno"),
     (403, b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nyou\r\n0\r\n\r\n"),
     (404, b"HTTP/1.1 404 Not Found\r\n\r\n" + b"n" * 50000),
-    (426, b"HTTP/1.1 426 Upgrade Required\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nContent-Length: 1\r\n\r\n!"),
+    (426, b"HTTP/1.1 426 No\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nContent-Length: 1\r\n\r\n!"),
     (503, b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 4\r\n\r\nbusy"),
 ]
 
@@ -2826,7 +2830,7 @@ def test_a_refused_handshake_is_passed_on_whole_and_both_sides_are_closed(tmp_pa
         assert "reason=backend_said_%d" % status in gate.line(" %d done" % status)
 
 
-@pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 2])
+@pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Hints\r\nLink: </a>\r\n\r\n" * 2])
 def test_an_interim_answer_is_not_taken_for_the_101(tmp_path, interim):
     with gate_and_backend(tmp_path) as (gate, backend):
         client = gate.connect().send(handshake())
@@ -2871,8 +2875,8 @@ def test_much_early_data_is_not_lost(tmp_path, relay_mode):
 
 def test_hop_by_hop_fields_leave_the_101_and_cookies_stay_apart(tmp_path):
     answered = switching(b"Set-Cookie: a=1, b", b"Keep-Alive: timeout=5", b"X-Private: 1", b"Proxy-Connection: x",
-                         b"Content-Length: 5", b"Set-Cookie: c=2", b"X-Kept: yes")
-    with gate_and_backend(tmp_path, answer(answered.replace(b"Connection: U", b"Connection: x-private, U"))) as (gate, _):
+                         b"Content-Length: 5", b"Set-Cookie: c=2", b"X-Kept: yes", b"Connection: x-private")
+    with gate_and_backend(tmp_path, answer(answered)) as (gate, _):
         head = gate.ask(handshake()).head
         assert field(head, b"set-cookie") == [b"a=1, b", b"c=2"] and field(head, b"x-kept") == [b"yes"]
         assert field(head, b"connection") == [b"upgrade"] and field(head, b"upgrade") == [b"websocket"]
@@ -2881,16 +2885,16 @@ def test_hop_by_hop_fields_leave_the_101_and_cookies_stay_apart(tmp_path):
             assert not field(head, name)
 
 
-@pytest.mark.parametrize("fields, answered, code, reason", [
-    ((), b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno", 4403, b"backend_said_403"),
-    ((), b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", 1013, b"backend_said_503"),
-    ((), b"nonsense\r\n\r\n", 1014, b"backend_bad_answer"),
-    ((b"Origin: https://evil.test",), b"", 4403, b"origin_denied"),
+@pytest.mark.parametrize("origin, answered, code, reason", [
+    (b"good", b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno", 4403, b"backend_said_403"),
+    (b"good", b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", 1013, b"backend_said_503"),
+    (b"good", b"nonsense\r\n\r\n", 1014, b"backend_bad_answer"),
+    (b"evil", b"", 4403, b"origin_denied"),
 ])
-def test_reject_with_close_says_it_in_a_close_frame_that_javascript_can_read(tmp_path, fields, answered, code, reason):
+def test_reject_with_close_says_it_in_a_close_frame_that_javascript_can_read(tmp_path, origin, answered, code, reason):
     lines = "reject_with = close", "allowed_origins = https://good.test"
     with gate_and_backend(tmp_path, answer(answered), *lines) as (gate, _):
-        client = gate.connect().send(handshake(b"/", b"Origin: https://good.test") if not fields else handshake(b"/", *fields))
+        client = gate.connect().send(handshake(b"/", b"Origin: https://%s.test" % origin))
         head = client.head()
         assert head.startswith(b"HTTP/1.1 101 ") and field(head, b"sec-websocket-accept") == [ACCEPT]
         assert client.rest() == frame(8, struct.pack("!H", code) + reason)
@@ -2954,8 +2958,8 @@ def fill(peer, block):
 
 def small_buffers(gate, *peers):
     """Keep the kernel from taking megabytes, at both ends and in the gate."""
-    streams = [flow.source for each in gate.gate.connections if each.tunnel for flow in (each.tunnel.up, each.tunnel.down)]
-    for each in peers + tuple(streams):
+    tunnels = [each.tunnel for each in gate.gate.connections if each.tunnel]
+    for each in peers + tuple(flow.source for tunnel in tunnels for flow in (tunnel.up, tunnel.down)):
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             each.sock.setsockopt(socket.SOL_SOCKET, option, 131072)
 
@@ -2968,7 +2972,8 @@ def test_bytes_pass_unchanged_both_ways_at_once_in_any_pieces(tmp_path, relay_mo
             up, down = random_frames(rng, 2500000, True), random_frames(rng, 2500000, False)
         else:
             up, down = b"\xff" + os.urandom(2500000), b"\xff" + os.urandom(2500000)
-        threads = [sending(client, in_pieces(rng, up, 300000)), sending(server, in_pieces(random.Random(2), down, 300000))]
+        threads = [sending(client, in_pieces(rng, up, 300000)),
+                   sending(server, in_pieces(random.Random(2), down, 300000))]
         got = []
         threads.append(threading.Thread(target=lambda: got.append(server.read(len(up))), daemon=True))
         threads[-1].start()
@@ -3026,10 +3031,10 @@ def test_a_half_close_of_raw_bytes_is_passed_on_and_the_other_way_goes_on(tmp_pa
 
 @pytest.mark.parametrize("first", ["client", "backend"])
 def test_a_half_closed_tunnel_is_limited_in_time(tmp_path, monkeypatch, first):
-    monkeypatch.setattr(wsgate, "HALF_CLOSE", 300 * MS)
+    monkeypatch.setattr(wsgate, "HALF_CLOSE", 200 * MS)
     with raw_tunnel(tmp_path) as (gate, client, server):
         ending, other = (client, server) if first == "client" else (server, client)
-        with lasting(300, 1200):
+        with lasting(200, 1200):
             ending.finish()
             assert other.rest() == b""
             assert ending.rest() == b""
@@ -3061,8 +3066,8 @@ def test_a_reset_is_noticed_while_the_tunnel_is_stalled(tmp_path, first, who):
 
 
 def test_a_tunnel_is_closed_after_idle_timeout_and_any_byte_either_way_starts_it_afresh(tmp_path):
-    lines = "idle_timeout = " + ini_ms(300), "client_header_timeout = " + ini_ms(100), "keepalive_timeout = " + ini_ms(100)
-    with tunnel(tmp_path, *lines) as (gate, client, server):
+    http = ["%s = %s" % (name, ini_ms(100)) for name in ("client_header_timeout", "keepalive_timeout")]
+    with tunnel(tmp_path, "idle_timeout = " + ini_ms(300), *http) as (gate, client, server):
         for sender, other in ((client, server), (server, client)) * 2:
             sender.send(b"x")
             other.read(1)
@@ -3074,8 +3079,8 @@ def test_a_tunnel_is_closed_after_idle_timeout_and_any_byte_either_way_starts_it
 
 def test_idle_timeout_is_a_matter_of_the_location(tmp_path):
     with nothing_left(), ScriptedBackend() as backend:
-        ini = "[server]\nproxy_pass = http://%s\nidle_timeout = 10s\n[location /short]\nidle_timeout = %s\n[location /]\n"
-        with running(ini % (backend.where, ini_ms(200)), tmp_path) as gate:
+        ini = simple(backend, "idle_timeout = 10s") + "[location /short]\nidle_timeout = %s\n[location /]\n"
+        with running(ini % ini_ms(200), tmp_path) as gate:
             peers = {}
             for path in (b"/long", b"/short"):
                 peers[path] = gate.connect().send(handshake(path))
@@ -3239,14 +3244,14 @@ def test_the_scanner_reads_the_code_and_reason_of_a_close(masked, payload, close
 
 
 @pytest.mark.parametrize("masked, data", [
-    (False, frame(3, b"data")), (False, frame(7, b"data")), (False, frame(11, b"control")), (True, frame(15, b"c", b"abcd")),
+    (False, frame(3, b"data")), (True, frame(7, b"data", b"abcd")), (False, frame(11)), (True, frame(15, b"", b"abcd")),
     (False, frame(9, b"ping", fin=False)), (True, frame(8, b"\x03\xe8", b"abcd", fin=False)),
     (False, frame(10, b"x" * 126)), (True, frame(9, b"x" * 126, b"abcd")), (False, frame(8, b"x" * 70000)),
     (False, frame(1, b"x", rsv=4)), (False, frame(2, b"x", rsv=2)), (True, frame(0, b"x", b"abcd", rsv=1)),
     (False, frame(1, b"masked", b"abcd")), (True, frame(1, b"not masked")),
     (False, b"\x82\xff" + b"\0" * 12), (False, b"\x82\x7f\x80" + b"\0" * 7), (True, b"\x82\xff\xff" + b"\0" * 11),
     (False, b"GET / HTTP/1.1\r\n"), (True, b"raw bytes and no frames"),
-], ids=str)
+], ids=lambda value: repr(value)[:40])
 def test_the_scanner_gives_up_on_what_is_no_frame(masked, data):
     good = frame(1, b"good", b"abcd" if masked else None)
     for before in (b"", good, good * 3):
@@ -3256,7 +3261,7 @@ def test_the_scanner_gives_up_on_what_is_no_frame(masked, data):
 
 
 def test_an_extension_may_use_the_reserved_bits():
-    data = frame(1, b"deflated", rsv=4) + frame(2, b"x" * 200, rsv=7, fin=False) + frame(0, b"", rsv=1) + frame(9, b"", rsv=2)
+    data = frame(1, b"deflated", rsv=4) + frame(2, b"x" * 200, rsv=7, fin=False) + frame(0, rsv=1) + frame(9, rsv=2)
     for pieces in every_way(data):
         scanner = scan(pieces, extensions=True)
         assert not scanner.lost and scanner.between() and scanner.messages == 2
@@ -3419,7 +3424,8 @@ class Answering:
 
 
 def test_pings_keep_a_tunnel_alive_beyond_idle_timeout(tmp_path):
-    with tunnel(tmp_path, PINGING, "ping_timeout = " + ini_ms(250), "idle_timeout = " + ini_ms(250)) as (gate, client, server):
+    lines = PINGING, "ping_timeout = " + ini_ms(250), "idle_timeout = " + ini_ms(250)
+    with tunnel(tmp_path, *lines) as (gate, client, server):
         answering = [Answering(client, b"abcd"), Answering(server, None)]
         with lasting(400, 3000):
             eventually(lambda: min(each.pings for each in answering) >= 5)
@@ -3431,7 +3437,7 @@ def test_pings_keep_a_tunnel_alive_beyond_idle_timeout(tmp_path):
 
 
 def random_talk(rng, count):
-    """What one side says, as (first byte, payload): messages whole and in fragments, pings and pongs of its own, a Close."""
+    """What one side says, as (first byte, payload): messages whole or in fragments, own pings and pongs, a Close."""
     inside = False
     for number in range(count):
         if rng.random() < 0.15:
@@ -3447,7 +3453,7 @@ def random_talk(rng, count):
 
 
 class Talker:
-    """One end of a tunnel: says its talk in pieces of random sizes, stalls, answers the gate's pings (8 bytes; its own are shorter)."""
+    """One end of a tunnel: talks in random pieces, stalls, answers the gate's pings (8 bytes; its own are shorter)."""
 
     def __init__(self, peer, rng, masked):
         self.peer, self.rng, self.masked = peer, rng, masked
@@ -3463,13 +3469,14 @@ class Talker:
 
     def run(self):
         queue, wire, unread = list(self.talk), b"", b""
-        while queue or wire or not (self.received and self.received[-1][0] == 0x88):
-            while queue and len(wire) < 1000:  # at a boundary
-                wire += b"".join(self.pongs) + self.encode(*queue.pop(0))
-                self.pongs = []
+        closed = False
+        while queue or wire or not closed:
+            closed = bool(self.received) and self.received[-1][0] == 0x88
+            while queue and self.pongs or len(queue) > (self.pings < 3 and not closed) and len(wire) < 1000:
+                wire += self.pongs.pop() if self.pongs else self.encode(*queue.pop(0))  # its Close waits for some pings
             chance = self.rng.random()
-            wanted = 0 if chance < 0.1 else select.POLLIN if chance < 0.5 or not wire else select.POLLIN | select.POLLOUT
-            self.poll.register(self.peer.sock, wanted)
+            writing = select.POLLOUT if wire and chance > 0.5 else 0
+            self.poll.register(self.peer.sock, select.POLLIN | writing if chance > 0.1 else 0)
             for _, event in self.poll.poll(6 * MS * 1000):
                 if event & select.POLLIN:
                     unread += self.peer.sock.recv(self.rng.choice((3, 100, 200000)))
@@ -3486,16 +3493,15 @@ class Talker:
         assert not unread
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_whatever_two_sides_say_arrives_as_it_was_said_among_many_pings(tmp_path, relay_mode, seed):
+def test_whatever_two_sides_say_arrives_as_it_was_said_among_many_pings(tmp_path, relay_mode):
     with tunnel(tmp_path, "ping_interval = " + ini_ms(3)) as (gate, client, server):
-        one, two = Talker(client, random.Random(seed), True), Talker(server, random.Random(seed + 100), False)
+        one, two = Talker(client, random.Random(relay_mode), True), Talker(server, random.Random(6455), False)
         thread = threading.Thread(target=one.run, daemon=True)
         thread.start()
         two.run()
         thread.join(5000 * MS)
         assert two.received == one.talk and one.received == two.talk
-        assert one.pings and two.pings
+        assert max(one.pings, two.pings) >= 3
         line = line_of(gate, client, server)
         assert "up=%d/%dB down=%d/%dB close=" % (one.messages, one.sent, two.messages, two.sent) in line
         assert ":1000 reason=-" in line and " rtt=" in line
@@ -3511,7 +3517,7 @@ def closing_code(peer, masked, before=b""):
 
 
 ENDINGS = {
-    # what happens: (the code that the client gets, the backend, None for an end without; "-": it has gone), the end of the log line
+    # what happens: (Close code at the client, at the backend; "-" for the one that has gone), what the log says
     "idle": (1001, 1001, "close=gate:1001 reason=idle_timeout"),
     "SIGTERM": (1001, 1001, "close=gate:1001 reason=stop"),
     "backend ends": (1014, "-", "close=backend:eof reason=backend_gone"),
@@ -3521,36 +3527,34 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("inside", [None, "client", "backend"])
 @pytest.mark.parametrize("what", sorted(ENDINGS))
-def test_the_end_of_a_tunnel_is_told_by_a_close_frame_where_one_may_stand(tmp_path, what, inside):
-    """inside: who has sent half a frame; the other one then gets no Close."""
+def test_the_end_of_a_tunnel_is_told_by_a_close_frame_where_one_may_stand(tmp_path, what):
+    """In three tunnels: between frames, inside a frame going up, inside one going down: after half a frame no Close."""
     at_client, at_backend, logged = ENDINGS[what]
-    lines = ("idle_timeout = " + ini_ms(120),) if what == "idle" else ()
-    with tunnel(tmp_path, *lines) as (gate, client, server):
-        half = frame(1, b"never completed")[:9]
-        up, down = b"", b""
-        if inside == "client":
-            at_backend, up = at_backend and "-" if at_backend == "-" else None, b"\x81\x8fabcdefg"
-            client.send(up)
-            eventually(lambda: gate.gate.traffic()[1] == 9)
-        if inside == "backend":
-            at_client, down = "-" if at_client == "-" else None, half
-            server.send(down)
-            eventually(lambda: gate.gate.traffic()[2] == 9)
-        if what == "SIGTERM":
-            gate.signal("SIGTERM")
-        elif what != "idle":
-            who, does = what.split()
-            peer = client if who == "client" else server
-            getattr(peer, {"ends": "finish", "resets": "reset"}[does])()
-        with lasting(0, 1200):
-            for peer, code, masked, before in ((client, at_client, False, down), (server, at_backend, True, up)):
-                if code != "-":
-                    assert closing_code(peer, masked, before) == code
-        assert logged in line_of(gate, client, server)
-        if what == "SIGTERM":
-            gate.signal = lambda name: None  # it has stopped
+    idle = "idle_timeout = " + ini_ms(300 if what == "idle" else 60000)
+    with nothing_left(), gate_and_backend(tmp_path, None, idle) as (gate, backend):
+        plain, up, down = [gate.tunnel(backend) for _ in range(3)]
+        halves = b"\x81\x8fabcdefg", b"\x81\x0fcut off"
+        up[0].send(halves[0])
+        down[1].send(halves[1])
+        eventually(lambda: gate.gate.traffic()[1:] == (9, 9))
+        with lasting(0, 1500):
+            if what == "SIGTERM":
+                gate.signal(what)
+                gate.signal = lambda name: None  # once is enough
+            elif what != "idle":
+                who, does = what.split()
+                for pair in (plain, up, down):
+                    getattr(pair[who == "backend"], {"ends": "finish", "resets": "reset"}[does])()
+            if at_client != "-":
+                assert closing_code(plain[0], False) == closing_code(up[0], False) == at_client
+                assert closing_code(down[0], False, halves[1]) is None
+            if at_backend != "-":
+                assert closing_code(plain[1], True) == closing_code(down[1], True) == at_backend
+                assert closing_code(up[1], True, halves[0]) is None
+        for peer in plain + up + down:
+            peer.close()
+        eventually(lambda: sum(logged in line for line in list(gate.access)) == 3)
 
 
 @pytest.mark.parametrize("who", ["client", "backend"])
@@ -3584,9 +3588,9 @@ def test_the_log_says_who_closed_and_how_much_was_said(tmp_path, who, code):
 
 
 def test_when_both_have_said_close_the_sockets_are_closed_in_a_limited_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(wsgate, "HALF_CLOSE", 300 * MS)
+    monkeypatch.setattr(wsgate, "HALF_CLOSE", 200 * MS)
     with tunnel(tmp_path) as (gate, client, server):
-        with lasting(300, 1200):
+        with lasting(200, 1200):
             client.send(frame(8, b"\x03\xe8", b"abcd"))
             assert read_frame(server) == (8, b"\x03\xe8")
             server.send(frame(8, b"\x03\xe8"))

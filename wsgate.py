@@ -989,14 +989,15 @@ class Gate:
 
     def acquire(self, location, address):
         """Count an exchange against its limits; raises HTTPError when one is reached."""
-        limits = ((("location", location.name), location.max_connections, 503, "full"),
-                  (("ip", address), self.config.server.max_connections_per_ip, 429, "too_many"))
+        limit = self.config.server.max_connections_per_ip
+        place, client, in_use = ("location", location.name), ("ip", address), self.in_use
         with self.lock:
-            for key, limit, status, reason in limits:
-                if limit and self.in_use[key] >= limit:
-                    raise HTTPError(status, reason, "%s has its %d connections" % (key[1], limit), retry_after())
-            for key, limit, _, _ in limits:
-                self.in_use[key] += 1
+            if 0 < location.max_connections <= in_use[place]:
+                raise HTTPError(503, "full", "max_connections of [location %s] is reached" % location.name, retry_after())
+            if 0 < limit <= in_use[client]:
+                raise HTTPError(429, "too_many", "max_connections_per_ip is reached", retry_after())
+            in_use[place] += 1
+            in_use[client] += 1
 
     def release(self, location, address):
         with self.lock:
@@ -1414,7 +1415,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
     def receive(self):
         """Wait for a request and parse its head -> whether there was one."""
         if self.served and not self.stream.buffer:
-            if not self.stream.fill(Deadline(self.gate.config.server.keepalive_timeout), self.gate.alarm, quiet=True):
+            deadline = Deadline(self.gate.config.server.keepalive_timeout)
+            if not self.stream.fill(deadline, self.gate.alarm, quiet=True, expected=False):
                 return False
         self.config = self.gate.config
         server = self.config.server
@@ -1431,7 +1433,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.message = parse_request_head(head)
         self.message.connection = self
         self.record.request_of(self.message)
-        log.debug("%s request from %s:\n%s", self.record.id, self.client, Masked(self.message))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s request from %s:\n%s", self.record.id, self.client, Masked(self.message))
         return True
 
     def admit(self):
@@ -1743,16 +1746,17 @@ class Stream:
         while True:
             ready = poll.poll(deadline.left() * 1000)
             if ready:
-                return any(fd == self.sock.fileno() for fd, _ in ready)
+                return alarm is None or ready[0][0] == self.sock.fileno() or len(ready) > 1
 
-    def fill(self, deadline, alarm=None, quiet=False, size=SMALL_READ):
+    def fill(self, deadline, alarm=None, quiet=False, size=SMALL_READ, expected=True):
         """Read once, at most size bytes, into buffer -> False at the end of the stream, or when the alarm rang.
 
         Raises TimedOut, or with quiet returns False for that too.
         """
         try:
             while True:
-                data = self.read(size)
+                data = self.read(size) if expected or self.tls else None
+                expected = True
                 if data is not None:
                     self.buffer += data
                     return bool(data)
@@ -2698,8 +2702,6 @@ def connect_socket(family, address, deadline):
     """-> a connected Stream; raises OSError or TimedOut."""
     stream = Stream(socket.socket(family, socket.SOCK_STREAM))
     try:
-        if family in (socket.AF_INET, socket.AF_INET6):
-            set_tcp_options(stream.sock)
         result = stream.sock.connect_ex(address)
         if result in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EWOULDBLOCK)):
             stream.wait(POLLOUT, deadline)
@@ -3439,49 +3441,38 @@ class Flow:
     def splice(self, now):
         """Move bulk from socket to pipe to socket; the kernel hands pages on and copies nothing.
 
-        Between two large frames only the header is read, and written into the pipe.
+        Between two frames the next header is looked at where it lies, and spliced with its payload.
         """
         if self.pipe is None and not self.open_pipe():
             self.bulk = False
             return self.move(now)
-        scanner = self.scanner
-        room = PIPE_SIZE
+        scanner, room = self.scanner, PIPE_SIZE
         try:
-            while room > 0 and not self.pending:
-                left = room if scanner is None else scanner.left
-                if left:
-                    count = os.splice(self.source.fileno(), self.pipe[1], min(left, room), flags=SPLICE_FLAGS)
-                    if not count:
-                        self.eof = True
-                        break
-                    if scanner is not None:
-                        scanner.skip(count)
-                    self.piped += count
-                else:
-                    head = self.source.read(LONGEST_HEADER)
-                    if not head:
-                        self.eof = head == b""
-                        break
-                    count = len(head)
-                    self.pending = scanner.feed(head, now)  # without a pong, perhaps
-                    if self.pending:
-                        written = os.write(self.pipe[1], self.pending)
-                        self.pending = self.pending[written:]
-                        self.piped += written
-                room -= count
-                self.bytes += count
-                self.heard = self.moved = now
-                if not left and (scanner.notable or scanner.left < SPLICE_LEAST):
-                    self.bulk = scanner.large = False
+            while room > 0:
+                left = room if scanner is None else scanner.left or scanner.peeked(
+                    self.source.sock.recv(LONGEST_HEADER, socket.MSG_PEEK), now)
+                if not left:
+                    self.bulk = False  # a small frame, or the end: for move()
                     break
+                count = os.splice(self.source.fileno(), self.pipe[1], min(left, room), flags=SPLICE_FLAGS)
+                if not count:
+                    self.eof = True
+                    break
+                if scanner is not None:
+                    scanner.skip(count)
+                self.piped += count
+                room -= count
         except BlockingIOError:  # nothing more to read, or the pipe is full
             pass
         except OSError:
             self.eof = self.broken = True
-        if scanner is None and self.piped < SMALL_READ:
-            self.bulk = False
-        self.flush(now)
-        return not (self.eof or self.writing() or self.done) and (scanner is None or not scanner.notable)
+        if self.piped:
+            self.bytes += self.piped
+            self.heard = self.moved = now
+            if scanner is None and self.piped < SMALL_READ:
+                self.bulk = False
+            self.flush(now)
+        return not (self.eof or self.piped or self.done)
 
     def open_pipe(self):
         try:
@@ -3536,6 +3527,8 @@ class Tunnel:
         location, now = connection.location, time.monotonic()
         self.gate = connection.gate
         self.record = connection.record
+        if backend.sock.family in (socket.AF_INET, socket.AF_INET6):
+            set_tcp_options(backend.sock)
         self.idle_timeout = location.idle_timeout
         self.ping_interval = location.ping_interval
         self.ping_timeout = location.ping_timeout
@@ -3820,7 +3813,7 @@ class FrameScanner:
     """
 
     __slots__ = ("masked", "reserved", "limit", "whole", "bias", "left", "head", "mask", "opcode", "control", "message",
-                 "messages", "last_data", "close", "lost", "too_big", "large", "notable", "pings", "held", "rtt")
+                 "messages", "last_data", "close", "lost", "too_big", "large", "alike", "size", "notable", "pings", "held", "rtt")
 
     def __init__(self, masked, extensions, limit, now):
         self.masked = masked                     # frames of a client are masked, those of a server are not
@@ -3842,6 +3835,7 @@ class FrameScanner:
         self.lost = False
         self.too_big = False
         self.large = False                       # the last frame was large: the next may be spliced too
+        self.alike, self.size = b"", 0           # header of the last large frame, without mask, and its size
         self.notable = False                     # something for Tunnel.note
         self.pings = {}                          # {payload: time.monotonic()} of pings that are not answered
         self.held = b""                          # of a pong that may be the answer
@@ -3899,6 +3893,27 @@ class FrameScanner:
             self.close = (code, payload[2:])
             self.control = None
             self.notable = True
+
+    def peeked(self, head, now):
+        """The next LONGEST_HEADER bytes are these; they are not taken from the socket yet.
+
+        -> the size of the frame if it is a large one, which may pass unseen; 0 if feed() must see it.
+        """
+        if self.alike and head.startswith(self.alike) and not self.pings and len(head) == LONGEST_HEADER:
+            self.messages += 1  # as large as the last one: no need to take it apart
+            self.last_data = now
+            self.left = self.size
+            return self.size
+        short = head[1] & 0x7F if len(head) == LONGEST_HEADER else 0
+        if short < 126 or self.pings or not self.plausible(head):
+            return 0
+        length, header = (struct.unpack_from("!H", head, 2)[0], 4) if short == 126 else (struct.unpack_from("!Q", head, 2)[0], 10)
+        if not SPLICE_LEAST <= length < 1 << 62 or 0 < self.limit < self.message + length:
+            return 0
+        self.begin(head, length, b"", now)
+        self.left += header + 4 if self.masked else header
+        self.alike, self.size = head[:header] if head[0] & 0x80 and not self.limit else b"", self.left
+        return self.left
 
     def scan_header(self, data, position, now):
         """A frame begins at position, or goes on after self.head -> the position behind its header."""
@@ -4048,8 +4063,9 @@ class Record:
         self.note = None             # for people
 
     def request_of(self, message):
-        self.host = printable(message.authority or b"-")
-        self.request = printable(b"%s %s HTTP/1.%d" % (message.method, mask_query(message.target), message.minor))
+        if access_log.isEnabledFor(logging.INFO):
+            self.host = printable(message.authority or b"-")
+            self.request = printable(b"%s %s HTTP/1.%d" % (message.method, mask_query(message.target), message.minor))
 
     def ended(self, reason, status=None, note=None):
         """The exchange could not go on; status only if no answer has begun."""
