@@ -1059,7 +1059,7 @@ class Workers:
         self.idle = []  # [lock, job] of threads that wait; list.append and list.pop need no lock
 
     def run(self, *job):
-        """Call job[0](*job[1:]) in a thread; raises RuntimeError when there can be none."""
+        """Let a thread serve a connection, job = (Listener, socket, address); raises RuntimeError when there can be none."""
         try:
             worker = self.idle.pop()
         except IndexError:
@@ -1068,12 +1068,13 @@ class Workers:
             worker[1] = job
             worker[0].release()
 
-    def work(self, *job):
+    def work(self, listener, request, address):
+        """The life of a thread."""
         worker = [_thread.allocate_lock(), None]
         worker[0].acquire()
-        while job:
-            job[0](*job[1:])
-            worker[1] = job = None
+        while True:
+            listener.process_request_thread(request, address)
+            worker[1] = listener = request = address = None
             self.idle.append(worker)
             if not worker[0].acquire(timeout=self.KEEP):
                 try:
@@ -1081,7 +1082,7 @@ class Workers:
                     return
                 except ValueError:  # it was given a job in this very moment
                     worker[0].acquire()
-            job = worker[1]
+            listener, request, address = worker[1]
 
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -1186,7 +1187,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def process_request(self, request, client_address):
         """Give the connection a thread; if the system allows no more, say 503 and close."""
         try:
-            self.gate.workers.run(self.process_request_thread, request, client_address)
+            self.gate.workers.run(self, request, client_address)
         except RuntimeError:
             request.setblocking(False)
             try:
@@ -1548,6 +1549,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Answer 101 and make the Tunnel; serve() runs it."""
         head = response_head_for_client(response, self.message, True)
         self.answered = True
+        if not self.backend.server.address.path:
+            set_tcp_options(self.backend.stream.sock)
         scan = protocol == b"websocket" and extensions_known(response)
         self.tunnel = Tunnel(self, self.backend.stream, head, scan, extensions_used(response))
         self.record.opened()
@@ -3527,8 +3530,6 @@ class Tunnel:
         location, now = connection.location, time.monotonic()
         self.gate = connection.gate
         self.record = connection.record
-        if backend.sock.family in (socket.AF_INET, socket.AF_INET6):
-            set_tcp_options(backend.sock)
         self.idle_timeout = location.idle_timeout
         self.ping_interval = location.ping_interval
         self.ping_timeout = location.ping_timeout
@@ -3813,7 +3814,7 @@ class FrameScanner:
     """
 
     __slots__ = ("masked", "reserved", "limit", "whole", "bias", "left", "head", "mask", "opcode", "control", "message",
-                 "messages", "last_data", "close", "lost", "too_big", "large", "alike", "size", "notable", "pings", "held", "rtt")
+                 "messages", "last_data", "close", "lost", "too_big", "large", "alike", "size", "burst", "notable", "pings", "held", "rtt")
 
     def __init__(self, masked, extensions, limit, now):
         self.masked = masked                     # frames of a client are masked, those of a server are not
@@ -3836,6 +3837,7 @@ class FrameScanner:
         self.too_big = False
         self.large = False                       # the last frame was large: the next may be spliced too
         self.alike, self.size = b"", 0           # header of the last large frame, without mask, and its size
+        self.burst = None                        # (size, [(place, header byte)]) of the frames in the last burst
         self.notable = False                     # something for Tunnel.note
         self.pings = {}                          # {payload: time.monotonic()} of pings that are not answered
         self.held = b""                          # of a pong that may be the answer
@@ -3853,6 +3855,15 @@ class FrameScanner:
             self.messages += 1
             self.last_data = now
             self.message = 0
+            return data
+        if self.burst and not size % self.burst[0] and not self.left and not self.head and not self.held:
+            step, columns = self.burst
+            count = size // step
+            for place, column in columns:
+                if data[place::step] != column * count:
+                    return self.scan(data, now)
+            self.messages += count
+            self.last_data = now
             return data
         return self.scan(data, now)
 
@@ -3958,6 +3969,7 @@ class FrameScanner:
             count = min(count, len(column) - len(column.lstrip(head[place:place + 1])))
         self.left = 0
         self.messages += count
+        self.burst = (size, [(place, head[place:place + 1]) for place in range(4 if head[1] & 0x7F == 126 else 2)])
         return behind + count * size
 
     def plausible(self, head):
