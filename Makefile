@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV = .venv
+# pip of Python 3.6 must be told which pytest is the last for it.
+PIP = -m pip install --quiet --disable-pip-version-check 'pytest; python_version >= "3.7"' 'pytest < 7.1; python_version < "3.7"'
 
 # The gate with ./wsgate.ini; ARGS="-c other.ini" for another file.
 run:
@@ -13,7 +15,7 @@ demo:
 # pytest goes into a virtual environment of its own; nothing else is installed.
 $(VENV)/ready:
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest
+	$(VENV)/bin/python $(PIP)
 	touch $@
 
 test: $(VENV)/ready
@@ -28,7 +30,7 @@ compat:
 	    case " $$done " in *" $$version "*) continue;; esac; done="$$done $$version"; \
 	    echo "== Python $$version"; \
 	    test -e $(VENV)-$$version/ready || { $$python -m venv $(VENV)-$$version; \
-	        $(VENV)-$$version/bin/python -m pip install --quiet --disable-pip-version-check pytest; \
+	        $(VENV)-$$version/bin/python $(PIP); \
 	        touch $(VENV)-$$version/ready; }; \
 	    $(VENV)-$$version/bin/python -m pytest -q -p no:cacheprovider $(ARGS) test_wsgate.py; \
 	done; echo "passed on:$$done"

@@ -37,6 +37,12 @@ MS = 0.001 * float(os.environ.get("TIME_FACTOR", "1"))
 # --------------------------------------------------------------------- Helpers
 
 
+@pytest.fixture(autouse=True)
+def short_lived_workers(monkeypatch):
+    """Threads do not wait long for another connection, so that nothing_left() need not either."""
+    monkeypatch.setattr("wsgate.Workers.KEEP", 0.02)
+
+
 def eventually(condition, within=5000 * MS):
     """Wait until condition() is true and return its value; fail otherwise. The only sleep here."""
     end = time.monotonic() + within
@@ -412,7 +418,8 @@ class Running:
     def signal(self, name):
         """As if the process had got this signal."""
         self.gate.signals.append(getattr(signal, name))
-        self.gate.wake_out.send(b"!")
+        with contextlib.suppress(OSError):  # it has ended already
+            self.gate.wake_out.send(b"!")
 
 
 class ListHandler(logging.Handler):
@@ -428,7 +435,7 @@ class ListHandler(logging.Handler):
 def running(ini, tmp_path):
     """A gate with this configuration (its listen is added if there is none); stopped and checked for leaks at the end."""
     path = os.path.join(str(tmp_path), "wsgate.ini")
-    if "listen =" not in ini:
+    if "\nlisten =" not in ini:
         ini = ini.replace("[server]", "[server]\nlisten = 127.0.0.1:0", 1)
     with open(path, "w") as file:
         file.write(ini)
@@ -532,6 +539,8 @@ def listening(port):
         return True
     except OSError:
         return False
+
+
 # --------------------------------------------------------------- Configuration
 
 PASS = "proxy_pass = http://127.0.0.1:9\n"
@@ -955,7 +964,7 @@ def test_proxy_set_header_sets_and_removes_fields(tmp_path):
         gate.ask(request(b"GET", b"/a%20b?c", b"Host: Gate.test:123", b"User-Agent: me", b"accept-encoding: br",
                          b"X-HOST: lie", b"Origin: http://evil.test", b"X-Forwarded-For: 192.0.2.1"))
     wanted = {b"X-Host": b"gate.test", b"X-Client": b"127.0.0.1", b"X-Scheme": b"http", b"X-Uri": b"/a%20b?c",
-              b"X-Port": b"0", b"X-Chain": b"127.0.0.1", b"X-Agent": b"<me>", b"Host": b"inner.test",
+              b"X-Port": b"%d" % gate.port, b"X-Chain": b"127.0.0.1", b"X-Agent": b"<me>", b"Host": b"inner.test",
               b"X-Real-IP": b"192.0.2.9", b"Origin": b"http://gate.test"}
     assert {name: field(heads[0], name) for name in wanted} == {name: [value] for name, value in wanted.items()}
     assert not field(heads[0], b"accept-encoding") and not field(heads[0], b"x-absent")
@@ -1388,6 +1397,8 @@ def test_every_name_on_the_map_exists():
         if thing is None:
             missing.append(name)
     assert not missing
+
+
 # -------------------------------------------------------------- Reading a head
 
 
@@ -2567,6 +2578,8 @@ def test_no_bytes_of_either_side_confuse_the_gate(tmp_path):
             assert not gate.gate.in_use and not [line for line in gate.errors if "internal error" in line]
             backend.script = answer(ok(b"alive"))
             assert gate.ask(request()).body == b"alive"
+
+
 # ----------------------------------------------- Forwarding heads: the upgrade
 
 
@@ -2575,12 +2588,6 @@ def asking(start=b"GET / HTTP/1.1", upgrade=b"Upgrade: websocket", connection=b"
     """A handshake of which every line can be another one, or b"" for none."""
     lines = (start, b"Host: gate.test", upgrade, connection, key, version, more)
     return b"\r\n".join(line for line in lines if line) + b"\r\n\r\n" + body
-
-
-@pytest.fixture(autouse=True)
-def short_lived_workers(monkeypatch):
-    """Threads do not wait long for another connection, so that nothing_left() need not either."""
-    monkeypatch.setattr("wsgate.Workers.KEEP", 0.02)
 
 
 @contextlib.contextmanager
@@ -3630,6 +3637,8 @@ def test_the_gate_ends_with_its_close_frame_and_lets_go_though_the_peers_do_noth
         gate.line("reason=backend_gone")
         for peer in idle + left:
             peer.close()
+
+
 # ---------------------------------------------------------------------- Access
 
 
@@ -4267,7 +4276,7 @@ CA = (
     "Y0WYISs4IfP4hEBVw+HeqENJU3zKl3zAo0IwQDAPBgNVHRMBAf8EBTADAQH/MA4GA1UdDwEB/wQEAwIBBjAdBgNVHQ4EFgQUAvsApeijIBhTnsNy"
     "kWCF1JHF1qYwCgYIKoZIzj0EAwIDSAAwRQIgfz3mObBpeHrI5MI3JSeaHDHrWMgwAd3ALHN9Um1USh4CIQDlkvwnp3tTZzd15QJ4MTAa1e4hUAv1"
     "rHbFrwnKPCgnrQ==")
-SERVER = (
+SERVER_CERT = (
     "MIIBijCCATGgAwIBAgIBAjAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENBMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAU"
     "MRIwEAYDVQQDDAlnYXRlLnRlc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAARaD6O2G7xRtdnwIvgPfegE3O3KjzYM5v+3xNhUh0faOcOGRVHD"
     "05L7xlJGQwZ/oImkVU54kZFPpcIjkxBEdQKjo3QwcjAwBgNVHREEKTAngglsb2NhbGhvc3SHBH8AAAGCCWdhdGUudGVzdIIJYmFjay50ZXN0MB8G"
@@ -4292,7 +4301,7 @@ def pem(encoded, kind="CERTIFICATE"):
     return "-----BEGIN %s-----\n%s\n-----END %s-----\n" % (kind, lines, kind)
 
 
-SERVER_PEM = pem(SERVER) + pem(SERVER_KEY, "PRIVATE KEY")  # certificate and key in one file
+SERVER_PEM = pem(SERVER_CERT) + pem(SERVER_KEY, "PRIVATE KEY")  # certificate and key in one file
 CLIENT_PEM = pem(CLIENT) + pem(CLIENT_KEY, "PRIVATE KEY")
 
 
@@ -4439,7 +4448,7 @@ def test_a_changed_certificate_is_taken_and_a_broken_one_is_not(tmp_path, tls):
         written(tmp_path, "server.pem", CLIENT_PEM)
         gate.gate.config.certificates.refresh()
         assert certificate_shown(gate, tls, "x.test") == "other.test"
-        for broken in ("rubbish", pem(SERVER) + pem(CLIENT_KEY, "PRIVATE KEY"), None):
+        for broken in ("rubbish", pem(SERVER_CERT) + pem(CLIENT_KEY, "PRIVATE KEY"), None):
             written(tmp_path, "server.pem", broken) if broken else os.unlink(tls.server)
             gate.gate.config.certificates.refresh()
             assert certificate_shown(gate, tls, "x.test") == "other.test"
@@ -5002,7 +5011,7 @@ def with_status(tmp_path, backend, *lines):
 
 
 LABEL = r'[a-z_]+="([^"\\]|\\["\\n])*"'
-SAMPLE = re.compile(r"[a-z_]+(\{%s(,%s)*\})? [0-9.]+(e[-+]?[0-9]+)?" % (LABEL, LABEL))
+METRIC_SAMPLE = re.compile(r"[a-z_]+(\{%s(,%s)*\})? [0-9.]+(e[-+]?[0-9]+)?" % (LABEL, LABEL))
 COMMENT = re.compile(r"# (HELP [a-z_]+ \S.*|TYPE [a-z_]+ (counter|gauge|histogram))")
 
 
@@ -5025,7 +5034,7 @@ def test_the_status_pages_tell_of_traffic(tmp_path):
         assert b"<svg" in page.body and backend.where.encode() in page.body
         samples = {}
         for line in ask(b"/metrics").body.decode().splitlines():
-            assert COMMENT.fullmatch(line) or SAMPLE.fullmatch(line), line
+            assert COMMENT.fullmatch(line) or METRIC_SAMPLE.fullmatch(line), line
             name, _, value = line.rpartition(" ")
             samples[name] = value
         assert samples["wsgate_tunnels"] == "1" and samples['wsgate_requests_total{status="200"}'] == "1"
@@ -5060,6 +5069,8 @@ def test_a_draining_gate_says_that_it_is_not_ready(tmp_path):
         assert ask(b"/healthz").status == 200
         client.close()
         over(gate)
+
+
 # --------------------------------------------------------------- Command line: --probe
 
 

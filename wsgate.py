@@ -1512,8 +1512,11 @@ class ClientConnection(socketserver.BaseRequestHandler):
         tried, error = [], None
         while True:
             preface = proxy_line(self) if location.proxy_protocol else b""
-            self.backend = location.upstream.connect(location, location.context, self.client, preface, tried, error)
-            self.record.server, self.record.failed = self.backend.server.name, len(tried) - 1
+            try:
+                self.backend = location.upstream.connect(location, location.context, self.client, preface, tried, error)
+            finally:
+                if tried:
+                    self.record.server, self.record.failed = tried[-1].name, len(tried) - bool(self.backend)
             relay = HTTPRelay(self.stream, self.backend.stream, request_head_for_backend(self, protocol),
                               message.body(location.client_max_body_size), location, self.config.server)
             try:
@@ -2556,6 +2559,8 @@ class PasswordFile:
                 if not re.match(br"\{(SHA|SSHA|SCRYPT)\}.", stored):
                     raise ValueError("%s:%d: only {SCRYPT}, {SSHA} and {SHA} can be checked here; "
                                      "make the line with: wsgate.py --hash-password" % (self.path, number))
+                if stored.startswith(b"{SCRYPT}") and not hasattr(hashlib, "scrypt"):
+                    raise ValueError("%s:%d: this Python cannot check {SCRYPT}; use {SSHA}" % (self.path, number))
                 hashes[user] = stored
         with self.lock:
             self.hashes, self.changed = hashes, changed
@@ -4009,7 +4014,7 @@ class FrameScanner:
     def expect_pong(self, payload, now):
         """A ping with this payload was sent: its pong is not passed on."""
         self.pings[payload] = now
-        if len(self.pings) > 8:
+        if len(self.pings) > 64:
             self.pings.pop(next(iter(self.pings)))
 
     def scan_pong(self, data, position, out, now):
