@@ -46,10 +46,14 @@ bench:
 
 # The fuzzer for five minutes, the soak for ten; make test runs both for seconds.
 fuzz: $(VENV)/ready
-	FUZZ_SECONDS=300 $(VENV)/bin/python -m pytest -q -k fuzz test_wsgate.py
+	FUZZ_SECONDS=300 $(VENV)/bin/python -m pytest -q -k no_bytes_of_either_side test_wsgate.py
 
 soak: $(VENV)/ready
 	SOAK_SECONDS=600 $(VENV)/bin/python -m pytest -q -k soak test_wsgate.py
+
+# Real clients, servers and a browser, in a throwaway environment.
+interop:
+	$(PYTHON) .ci/interop $(ARGS)
 
 clean:
 	rm -rf .venv .venv-* __pycache__ .pytest_cache

@@ -42,10 +42,10 @@ import binascii
 import bisect
 import collections
 import configparser
+import contextlib
 import difflib
 import email.utils
 import errno
-import fnmatch
 import functools
 import getpass
 import hashlib
@@ -70,7 +70,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 
@@ -145,6 +144,7 @@ Target = collections.namedtuple("Target", "tls where uri")  # a parsed proxy_pas
 Return = collections.namedtuple("Return", "status text")
 
 TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
+REDIRECTS = (301, 302, 303, 307, 308)
 SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -307,14 +307,14 @@ def parse_return(text):
     if not match:
         raise ValueError("a status code is needed, then a text or (30x) an address")
     status = int(match.group(1))
-    if status in (301, 302, 303, 307, 308) and not match.group(2):
+    if status in REDIRECTS and not match.group(2):
         raise ValueError("a redirect needs the address to go to")
     return Return(status, Template(match.group(2) or ""))
 
 
 # What the gate itself says about the connection; a client or an administrator cannot set it.
-GATE_FIELDS = frozenset((b"connection", b"upgrade", b"keep-alive", b"content-length", b"te", b"trailer",
-                         b"transfer-encoding", b"proxy-connection", b"http2-settings"))
+GATE_FIELDS = frozenset(b"connection upgrade keep-alive content-length te trailer transfer-encoding proxy-connection"
+                        b" http2-settings".split())
 
 
 def parse_set_headers(text):
@@ -467,7 +467,14 @@ class Settings:
 class Template:
     """Text with $variables, compiled once (proxy_set_header, return)."""
 
-    VARIABLES = ("host", "remote_addr", "scheme", "request_uri", "server_port", "proxy_add_x_forwarded_for")
+    VARIABLES = {  # Request -> bytes; $http_NAME is a field of the request
+        "host": lambda request: request.host.encode(),
+        "remote_addr": lambda request: request.connection.client.encode(),
+        "scheme": lambda request: b"https" if request.connection.stream.tls else b"http",
+        "request_uri": lambda request: request.target,
+        "server_port": lambda request: b"%d" % request.connection.port(),
+        "proxy_add_x_forwarded_for": lambda request: forwarded_for(request.connection),
+    }
 
     def __init__(self, text):
         self.parts = re.split(r"\$\{?(\w+)\}?", text)  # text, name, text, name, ..., text
@@ -478,7 +485,9 @@ class Template:
     def render(self, request):
         """-> bytes, with what this request gives for the variables."""
         parts = [part.encode() for part in self.parts]
-        parts[1::2] = [request.variable(name) for name in self.parts[1::2]]
+        for place, name in list(enumerate(self.parts))[1::2]:
+            parts[place] = (self.VARIABLES[name](request) if name in self.VARIABLES else
+                            b", ".join(request.fields.get_all(name[5:].replace("_", "-").encode())))
         return b"".join(parts)
 
 
@@ -773,7 +782,8 @@ class Gate:
         self.capacity, self.capacity_reason = capacity(config.server.max_connections)
         self.started = time.time()
         self.workers = Workers()
-        self.history = History()
+        self.samples = collections.deque(maxlen=121)  # ten minutes of (time.monotonic(), *traffic())
+        self.next_sample = 0.0                # time.monotonic() of the next one
         self.next_check = 0.0                 # time.monotonic() of the next look at the certificates
         self.reopen_logs = lambda: None       # set by main
         self.load = lambda: self.config       # the same, for reload
@@ -789,8 +799,8 @@ class Gate:
         """Bind all listeners; inherited: {address text: socket} from systemd or a predecessor."""
         inherited = inherited or {}
         try:
-            for (kind, address), listen in wanted_listeners(self.config.server).items():
-                self.add_listener(kind(self, listen, take_inherited(inherited, address)))
+            for (handler, address), listen in wanted_listeners(self.config.server).items():
+                self.add_listener(Listener(self, listen, handler, take_inherited(inherited, address)))
         except OSError:
             self.close()
             raise
@@ -813,7 +823,7 @@ class Gate:
     def run(self):
         """Accept connections and obey signals until the gate has been stopped."""
         notify("READY=1")
-        while not self.finished():
+        while self.state == "running" or (self.connections and time.monotonic() <= self.deadline):
             for key, _ in self.selector.select(1.0 if self.state == "running" else 0.05):
                 key.data()
             self.tick(time.monotonic())
@@ -821,10 +831,6 @@ class Gate:
         self.selector.close()
         for end in (self.wake_in, self.wake_out) + (() if self.connections else (self.alarm.reader, self.alarm.writer)):
             end.close()  # the alarm not while late threads still poll it
-
-    def finished(self):
-        """Whether the end was asked for and nothing is left to wait for."""
-        return self.state != "running" and (not self.connections or time.monotonic() > self.deadline)
 
     def tick(self, now):
         """What has to be looked at once in a while; costs nothing when there is nothing to do."""
@@ -834,9 +840,10 @@ class Gate:
             self.next_check = now + 60
             if self.config.certificates:
                 self.config.certificates.refresh()
-        if self.history.due(now):
-            self.history.add(now, self)
-            notify("WATCHDOG=1\nSTATUS=%d tunnels open" % sum(1 for each in list(self.connections) if each.tunnel))
+        if now >= self.next_sample:
+            self.next_sample = now + 5
+            self.samples.append((now,) + self.traffic())
+            notify("WATCHDOG=1\nSTATUS=%d tunnels open" % len(self.tunnels()))
 
     # Signals: Python runs the handler in the main thread, and the wake-up
     # descriptor makes select() return, so that all work is done in run().
@@ -850,10 +857,8 @@ class Gate:
                 signal.signal(number, lambda number, frame: self.signals.append(number))
 
     def obey_signals(self):
-        try:
+        with contextlib.suppress(BlockingIOError):
             self.wake_in.recv(512)
-        except BlockingIOError:
-            pass
         while self.signals:
             number = self.signals.popleft()
             name = next(name for name in SIGNALS if getattr(signal, name, None) == number)
@@ -877,7 +882,7 @@ class Gate:
             return self.stop()
         window = self.config.server.drain_timeout
         now = time.monotonic()
-        tunnels = sorted((each.tunnel for each in list(self.connections) if each.tunnel), key=lambda each: each.last_byte)
+        tunnels = sorted(self.tunnels(), key=lambda each: each.last_byte)
         for place, tunnel in enumerate(tunnels):
             tunnel.end_at = now + window * (place + 0.5) / len(tunnels)
         return self.end("draining", window + 0.5)
@@ -886,7 +891,7 @@ class Gate:
         notify("STOPPING=1")
         self.state = state
         for listener in list(self.listeners):  # the status page tells of the draining, unless a successor has it
-            if type(listener) is Listener or listener.handed_over or state == "stopping":
+            if listener.RequestHandlerClass is ClientConnection or listener.handed_over or state == "stopping":
                 self.close_listener(listener)
         self.deadline = min(self.deadline, time.monotonic() + seconds)
         alarm, self.alarm = self.alarm, Alarm()
@@ -909,13 +914,13 @@ class Gate:
 
     def adopt(self, config):
         """Open the listeners that are new, then switch, then close those that went."""
-        here = {(type(listener), listener.listen.address): listener for listener in self.listeners}
+        here = {(listener.RequestHandlerClass, listener.listen.address): listener for listener in self.listeners}
         wanted = wanted_listeners(config.server)
         opened = []
         try:
-            for key in wanted:
-                if key not in here:
-                    opened.append(key[0](self, wanted[key]))
+            for handler, address in wanted:
+                if (handler, address) not in here:
+                    opened.append(Listener(self, wanted[handler, address], handler))
         except OSError:
             for listener in opened:
                 listener.server_close()
@@ -1025,12 +1030,15 @@ class Gate:
             elif record.reason:
                 self.totals["refused_" + record.reason] += 1
 
+    def tunnels(self):
+        """-> list of those that are open"""
+        return [tunnel for tunnel in [each.tunnel for each in list(self.connections)] if tunnel]
+
     def traffic(self):
         """-> (tunnels open, bytes up, bytes down), those under way included"""
         with self.lock:
-            tunnels = [each.tunnel for each in self.connections if each.tunnel]
-            up, down = self.totals["up"], self.totals["down"]
-        return (len(tunnels), up + sum(each.up.bytes for each in tunnels), down + sum(each.down.bytes for each in tunnels))
+            tunnels, up, down = self.tunnels(), self.totals["up"], self.totals["down"]
+        return len(tunnels), up + sum(each.up.bytes for each in tunnels), down + sum(each.down.bytes for each in tunnels)
 
 
 SIGNALS = {"SIGINT": "stop", "SIGTERM": "stop", "SIGBREAK": "stop", "SIGQUIT": "quit",
@@ -1097,7 +1105,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, gate, listen, inherited=None):
+    def __init__(self, gate, listen, handler, inherited=None):
         self.gate = gate
         self.listen = listen
         self.paused_until = 0.0   # time.monotonic(); 0: accepting
@@ -1106,7 +1114,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         address = listen.address
         self.address_family = (socket.AF_UNIX if address.path else
                                socket.AF_INET6 if ":" in address.host else socket.AF_INET)
-        super().__init__(address.path or address[:2], ClientConnection, bind_and_activate=False)
+        super().__init__(address.path or address[:2], handler, bind_and_activate=False)
         try:
             if inherited:
                 self.socket.close()
@@ -1117,7 +1125,8 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.server_activate()
         except OSError as error:
             self.socket.close()
-            raise OSError(error.errno, "%s: %s" % (show_address(address), explain_bind(error, address)))
+            why = BIND_ERRORS.get(error.errno) or error.strerror or error
+            raise OSError(error.errno, "%s: %s" % (show_address(address), why))
         self.socket.setblocking(False)
 
     def server_bind(self):
@@ -1138,10 +1147,8 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def server_close(self):
         super().server_close()
         if self.listen.address.path and not self.handed_over:
-            try:
+            with contextlib.suppress(OSError):  # somebody else has removed it
                 os.unlink(self.listen.address.path)
-            except OSError:  # somebody else has removed it
-                pass
 
     def url(self):
         """How to reach it, for people -> text."""
@@ -1190,10 +1197,8 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.gate.workers.run(self, request, client_address)
         except RuntimeError:
             request.setblocking(False)
-            try:
-                request.send(make_answer(503, "full", "", retry_after(), True, False))
-            except OSError:  # it would not have read it
-                pass
+            with contextlib.suppress(OSError):  # it would not have read it
+                request.send(make_answer(503, "full", b"", retry_after(), True, False))
             self.shutdown_request(request)
 
     def handle_error(self, request, client_address):
@@ -1201,10 +1206,10 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 def wanted_listeners(server):
-    """-> {(class, Address): Listen}"""
-    wanted = {(Listener, listen.address): listen for listen in server.listen}
+    """-> {(class that serves its connections, Address): Listen}"""
+    wanted = {(ClientConnection, listen.address): listen for listen in server.listen}
     if server.status_listen:
-        wanted[StatusListener, server.status_listen] = Listen(server.status_listen, False, False, False)
+        wanted[StatusConnection, server.status_listen] = Listen(server.status_listen, False, False, False)
     return wanted
 
 
@@ -1217,15 +1222,11 @@ def take_inherited(inherited, address):
     return inherited.pop(alike[0]) if len(alike) == 1 else None
 
 
-def explain_bind(error, address):
-    """What to do about a listening socket that cannot be opened."""
-    if error.errno == errno.EADDRINUSE:
-        return "another program listens there already (ss -ltnp shows which)"
-    if error.errno == errno.EACCES:
-        return "not allowed; ports below 1024 need root (then set user =) or CAP_NET_BIND_SERVICE"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return "this machine has no such address"
-    return error.strerror or str(error)
+BIND_ERRORS = {  # what to do about a listening socket that cannot be opened
+    errno.EADDRINUSE: "another program listens there already (ss -ltnp shows which)",
+    errno.EACCES: "not allowed; ports below 1024 need root (then set user =) or CAP_NET_BIND_SERVICE",
+    errno.EADDRNOTAVAIL: "this machine has no such address",
+}
 
 
 def remove_stale_socket(path):
@@ -1256,38 +1257,30 @@ def capacity(configured):
     limits = [(10000, "default")]
     if resource:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        try:
+        with contextlib.suppress(ValueError, OSError):  # macOS says "unlimited" and takes less
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
-        except (ValueError, OSError):  # macOS says "unlimited" and takes less
-            pass
         if soft != resource.RLIM_INFINITY:
             limits = [(max(8, (soft - 48 - min(64, soft // 8)) // 2), "%d descriptors" % soft)]
         processes = resource.getrlimit(resource.RLIMIT_NPROC)[0]
         if processes != resource.RLIM_INFINITY and os.getuid():
             limits.append((max(8, processes - 64), "%d processes and threads of this user" % processes))
     for path in thread_limit_files():
-        try:
-            with open(path) as file:
-                limits.append((max(8, int(file.read()) * 9 // 10 - 16), path))
-        except (OSError, ValueError):  # not there, or "max"
-            pass
+        with contextlib.suppress(OSError, ValueError), open(path) as file:  # not there, or "max"
+            limits.append((max(8, int(file.read()) * 9 // 10 - 16), path))
     return min(limits)
 
 
 def thread_limit_files():
     """Files of Linux that say how many threads there may be (the last is systemd's TasksMax)."""
     paths = ["/proc/sys/kernel/threads-max"]
-    try:
-        with open("/proc/self/cgroup") as file:
-            for line in file:
-                controllers, path = line.rstrip("\n").split(":", 2)[1:]
-                if not controllers:
-                    paths.append("/sys/fs/cgroup%s/pids.max" % path)
-                elif "pids" in controllers.split(","):
-                    paths.append("/sys/fs/cgroup/pids%s/pids.max" % path)
-    except (OSError, ValueError):  # no Linux, or no cgroups
-        pass
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/cgroup") as file:  # no Linux, or no cgroups
+        for line in file:
+            controllers, path = line.rstrip("\n").split(":", 2)[1:]
+            if not controllers:
+                paths.append("/sys/fs/cgroup%s/pids.max" % path)
+            elif "pids" in controllers.split(","):
+                paths.append("/sys/fs/cgroup/pids%s/pids.max" % path)
     return paths
 
 
@@ -1378,7 +1371,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         first = self.stream.peek(self.deadline)
         if first != b"\x16":
             if first:
-                self.stream.write_all(make_answer(400, "plain_http_on_tls_port", "this port speaks TLS: use https:// or wss://",
+                self.stream.write_all(make_answer(400, "plain_http_on_tls_port", b"this port speaks TLS: use https:// or wss://",
                                                   (), True, False), self.deadline)
                 self.stream.linger()
             return False
@@ -1497,10 +1490,10 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def answer_return(self, return_):
         text = return_.text.render(self.message)
-        redirect = return_.status in (301, 302, 303, 307, 308)
-        fields = ((b"Location", text),) if redirect else ()
         self.record.status = return_.status
-        return self.answer(return_.status, None, b"" if redirect else text, fields)
+        if return_.status in REDIRECTS:
+            return self.answer(return_.status, None, b"", ((b"Location", text),))
+        return self.answer(return_.status, None, text)
 
     def ask_backend(self, protocol):
         """Ask one server after the other until one answers -> (HTTPRelay, Response).
@@ -1521,12 +1514,12 @@ class ClientConnection(socketserver.BaseRequestHandler):
                               message.body(location.client_max_body_size), location, self.config.server)
             try:
                 response = relay.final_response(message.minor > 0)
-                self.backend.succeeded()
+                location.upstream.succeeded(self.backend.server)
                 return relay, response
             except BackendError as failure:
                 error = failure
                 if error.retry:
-                    self.backend.failed(error)
+                    location.upstream.failed(self.backend.server, error)
                 if not error.retry or not message.repeatable():
                     raise
             self.drop_backend()
@@ -1606,11 +1599,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
         accept = accept_for(handshake_key(self.message))
         head = (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
                 b"Sec-WebSocket-Accept: %s\r\n\r\n" % accept)
-        try:
+        with contextlib.suppress(OSError, TimedOut):  # it does not want the answer
             self.stream.write_all(head + close_frame(code, error.reason, masked=False), Deadline(5))
             self.lingers = True
-        except (OSError, TimedOut):  # it does not want the answer
-            pass
         return False
 
     def port(self):
@@ -1647,8 +1638,6 @@ class SelectPoll:
     def register(self, fd, events):
         self.events[fd if isinstance(fd, int) else fd.fileno()] = events
 
-    modify = register
-
     def unregister(self, fd):
         del self.events[fd if isinstance(fd, int) else fd.fileno()]
 
@@ -1676,7 +1665,6 @@ POLLHUP = getattr(select, "POLLHUP", 16)
 POLLRDHUP = getattr(select, "POLLRDHUP", 0)  # Linux: the peer has closed, though its bytes are still unread
 Poll = getattr(select, "poll", SelectPoll)
 
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 SMALL_READ = 16 * 1024    # for frames and heads
 BIG_READ = 128 * 1024     # once a stream has shown that it is bulk
 LINGER = 2.0              # seconds to read on behind the last byte sent
@@ -1812,45 +1800,35 @@ class Stream:
 
     def end(self):
         """Send what says "no more from me": close_notify under TLS, then FIN. Reading goes on."""
-        try:
-            if self.tls:
+        if self.tls:
+            with contextlib.suppress(OSError, ValueError):  # theirs is not there yet, or the peer is gone
                 self.sock.unwrap()  # sends ours; would like to wait for theirs
-        except (OSError, ValueError):  # theirs is not there yet, or the peer is gone
-            pass
-        try:
+        with contextlib.suppress(OSError):  # the peer is gone
             # Not SSLSocket.shutdown, which takes TLS away from the other direction as well.
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
-        except OSError:  # the peer is gone
-            pass
 
     def linger(self):
         """End, and read on for a moment: unread bytes would make the kernel send RST, and destroy the answer."""
         self.end()
         deadline = Deadline(LINGER)
-        try:
+        with contextlib.suppress(OSError, TimedOut):
             for _ in range(1024):
                 data = self.read(SMALL_READ)
                 if data == b"":
                     break
                 if data is None:
                     self.wait(self.read_event, deadline)
-        except (OSError, TimedOut):
-            pass
         self.close()
 
     def reset(self):
         """Close with RST, so that the peer cannot take what it got for complete."""
-        try:
+        with contextlib.suppress(OSError):  # the peer was faster
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        except OSError:
-            pass
         self.close()
 
     def close(self):
-        try:
+        with contextlib.suppress(OSError):  # it is closed all the same
             self.sock.close()
-        except OSError:  # it is closed all the same
-            pass
 
 
 def read_head(stream, limit, deadline):
@@ -2014,7 +1992,7 @@ def parse_fields(block):
 class Request:
     """A parsed request head. length: of the body, None if chunked or without one."""
 
-    __slots__ = ("method", "target", "path", "query", "minor", "fields", "host", "authority", "length", "chunked", "connection")
+    __slots__ = ("method", "target", "path", "minor", "fields", "host", "authority", "length", "chunked", "connection")
 
     def has_body(self):
         return bool(self.chunked or self.length)
@@ -2032,17 +2010,6 @@ class Request:
     def persistent(self):
         """Whether the client wants to send another request (RFC 9112 9.3; HTTP/1.0 gets one)."""
         return self.minor >= 1 and b"close" not in self.fields.tokens(b"connection")
-
-    def variable(self, name):
-        """The bytes of $name in a Template."""
-        if name.startswith("http_"):
-            return b", ".join(self.fields.get_all(name[5:].replace("_", "-").encode()))
-        connection = self.connection
-        return {"host": lambda: self.host.encode(), "remote_addr": lambda: connection.client.encode(),
-                "scheme": lambda: b"https" if connection.stream.tls else b"http",
-                "request_uri": lambda: self.target,
-                "server_port": lambda: b"%d" % connection.port(),
-                "proxy_add_x_forwarded_for": lambda: forwarded_for(connection)}[name]()
 
 
 def parse_request_head(head):
@@ -2288,13 +2255,12 @@ def make_answer(status, reason, body, fields, close, head_only):
     if reason:
         lines.append(b"X-Wsgate-Reason: " + reason.encode())
         body = body or ("%d %s: %s\n" % (status, reason_phrase(status), reason)).encode()
-    if isinstance(body, str):
-        body = body.encode()
-    if status not in (204, 304):
+    bodyless = status in (204, 304)
+    if not bodyless:
         lines += [b"Content-Type: text/plain; charset=utf-8", b"Content-Length: %d" % len(body)]
     if close:
         lines.append(b"Connection: close")
-    return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only or status in (204, 304) else body)
+    return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only or bodyless else body)
 
 
 def reason_phrase(status):
@@ -2546,8 +2512,7 @@ class PasswordFile:
 
     def refresh(self):
         """Read the file if it has changed; raises ValueError with what is wrong in it."""
-        info = os.stat(self.path)
-        changed = (info.st_mtime_ns, info.st_size, info.st_ino)
+        changed = file_stamp(self.path)
         if changed == self.changed:
             return
         hashes = {}
@@ -2590,6 +2555,12 @@ class PasswordFile:
                 while len(self.known) > 1000:
                     self.known.popitem(last=False)
         return right
+
+
+def file_stamp(path):
+    """What changes when the file changes."""
+    info = os.stat(path)
+    return info.st_mtime_ns, info.st_size, info.st_ino
 
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}
@@ -2647,6 +2618,7 @@ class Server:
         self.health = Health()
 
     def healthy(self, now):
+        """Whether it does not rest."""
         return now >= self.health.resting_until
 
     def full(self):
@@ -2694,16 +2666,10 @@ class Server:
                 if getattr(error, "errno", None) == errno.ETIMEDOUT:
                     raise BackendError(504, "backend_timeout", "%s: %s" % (self.name, error))
                 raise BackendError(502, "backend_tls", "%s: %s" % (self.name, error))
-        raise self.connect_error(failure)
-
-    def connect_error(self, error):
-        """What went wrong at connect -> the BackendError for it."""
-        detail = "%s: %s" % (self.name, error)
-        if isinstance(error, ConnectionRefusedError):
-            return BackendError(502, "backend_refused", detail)
-        if isinstance(error, TimedOut) or error.errno == errno.ETIMEDOUT:
-            return BackendError(504, "backend_timeout", "%s: no connection within proxy_connect_timeout" % self.name)
-        return BackendError(502, "backend_unreachable", detail)
+        if isinstance(failure, TimedOut) or failure.errno == errno.ETIMEDOUT:
+            raise BackendError(504, "backend_timeout", "%s: no connection within proxy_connect_timeout" % self.name)
+        refused = isinstance(failure, ConnectionRefusedError)
+        raise BackendError(502, "backend_refused" if refused else "backend_unreachable", "%s: %s" % (self.name, failure))
 
 
 def connect_socket(family, address, deadline):
@@ -2838,12 +2804,6 @@ class Backend:
         self.server = server
         self.stream = stream
 
-    def succeeded(self):
-        self.upstream.succeeded(self.server)
-
-    def failed(self, error):
-        self.upstream.failed(self.server, error)
-
     def close(self):
         self.stream.close()
         self.upstream.release(self.server)
@@ -2872,7 +2832,7 @@ class CertificateStore:
     def stamps(self):
         """What changes when a file changes."""
         paths = [path for pair in self.pairs.values() for path in pair] + [self.server.ssl_client_certificate]
-        return [(info.st_mtime_ns, info.st_size, info.st_ino) for info in map(os.stat, filter(None, paths))]
+        return [file_stamp(path) for path in paths if path]
 
     def load(self):
         """-> {host or None: SSLContext}; raises ValueError with what is wrong."""
@@ -2969,16 +2929,15 @@ def distinguished_name(certificate):
 # so have them dropped, would be somebody else to the backend (CVE-2022-31813,
 # CVE-2024-45410); such a request is refused. Everything else passes as it came.
 
-HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization",
-                        b"proxy-authentication-info", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"http2-settings"))
-# The gate says these; only a trusted proxy may have said them before.
-FORWARDING = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-forwarded-port",
-                        b"x-forwarded-server", b"x-forwarded-prefix", b"x-forwarded-ssl", b"x-forwarded-user",
-                        b"x-real-ip", b"forwarded"))
-WRITTEN = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip", b"x-ssl-client-s-dn"))
-PROTECTED = FORWARDING | WRITTEN | frozenset((
-    b"host", b"content-length", b"transfer-encoding", b"authorization", b"cookie", b"origin",
-    b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-protocol", b"sec-websocket-extensions"))
+HOP_BY_HOP = frozenset(b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer"
+                       b" proxy-authentication-info transfer-encoding upgrade http2-settings".split())
+# The gate writes these itself; the others below only a trusted proxy may say.
+WRITTEN = frozenset(b"x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip x-ssl-client-s-dn".split())
+FORWARDING = frozenset(b"x-forwarded-for x-forwarded-proto x-forwarded-host x-forwarded-port x-forwarded-server"
+                       b" x-forwarded-prefix x-forwarded-ssl x-forwarded-user x-real-ip forwarded".split())
+PROTECTED = FORWARDING | WRITTEN | frozenset(
+    b"host content-length transfer-encoding authorization cookie origin sec-websocket-key sec-websocket-version"
+    b" sec-websocket-protocol sec-websocket-extensions".split())
 
 
 def request_head_for_backend(connection, protocol):
@@ -3008,7 +2967,7 @@ def passed_fields(connection, without):
     """The client's fields that go on to a backend -> list of lines."""
     fields = connection.message.fields
     listed = fields.tokens(b"connection")
-    believed = trusted(connection.config.server.set_real_ip_from, connection.peer)
+    believed = from_trusted_proxy(connection)
     lines = []
     for name, value in fields:
         lower = name.lower()
@@ -3023,7 +2982,7 @@ def own_fields(connection, without):
     """What the gate knows about the client -> list of lines."""
     message = connection.message
     scheme, host = b"https" if connection.stream.tls else b"http", message.authority
-    if trusted(connection.config.server.set_real_ip_from, connection.peer):
+    if from_trusted_proxy(connection):
         scheme = message.fields.get(b"x-forwarded-proto") or scheme
         host = message.fields.get(b"x-forwarded-host") or host
     own = [(b"X-Forwarded-For", forwarded_for(connection)), (b"X-Forwarded-Proto", scheme),
@@ -3035,17 +2994,20 @@ def own_fields(connection, without):
 
 def forwarded_for(connection):
     """X-Forwarded-For: appended to what a trusted proxy said, else begun afresh."""
-    before = ()
-    if trusted(connection.config.server.set_real_ip_from, connection.peer):
-        before = connection.message.fields.get_all(b"x-forwarded-for")
-    return b", ".join(tuple(before) + (connection.peer.encode(),))
+    before = connection.message.fields.get_all(b"x-forwarded-for") if from_trusted_proxy(connection) else ()
+    return b", ".join(list(before) + [connection.peer.encode()])
+
+
+def from_trusted_proxy(connection):
+    """Whether the peer is one of set_real_ip_from, so that what it says of the client is believed."""
+    return trusted(connection.config.server.set_real_ip_from, connection.peer)
 
 
 def auth_request_head(connection):
     """The question to the auth_request service: the client's fields, no body, no handshake -> bytes."""
     message, location = connection.message, connection.location
-    without = {b"content-length", b"expect", b"sec-websocket-key", b"sec-websocket-version",
-               b"sec-websocket-extensions", b"x-original-uri", b"x-original-method"}
+    without = (b"content-length expect sec-websocket-key sec-websocket-version sec-websocket-extensions"
+               b" x-original-uri x-original-method").split()
     lines = [b"GET %s HTTP/1.1" % (location.auth_request.uri or "/").encode()]
     lines += passed_fields(connection, without)
     if not message.authority:
@@ -3213,12 +3175,12 @@ class HTTPRelay:
         if not backend_events:  # else a reset would be reported again and again
             self.poll.unregister(self.backend.fileno())
         now = time.monotonic()
-        deadline, expire = self.next_deadline(reading_body, reading_answer)
+        deadline, error = self.next_deadline(reading_body, reading_answer)
         ready = ()
         if not (self.client.tls and reading_body and self.client.sock.pending()):
             ready = self.poll.poll(max(0.0, deadline - now) * 1000)
             if not ready and time.monotonic() >= deadline:
-                expire()
+                raise error
         for fd, event in ready:
             if fd == self.client.fileno():
                 self.notice_client(event)
@@ -3229,35 +3191,25 @@ class HTTPRelay:
         self.move_down()
 
     def next_deadline(self, reading_body, reading_answer):
-        """-> (time.monotonic() at which to give up, the function that then says why)"""
+        """-> (time.monotonic() at which to give up, the exception that then says why)"""
         location, server = self.times
-        deadlines = [(self.gone_at, self.client_gone)]
+        silent = BackendError(504, "backend_timeout", "the backend did not go on within proxy_read_timeout", sent=True)
+        late = HTTPError(408, "body_timeout", "the request body did not go on within client_body_timeout")
+        deadlines = [(self.gone_at, ClientGone("client_gone"))]
         if reading_answer and (self.down or (self.up.done and not self.up_pending)):
-            deadlines.append((max(self.down_moved, self.up_moved) + location.proxy_read_timeout, self.backend_silent))
+            deadlines.append((max(self.down_moved, self.up_moved) + location.proxy_read_timeout, silent))
         if self.up_pending:
-            deadlines.append((self.up_moved + location.proxy_send_timeout, self.backend_silent))
+            deadlines.append((self.up_moved + location.proxy_send_timeout, silent))
         if reading_body:
-            deadlines.append((self.up_moved + server.client_body_timeout, self.body_late))
+            deadlines.append((self.up_moved + server.client_body_timeout, late))
         if self.down_pending:
-            deadlines.append((self.down_moved + server.send_timeout, self.client_stalled))
+            deadlines.append((self.down_moved + server.send_timeout, ClientGone("send_timeout")))
         return min(deadlines, key=lambda each: each[0])
-
-    def client_gone(self):
-        raise ClientGone("client_gone")
-
-    def client_stalled(self):
-        raise ClientGone("send_timeout")
-
-    def backend_silent(self):
-        raise BackendError(504, "backend_timeout", "the backend did not go on within proxy_read_timeout", sent=True)
-
-    def body_late(self):
-        raise HTTPError(408, "body_timeout", "the request body did not go on within client_body_timeout")
 
     def notice_client(self, event):
         """The client closed or broke its connection; an answer that comes soon may still reach it (nc -N)."""
         if event & (POLLERR | POLLHUP):
-            self.client_gone()
+            raise ClientGone("client_gone")
         if event & POLLRDHUP and self.up.done:
             self.watching = False
             self.gone_at = time.monotonic() + 0.5
@@ -3292,10 +3244,11 @@ class HTTPRelay:
             self.up_pending = memoryview(out)
 
     def read_client(self):
+        """Read once from the client -> bytes or None; it has more to say, so an end is not one."""
         try:
             data = self.client.read(BIG_READ)
         except OSError:
-            raise ClientGone("client_gone")
+            data = b""
         if data == b"":
             raise ClientGone("client_gone")
         return data
@@ -3487,10 +3440,8 @@ class Flow:
             self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:  # out of descriptors: bytes are copied, then
             return False
-        try:
+        with contextlib.suppress(OSError):  # above the user's limit: the kernel's size will do
             fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-        except OSError:  # above the user's limit: the kernel's size will do
-            pass
         return True
 
     def close_pipe(self):
@@ -3818,7 +3769,7 @@ class FrameScanner:
     for pongs that answer the gate's own pings. When the bytes are not frames it gives up (lost).
     """
 
-    __slots__ = ("masked", "reserved", "limit", "whole", "bias", "left", "head", "mask", "opcode", "control", "message",
+    __slots__ = ("masked", "reserved", "limit", "whole", "bias", "left", "head", "mask", "control", "message",
                  "messages", "last_data", "close", "lost", "too_big", "large", "alike", "size", "burst", "notable", "pings", "held", "rtt")
 
     def __init__(self, masked, extensions, limit, now):
@@ -3832,7 +3783,6 @@ class FrameScanner:
         self.left = 0                            # payload bytes of the current frame still to come
         self.head = b""                          # of a header that has not come whole
         self.mask = b""
-        self.opcode = CONTINUATION
         self.control = None                      # payload so far of a Close
         self.message = 0                         # payload of the current message in earlier fragments
         self.messages = 0                        # text and binary messages that have ended
@@ -3992,9 +3942,9 @@ class FrameScanner:
     def begin(self, head, length, mask, now):
         """A whole header has been read."""
         self.left = length
-        self.opcode = head[0] & 0x0F
-        if self.opcode >= CLOSE:
-            if self.opcode == CLOSE:
+        opcode = head[0] & 0x0F
+        if opcode >= CLOSE:
+            if opcode == CLOSE:
                 self.mask, self.control = mask, b""
                 self.skip(0)
             return
@@ -4175,8 +4125,8 @@ def mask_query(target):
     return path + question + re.sub(br"(^|[&;])[^&;=]{24,}", br"\1...", query)
 
 
-SECRET = frozenset((b"authorization", b"proxy-authorization", b"cookie", b"set-cookie", b"sec-websocket-protocol",
-                    b"sec-websocket-key", b"x-api-key"))
+SECRET = frozenset(b"authorization proxy-authorization cookie set-cookie sec-websocket-protocol sec-websocket-key"
+                   b" x-api-key".split())
 
 
 class Masked:
@@ -4223,35 +4173,6 @@ def log_handler(where, stream):
         host, _, port = where[7:].partition(":")
         return logging.handlers.SysLogHandler((host, int(port or 514)) if host else "/dev/log", facility="daemon")
     return logging.FileHandler(where, encoding="utf-8")
-
-
-class History:
-    """Ten minutes of tunnels and bytes, for the status page. Written by the main thread alone."""
-
-    STEP = 5.0
-
-    def __init__(self):
-        self.samples = collections.deque(maxlen=121)  # (time.monotonic(), tunnels, bytes up, bytes down)
-
-    def due(self, now):
-        return not self.samples or now - self.samples[-1][0] >= self.STEP
-
-    def add(self, now, gate):
-        self.samples.append((now,) + gate.traffic())
-
-    def rates(self):
-        """-> [(tunnels, bytes up per second, bytes down per second)]"""
-        samples = list(self.samples)
-        return [(new[1], max(0, new[2] - old[2]) / (new[0] - old[0]), max(0, new[3] - old[3]) / (new[0] - old[0]))
-                for old, new in zip(samples, samples[1:])]
-
-
-class StatusListener(Listener):
-    """The listener of the status page."""
-
-    def __init__(self, gate, listen, inherited=None):
-        super().__init__(gate, listen, inherited)
-        self.RequestHandlerClass = StatusConnection
 
 
 class StatusConnection(socketserver.BaseRequestHandler):
@@ -4301,11 +4222,9 @@ def status(gate):
     """What the status page shows -> dict. Takes no lock that traffic waits for longer than a copy."""
     now = time.monotonic()
     with gate.lock:
-        connections, totals = list(gate.connections), dict(gate.totals)
+        connections, totals, open_now = len(gate.connections), dict(gate.totals), gate.tunnels()
     tunnels = []
-    for tunnel in [each.tunnel for each in connections]:
-        if tunnel is None:
-            continue
+    for tunnel in open_now:
         record, flows = tunnel.record, (tunnel.up, tunnel.down)
         scanners = [flow.scanner for flow in flows]
         data = max([scanner.last_data for scanner in scanners if scanner] or [tunnel.last_byte])
@@ -4318,12 +4237,22 @@ def status(gate):
     servers = [{"upstream": upstream.name, "server": server.name, "active": server.health.active, "picked": server.health.picked,
                 "state": "down" if server.down else "up" if server.healthy(now) else "resting", "backup": server.backup}
                for upstream in gate.config.upstreams for server in upstream.servers]
-    return {"version": VERSION, "state": gate.state, "uptime": round(time.time() - gate.started), "connections": len(connections),
+    return {"version": VERSION, "state": gate.state, "uptime": round(time.time() - gate.started), "connections": connections,
             "capacity": gate.capacity, "capacity_reason": gate.capacity_reason, "tunnels_open": len(tunnels),
             "requests": totals.get("requests", 0), "tunnels": totals.get("tunnels", 0),
-            "refusals": {name[8:]: count for name, count in sorted(totals.items()) if name.startswith("refused_")},
-            "ends": {name[4:]: count for name, count in sorted(totals.items()) if name.startswith("end_")},
-            "servers": servers, "live": tunnels, "history": gate.history.rates()}
+            "refusals": dict(counted(totals, "refused_")), "ends": dict(counted(totals, "end_")),
+            "servers": servers, "live": tunnels, "history": rates(list(gate.samples))}
+
+
+def rates(samples):
+    """Gate.samples -> [(tunnels, bytes up per second, bytes down per second)]"""
+    return [(new[1], max(0, new[2] - old[2]) / (new[0] - old[0]), max(0, new[3] - old[3]) / (new[0] - old[0]))
+            for old, new in zip(samples, samples[1:])]
+
+
+def counted(totals, prefix):
+    """What Gate.totals has under this prefix -> [(word, count)]"""
+    return [(name[len(prefix):], count) for name, count in sorted(totals.items()) if name.startswith(prefix)]
 
 
 def metrics(gate):
@@ -4344,20 +4273,19 @@ def metrics(gate):
     metric("connections", "gauge", "Client connections open now.", [((), connections)])
     metric("connections_limit", "gauge", "Client connections there may be.", [((), gate.capacity)])
     metric("tunnels", "gauge", "Tunnels open now.", [((), open_now)])
-    metric("requests_total", "counter", "Exchanges that have ended, by status.", [
-        ((("status", name[7:]),), count) for name, count in sorted(totals.items()) if name.startswith("status_")])
-    metric("refusals_total", "counter", "Exchanges the gate answered itself, by reason.", [
-        ((("reason", name[8:]),), count) for name, count in sorted(totals.items()) if name.startswith("refused_")])
-    metric("tunnel_ends_total", "counter", "Tunnels that have ended, by reason.", [
-        ((("reason", name[4:]),), count) for name, count in sorted(totals.items()) if name.startswith("end_")])
+    for name, label, prefix, meaning in (
+            ("requests_total", "status", "status_", "Exchanges that have ended, by status."),
+            ("refusals_total", "reason", "refused_", "Exchanges the gate answered itself, by reason."),
+            ("tunnel_ends_total", "reason", "end_", "Tunnels that have ended, by reason.")):
+        metric(name, "counter", meaning, [(((label, word),), count) for word, count in counted(totals, prefix)])
     metric("bytes_total", "counter", "Payload relayed, from (up) and to (down) clients.", [
         ((("direction", "up"),), up), ((("direction", "down"),), down)])
-    buckets = zip(HANDSHAKE_BUCKETS, itertools.accumulate(gate.handshakes))
-    name = "handshake_seconds"
-    lines.append("# HELP wsgate_%s From the request to the 101.\n# TYPE wsgate_%s histogram" % (name, name))
-    lines.extend('wsgate_%s_bucket{le="%g"} %d' % (name, bound, count) for bound, count in buckets)
-    lines.append('wsgate_%s_bucket{le="+Inf"} %d\nwsgate_%s_sum %s\nwsgate_%s_count %d' % (
-        name, totals.get("tunnels", 0), name, totals.get("handshake_sum", 0), name, totals.get("tunnels", 0)))
+    metric("handshake_seconds", "histogram", "From the request to the 101.", [])
+    total = totals.get("tunnels", 0)
+    for bound, count in zip(HANDSHAKE_BUCKETS, itertools.accumulate(gate.handshakes)):
+        lines.append('wsgate_handshake_seconds_bucket{le="%g"} %d' % (bound, count))
+    lines += ['wsgate_handshake_seconds_bucket{le="+Inf"} %d' % total,
+              "wsgate_handshake_seconds_sum %s" % totals.get("handshake_sum", 0), "wsgate_handshake_seconds_count %d" % total]
     servers = [((("upstream", upstream.name), ("server", server.name)), server)
                for upstream in gate.config.upstreams for server in upstream.servers]
     metric("server_active", "gauge", "Exchanges and tunnels of a server now.", [(key, each.health.active) for key, each in servers])
@@ -4586,7 +4514,8 @@ def announce(config, gate):
     for warning in config.warnings:
         log.warning("%s", warning)
     for listener in gate.listeners:
-        log.info("%s %s", "status page" if isinstance(listener, StatusListener) else "listening on", listener.url())
+        client_port = listener.RequestHandlerClass is ClientConnection
+        log.info("%s %s", "listening on" if client_port else "status page", listener.url())
     for location in config.locations:
         target = location.proxy_pass
         log.info("[location %s] -> %s", location.name, "%s://%s%s" % (
@@ -4625,13 +4554,11 @@ def drop_privileges(user):
 
 def remove_pid_file(path):
     """Remove the pid file, unless a successor has written its own."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # gone, or not to be removed by this user
         with open(path) as file:
             mine = int(file.read()) == os.getpid()
         if mine:
             os.unlink(path)
-    except (OSError, ValueError):  # gone, or not to be removed by this user
-        pass
 
 
 SAMPLE_HEAD = """\
@@ -4747,7 +4674,7 @@ class DemoConnection(socketserver.BaseRequestHandler):
         message = parse_request_head(head)
         key = handshake_key(message)
         if not key or message.path != "/socket":
-            rtts = ["%.1f ms" % (each.tunnel.rtt * 1000) for each in list(self.server.gate.connections) if each.tunnel and each.tunnel.rtt]
+            rtts = ["%.1f ms" % (each.rtt * 1000) for each in self.server.gate.tunnels() if each.rtt]
             page = DEMO_PAGE if message.path == "/" else "The gate's last ping took %s." % rtts[-1] if rtts else ""
             body = page.encode()
             stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: %d\r\n\r\n" % len(body) + body, deadline)
@@ -5111,14 +5038,12 @@ class Probe:
     def read_body(self):
         """The text that came with a refusal, without tags: servers say there what they miss."""
         scanner, body, deadline = self.response.body(b"GET", True), b"", Deadline(1)
-        try:
+        with contextlib.suppress(OSError, ValueError, HTTPError):  # what there is has to do
             while True:
                 data, used = scanner.feed(self.stream.buffer)
                 body, self.stream.buffer = body + data, self.stream.buffer[used:]
                 if scanner.done or len(body) > SMALL_READ or not self.stream.fill(deadline, quiet=True):
                     break
-        except (OSError, ValueError, HTTPError):  # what there is has to do
-            pass
         return re.sub(br"(?is)<(style|script).*?</\1>|<[^>]*>|\s+", b" ", body).strip()
 
     def judge_refusal(self, body):
