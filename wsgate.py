@@ -41,6 +41,7 @@ import base64
 import binascii
 import bisect
 import collections
+import concurrent.futures
 import configparser
 import contextlib
 import difflib
@@ -212,9 +213,9 @@ def parse_log(text):
     return text
 
 
-def parse_text(text):
-    """Any text; '' -> None."""
-    return text or None
+def optional(parse):
+    """A parser for which '' is None."""
+    return lambda text: parse(text) if text else None
 
 
 def parse_address(text, default_port=None, default_host=None):
@@ -287,9 +288,7 @@ def parse_protocols(text):
 
 
 def parse_proxy_pass(text):
-    """http[s]://NAME|host[:port]|unix:/path: [/uri] (ws, wss too) -> Target, '' -> None."""
-    if not text:
-        return None
+    """http[s]://NAME|host[:port]|unix:/path: [/uri] (ws, wss too) -> Target."""
     match = re.fullmatch(r"(http|https|ws|wss)://(unix:/[^:\s]+|[^/?#\s]+)(:?)(/[\x21-\x7e]*)?", text)
     if not match or (match.group(3) and not match.group(2).startswith("unix:")):
         raise ValueError("http://host:port, https://host:port or http://unix:/path is needed")
@@ -300,9 +299,7 @@ def parse_proxy_pass(text):
 
 
 def parse_return(text):
-    """CODE, CODE TEXT or 30x URL -> Return, '' -> None."""
-    if not text:
-        return None
+    """CODE, CODE TEXT or 30x URL -> Return."""
     match = re.fullmatch(r"([2-5][0-9]{2})(?:\s+(\S.*))?", text, re.S)
     if not match:
         raise ValueError("a status code is needed, then a text or (30x) an address")
@@ -343,23 +340,20 @@ def parse_origins(text):
 
 
 def parse_pem(text):
-    """A file that can be read, '' -> None."""
-    if text:
-        with open(text, "rb"):
-            pass
-    return text or None
+    """A file that can be read."""
+    open(text, "rb").close()
+    return text
 
 
 def parse_user(text):
-    """The name of a user of this system, '' -> None."""
-    if text:
-        if pwd is None:
-            raise ValueError("this system has no users to change to")
-        try:
-            pwd.getpwnam(text)
-        except KeyError:
-            raise ValueError("there is no user %r" % text)
-    return text or None
+    """The name of a user of this system."""
+    if pwd is None:
+        raise ValueError("this system has no users to change to")
+    try:
+        pwd.getpwnam(text)
+    except KeyError:
+        raise ValueError("there is no user %r" % text)
+    return text
 
 
 def parse_server_line(line):
@@ -394,12 +388,14 @@ def parse_servers(text):
 SERVER_KEYS = {
     "listen": Key(parse_listen, "127.0.0.1:8080",
                   "host:port, [v6]:port, :port, port or unix:/path, one a line; after it ssl, proxy_protocol, reuseport"),
-    "ssl_client_certificate": Key(parse_pem, "", "CA file: clients must show a certificate of it"),
+    "ssl_client_certificate": Key(optional(parse_pem), "", "CA file: clients must show a certificate of it"),
     "ssl_protocols": Key(parse_protocols, "TLSv1.2 TLSv1.3", "TLS versions offered to clients"),
-    "client_header_timeout": Key(parse_timeout, "10s", "for TLS handshake and request head together, however they drip"),
+    "client_header_timeout": Key(parse_timeout, "10s",
+                                 "for TLS handshake and request head together, however they drip"),
     "client_header_size": Key(parse_size, "16k", "a longer request head is refused with 431"),
     "client_body_timeout": Key(parse_timeout, "60s", "between two reads of a request body"),
-    "keepalive_timeout": Key(parse_seconds, "75s", "between two requests of one client connection; 0 = one request each"),
+    "keepalive_timeout": Key(parse_seconds, "75s",
+                             "between two requests of one client connection; 0 = one request each"),
     "send_timeout": Key(parse_timeout, "60s", "a client that takes no byte for so long is closed"),
     "max_connections": Key(parse_count_or_auto, "auto", "above it 503; auto = what descriptors and threads allow"),
     "max_connections_per_ip": Key(parse_count, "0", "above it 429, by the real client address; 0 = no limit"),
@@ -413,43 +409,49 @@ SERVER_KEYS = {
     "log_format": Key(one_of("text", "json"), "text", "of the access log: text or json"),
     "status_listen": Key(parse_status_listen, "off", "host:port or unix:/path of the status page, or off"),
     "status_allow": Key(parse_networks, "127.0.0.0/8 ::1", "CIDRs that may see the status page"),
-    "user": Key(parse_user, "", "drop to this user after binding, when started as root"),
-    "pid": Key(parse_text, "", "file for the process id, which -s needs"),
+    "user": Key(optional(parse_user), "", "drop to this user after binding, when started as root"),
+    "pid": Key(optional(str), "", "file for the process id, which -s needs"),
 }
 
 LOCATION_KEYS = {
-    "proxy_pass": Key(parse_proxy_pass, "", "backend: http(s)://UPSTREAM | host:port | unix:/path: , then an optional /uri"),
-    "return": Key(parse_return, "", "instead of proxy_pass: CODE, CODE TEXT, or 30x URL"),
+    "proxy_pass": Key(optional(parse_proxy_pass), "",
+                      "backend: http(s)://UPSTREAM | host:port | unix:/path: , then an optional /uri"),
+    "return": Key(optional(parse_return), "", "instead of proxy_pass: CODE, CODE TEXT, or 30x URL"),
     "proxy_set_header": Key(parse_set_headers, "", "Name: value, one a line; an empty value removes the field"),
     "proxy_connect_timeout": Key(parse_timeout, "5s", "for one server: resolve, connect and TLS together"),
     "proxy_read_timeout": Key(parse_timeout, "60s", "between two reads of an HTTP answer"),
     "proxy_send_timeout": Key(parse_timeout, "60s", "between two writes of a request"),
-    "idle_timeout": Key(parse_timeout, "60s", "a tunnel without a byte either way is closed; default: proxy_read_timeout"),
+    "idle_timeout": Key(parse_timeout, "60s",
+                        "a tunnel without a byte either way is closed; default: proxy_read_timeout"),
     "ping_interval": Key(parse_seconds, "0", "ping a side of the tunnel that was silent for so long; 0 = never"),
     "ping_timeout": Key(parse_timeout, "20s", "no byte for so long after a ping: that side is dead"),
-    "upgrade": Key(one_of("websocket", "none", "any"), "websocket", "websocket, none, or any (other protocols too, never h2c)"),
+    "upgrade": Key(one_of("websocket", "none", "any"), "websocket",
+                   "websocket, none, or any (other protocols too, never h2c)"),
     "strict_handshake": Key(parse_flag, "on", "off: do not check Sec-WebSocket-Key, -Version and -Accept"),
     "allowed_origins": Key(parse_origins, "any", "any, same, or a list of https://host[:port] with * globs"),
     "allow": Key(parse_networks, "", "CIDRs that may connect; when set, all others are refused"),
     "deny": Key(parse_networks, "", "CIDRs that may not; wins over allow"),
-    "auth_basic_user_file": Key(parse_pem, "", "htpasswd file of {SCRYPT}, {SSHA} or {SHA} lines (--hash-password writes one)"),
-    "auth_request": Key(parse_proxy_pass, "", "URL that is asked first: 2xx lets the request pass"),
+    "auth_basic_user_file": Key(optional(parse_pem), "",
+                                "htpasswd file of {SCRYPT}, {SSHA} or {SHA} lines (--hash-password writes one)"),
+    "auth_request": Key(optional(parse_proxy_pass), "", "URL that is asked first: 2xx lets the request pass"),
     "reject_with": Key(one_of("http", "close"), "http", "close: answer refused handshakes by 101 and a Close frame"),
     "client_max_body_size": Key(parse_size, "0", "a larger request body is refused with 413; 0 = no limit"),
     "max_message_size": Key(parse_size, "0", "a larger WebSocket message ends the tunnel with 1009; 0 = no limit"),
     "max_connections": Key(parse_count, "0", "of this location; above it 503; 0 = no limit"),
     "proxy_ssl_verify": Key(parse_flag, "on", "check the backend's certificate and its name"),
-    "proxy_ssl_trusted_certificate": Key(parse_pem, "", "CA file for backends; default: the system's store"),
-    "proxy_ssl_name": Key(parse_text, "", "name for SNI and the check; default: the host of proxy_pass"),
-    "proxy_ssl_certificate": Key(parse_pem, "", "client certificate to show to backends"),
-    "proxy_ssl_certificate_key": Key(parse_pem, "", "its key"),
+    "proxy_ssl_trusted_certificate": Key(optional(parse_pem), "", "CA file for backends; default: the system's store"),
+    "proxy_ssl_name": Key(optional(str), "", "name for SNI and the check; default: the host of proxy_pass"),
+    "proxy_ssl_certificate": Key(optional(parse_pem), "", "client certificate to show to backends"),
+    "proxy_ssl_certificate_key": Key(optional(parse_pem), "", "its key"),
     "proxy_protocol": Key(parse_flag, "off", "begin connections to the backend with a PROXY v1 line"),
-    "ssl_certificate": Key(parse_pem, "", "certificate chain, PEM; in [location HOST/...] for that host name (SNI)"),
-    "ssl_certificate_key": Key(parse_pem, "", "its key, PEM"),
+    "ssl_certificate": Key(optional(parse_pem), "",
+                           "certificate chain, PEM; in [location HOST/...] for that host name (SNI)"),
+    "ssl_certificate_key": Key(optional(parse_pem), "", "its key, PEM"),
 }
 
 UPSTREAM_KEYS = {
-    "server": Key(parse_servers, "", "one a line: address, weight=1 max_fails=1 fail_timeout=10s max_conns=0 backup down"),
+    "server": Key(parse_servers, "",
+                  "one a line: address, weight=1 max_fails=1 fail_timeout=10s max_conns=0 backup down"),
     "balance": Key(one_of("least_conn", "round_robin", "ip_hash"), "least_conn", "least_conn, round_robin or ip_hash"),
 }
 
@@ -567,6 +569,7 @@ class ConfigReader:
         self.hosts = {}     # unnamed upstreams by their address: one object, one health
 
     def read(self):
+        """-> Config; raises ConfigError."""
         sections = self.parse_file()
         for key, text in self.overrides.items():
             sections.setdefault("server", {})[key] = text
@@ -588,13 +591,18 @@ class ConfigReader:
             if not any(each.path == "/" and not each.host and not each.exact for each in locations):
                 self.read_location("location /", {}, defaults, upstreams, locations)
         if not self.errors and not locations:
-            self.errors.append("%s: nothing to do: a [location /] with proxy_pass = http://host:port is needed" % self.name)
+            self.errors.append("%s: nothing to do: a [location /] with proxy_pass = http://host:port is needed"
+                               % self.name)
         if self.errors:
             raise ConfigError(self.errors)
-        config = Config(self.path, server, locations, list(upstreams.values()) + list(self.hosts.values()), self.warnings)
-        self.check_tls(config)
-        if self.errors:
-            raise ConfigError(self.errors)
+        config = Config(self.path, server, locations, list(upstreams.values()) + list(self.hosts.values()),
+                        self.warnings)
+        if any(listen.ssl for listen in server.listen):
+            try:
+                config.certificates = CertificateStore(config)
+            except (OSError, ValueError) as error:
+                self.error("server", "ssl_certificate", "%s" % error)
+                raise ConfigError(self.errors)
         return config
 
     def error(self, section, key, message):
@@ -621,16 +629,18 @@ class ConfigReader:
             raise ConfigError(["%s: cannot be read: %s" % (self.path, error.strerror)])
         except UnicodeDecodeError as error:
             raise ConfigError(["%s: is not UTF-8 (byte %d)" % (self.path, error.start)])
+        except configparser.MissingSectionHeaderError as error:
+            raise ConfigError(["%s:%d: a [section] must stand before %s" % (
+                self.path, error.lineno, error.line.strip())])
         except configparser.ParsingError as error:
-            if isinstance(error, configparser.MissingSectionHeaderError):
-                raise ConfigError(["%s:%d: a [section] must stand before %s" % (self.path, error.lineno, error.line.strip())])
             lines = text.split("\n")
-            raise ConfigError(["%s:%d: neither [section] nor key = value: %s" % (self.path, number, lines[number - 1].strip())
-                               for number, _ in error.errors])
+            raise ConfigError(["%s:%d: neither [section] nor key = value: %s" % (
+                self.path, number, lines[number - 1].strip()) for number, _ in error.errors])
         except configparser.DuplicateSectionError as error:
             raise ConfigError(["%s:%d: [%s] stands here twice" % (self.path, error.lineno, error.section)])
         except configparser.DuplicateOptionError as error:
-            raise ConfigError(["%s:%d: [%s] %s: stands here twice" % (self.path, error.lineno, error.section, error.option)])
+            raise ConfigError(["%s:%d: [%s] %s: stands here twice" % (
+                self.path, error.lineno, error.section, error.option)])
         self.number_lines(text)
         sections = {}
         for section in parser.sections():
@@ -685,8 +695,7 @@ class ConfigReader:
 
     def read_location(self, title, texts, defaults, upstreams, locations):
         """[location ...] -> a Location at the end of locations."""
-        merged = dict(defaults)
-        merged.update(texts)
+        merged = dict(defaults, **texts)
         if "return" in texts and "proxy_pass" not in texts:
             merged.pop("proxy_pass", None)
         elif "proxy_pass" in texts and "return" not in texts:
@@ -702,9 +711,9 @@ class ConfigReader:
             return self.error(title, None, "stands here twice")
         if settings is None:
             return None
-        values = dict(settings.__dict__)
+        values = vars(settings)
         if "idle_timeout" not in merged:
-            values["idle_timeout"] = settings.proxy_read_timeout
+            values = dict(values, idle_timeout=settings.proxy_read_timeout)
         target = settings.proxy_pass
         if not target and not settings.return_:
             if "proxy_pass" not in texts and "return" not in texts:
@@ -712,7 +721,6 @@ class ConfigReader:
             return None
         if target and settings.return_:
             return self.error(title, "return", "stands beside proxy_pass; only one of them can be")
-        upstream = None
         try:
             upstream = target and self.upstream_for(title, target, upstreams)
             auth = settings.auth_request and self.upstream_for(title, settings.auth_request, upstreams)
@@ -725,7 +733,8 @@ class ConfigReader:
             except ValueError as error:
                 return self.error(title, "auth_basic_user_file", str(error))
         if any(contexts) and not settings.proxy_ssl_verify:
-            self.warn(title, "proxy_ssl_verify = off: anybody between the gate and the backend can read and change everything")
+            self.warn(title,
+                      "proxy_ssl_verify = off: anybody between the gate and the backend can read and change everything")
         if target and target.uri == "/" and not path.endswith("/"):
             self.warn(title, "%s/x will be asked for as //x; write [location %s/]" % (path, path))
         locations.append(Location(title.partition(" ")[2], host, path, exact,
@@ -749,15 +758,6 @@ class ConfigReader:
             address.path or socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
         except OSError:
             self.warn(title, "%s does not resolve now; it will be tried at every connect" % address.host)
-
-    def check_tls(self, config):
-        """Make the certificates' contexts, once, so that a wrong file is found before the start."""
-        server = config.server
-        if any(listen.ssl for listen in server.listen):
-            try:
-                config.certificates = CertificateStore(config)
-            except (OSError, ValueError) as error:
-                self.error("server", "ssl_certificate", "%s" % error)
 
 
 # ------------------------------------------------------------------- Listening
@@ -950,7 +950,11 @@ class Gate:
         """USR2: start the wsgate.py that now stands on disk on the same sockets, then drain this one."""
         if self.successor or self.state != "running" or not hasattr(os, "fork"):
             return
-        ready, write_end = os.pipe()
+        try:
+            ready, write_end = os.pipe()
+        except OSError as error:
+            log.error("upgrade: %s", error)
+            return
         sockets = {show_address(each.listen.address): each.fileno() for each in self.listeners}
         environ = dict(os.environ, WSGATE_READY=str(write_end),
                        WSGATE_SOCKETS=" ".join("%s=%d" % pair for pair in sockets.items()))
@@ -998,7 +1002,8 @@ class Gate:
         place, client, in_use = ("location", location.name), ("ip", address), self.in_use
         with self.lock:
             if 0 < location.max_connections <= in_use[place]:
-                raise HTTPError(503, "full", "max_connections of [location %s] is reached" % location.name, retry_after())
+                raise HTTPError(503, "full", "max_connections of [location %s] is reached" % location.name,
+                                retry_after())
             if 0 < limit <= in_use[client]:
                 raise HTTPError(429, "too_many", "max_connections_per_ip is reached", retry_after())
             in_use[place] += 1
@@ -1038,7 +1043,8 @@ class Gate:
         """-> (tunnels open, bytes up, bytes down), those under way included"""
         with self.lock:
             tunnels, up, down = self.tunnels(), self.totals["up"], self.totals["down"]
-        return len(tunnels), up + sum(each.up.bytes for each in tunnels), down + sum(each.down.bytes for each in tunnels)
+        up += sum(each.up.bytes for each in tunnels)
+        return len(tunnels), up, down + sum(each.down.bytes for each in tunnels)
 
 
 SIGNALS = {"SIGINT": "stop", "SIGTERM": "stop", "SIGBREAK": "stop", "SIGQUIT": "quit",
@@ -1067,7 +1073,7 @@ class Workers:
         self.idle = []  # [lock, job] of threads that wait; list.append and list.pop need no lock
 
     def run(self, *job):
-        """Let a thread serve a connection, job = (Listener, socket, address); raises RuntimeError when there can be none."""
+        """Let a thread serve a connection, job = (Listener, socket, address); RuntimeError: there can be none."""
         try:
             worker = self.idle.pop()
         except IndexError:
@@ -1194,6 +1200,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def process_request(self, request, client_address):
         """Give the connection a thread; if the system allows no more, say 503 and close."""
         try:
+            clients = self.RequestHandlerClass is ClientConnection
+            if clients and len(self.gate.connections) >= self.gate.capacity + POLITE:
+                raise RuntimeError("too many even to be refused politely")
             self.gate.workers.run(self, request, client_address)
         except RuntimeError:
             request.setblocking(False)
@@ -1244,6 +1253,9 @@ def remove_stale_socket(path):
             os.unlink(path)
         except OSError:  # bind() will say what is wrong
             pass
+
+
+POLITE = 16  # connections above max_connections that are heard before they are refused
 
 
 def capacity(configured):
@@ -1299,11 +1311,11 @@ def notify(message):
     """Tell systemd (sd_notify(3)); without systemd nothing happens."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            try:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
-            except OSError as error:
-                log.warning("systemd cannot be told %r: %s", message, error)
+        except OSError as error:  # or no descriptor is left for it
+            log.warning("systemd cannot be told %r: %s", message, error)
 
 
 # -------------------------------------------------------------- One connection
@@ -1320,8 +1332,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.listen = self.server.listen
         self.stream = Stream(self.request)
         # The client as the gate knows it; a trusted proxy may correct the address later.
-        self.peer = self.client_address[0] if self.client_address else "unix:"
-        self.peer_port = self.client_address[1] if self.client_address else 0
+        # A client of a unix socket may have any name: text, bytes or none.
+        self.peer, self.peer_port = self.client_address[:2] if isinstance(self.client_address, tuple) else ("unix:", 0)
         self.subject = None          # of the verified client certificate
         self.deadline = Deadline(self.gate.config.server.client_header_timeout)
         self.served = 0              # requests so far
@@ -1371,12 +1383,13 @@ class ClientConnection(socketserver.BaseRequestHandler):
         first = self.stream.peek(self.deadline)
         if first != b"\x16":
             if first:
-                self.stream.write_all(make_answer(400, "plain_http_on_tls_port", b"this port speaks TLS: use https:// or wss://",
+                self.stream.write_all(make_answer(400, "plain_http_on_tls_port",
+                                                  b"this port speaks TLS: use https:// or wss://",
                                                   (), True, False), self.deadline)
                 self.stream.linger()
             return False
         try:
-            self.stream.start_tls(self.gate.config.certificates.context, self.deadline, server_side=True)
+            self.stream.start_tls(self.gate.config.certificates.contexts[None], self.deadline, server_side=True)
         except (OSError, ValueError) as error:
             log.info("%s: TLS handshake failed: %s", self.peer, getattr(error, "reason", None) or error)
             return False
@@ -1410,7 +1423,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Wait for a request and parse its head -> whether there was one."""
         if self.served and not self.stream.buffer:
             deadline = Deadline(self.gate.config.server.keepalive_timeout)
-            if not self.stream.fill(deadline, self.gate.alarm, quiet=True, expected=False):
+            alarm = self.gate.alarm  # before the state is looked at: Gate.end changes that first
+            if self.gate.state != "running" or not self.stream.fill(deadline, alarm, quiet=True, expected=False):
                 return False
         self.config = self.gate.config
         server = self.config.server
@@ -1459,7 +1473,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         try:
             backend = location.auth.connect(location, location.auth_context, self.client)
             try:
-                relay = HTTPRelay(self.stream, backend.stream, auth_request_head(self), NoBody(), location, self.config.server)
+                relay = HTTPRelay(self.stream, backend.stream, auth_request_head(self), NoBody(), location,
+                                  self.config.server)
                 response = relay.final_response(False)
             finally:
                 backend.close()
@@ -1528,7 +1543,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Pass an answer on, whole -> whether another request may follow."""
         message = self.message
         body = response.body(message.method, decode=message.minor == 0)
-        keep = keep and self.persistent() and relay.up.done and not relay.unread and not isinstance(body, UntilCloseBody)
+        keep = (keep and self.persistent() and relay.up.done and not relay.unread
+                and not isinstance(body, UntilCloseBody))
         self.answered = True
         try:
             relay.pass_response(response_head_for_client(response, message, keep), body)
@@ -1566,7 +1582,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         if self.answered:
             self.stream.reset()
             return False
-        if self.location is not None and self.location.reject_with == "close" and handshake_key(self.message):
+        if self.location is not None and self.location.reject_with == "close" and is_handshake(self.message):
             return self.refuse_in_band(error)
         text = "%d %s: %s\n" % (error.status, reason_phrase(error.status), error.reason)
         if error.detail and error.status < 500:  # what is wrong behind the gate is for the log alone
@@ -1850,7 +1866,8 @@ def take_head(stream, limit):
     if data.startswith(b"\r\n"):  # one empty line before a request is ignored (RFC 9112 2.2)
         data = data[2:]
     end, line_end = data.find(b"\r\n\r\n"), data.find(b"\r\n")
-    too_long = line_end > REQUEST_LINE_LIMIT or (line_end < 0 and len(data) > REQUEST_LINE_LIMIT + 1)  # its CR may be there
+    known = line_end if line_end >= 0 else len(data) - 1  # its CR may be there
+    too_long = known > REQUEST_LINE_LIMIT
     if end >= 0 and end + 4 <= limit and not too_long:
         stream.buffer = data[end + 4:]
         return data[:end + 4]
@@ -1908,7 +1925,8 @@ def parse_proxy_v1(line):
     words = line.decode("ascii").split(" ")
     if words[1] == "UNKNOWN":
         return None
-    if len(words) != 6 or words[1] not in ("TCP4", "TCP6") or not all(re.fullmatch("[0-9]{1,5}", port) for port in words[4:]):
+    if (len(words) != 6 or b"%" in line or words[1] not in ("TCP4", "TCP6")
+            or not all(re.fullmatch("[0-9]{1,5}", port) for port in words[4:])):
         raise ValueError(repr(line))
     addresses = [ipaddress.ip_address(word) for word in words[2:4]]
     if any(address.version != int(words[1][3]) for address in addresses) or max(map(int, words[4:])) > 65535:
@@ -2032,7 +2050,8 @@ def parse_request_head(head):
     except OverflowError as error:
         raise HTTPError(431, "head_too_large", str(error))
     if request.method == b"CONNECT":
-        raise HTTPError(405, "not_allowed", "this is no forward proxy", ((b"Allow", b"GET, HEAD, POST, PUT, DELETE, OPTIONS"),))
+        raise HTTPError(405, "not_allowed", "this is no forward proxy",
+                        ((b"Allow", b"GET, HEAD, POST, PUT, DELETE, OPTIONS"),))
     parse_host(request)
     split_target(request)
     parse_request_framing(request)
@@ -2301,10 +2320,11 @@ class Location:
 
     def matches(self, path):
         """Whether a decoded path lies under this prefix, at a / boundary."""
-        return path.startswith(self.path) and (self.path.endswith("/") or path[len(self.path):len(self.path) + 1] in ("", "/"))
+        return path.startswith(self.path) and (self.path.endswith("/")
+                                               or path[len(self.path):len(self.path) + 1] in ("", "/"))
 
     def rewrite(self, request):
-        """-> the target to ask the backend for: the bytes that came, or the matched prefix replaced (nginx proxy_pass)."""
+        """-> the target for the backend: the bytes that came, or the matched prefix replaced (nginx proxy_pass)."""
         uri = self.proxy_pass.uri
         if uri is None or request.target == b"*":
             return request.target
@@ -2342,7 +2362,7 @@ def split_target(request):
         if sum(map(len, units)) != len(raw):
             raise HTTPError(400, "bad_request", "bad %-escape in the path")
         raw = b"".join(map(decode_unit, units))
-    if re.search(br"(?:/|%2F)\.\.?(?:/|%2F|$)|[\\\x00-\x1f\x7f]", raw):
+    if re.search(br"(?:/|%2F)\.\.?(?:[/;]|%2F|$)|[\\\x00-\x1f\x7f]", raw):
         raise HTTPError(400, "bad_request", "dot segments, backslashes and control bytes are refused")
     request.path = raw.decode("utf-8", "surrogateescape")
 
@@ -2379,7 +2399,8 @@ def upgrade_wanted(message, location):
     named = b"upgrade" in fields.tokens(b"connection")
     if location.upgrade == "none" or message.method != b"GET":
         return None
-    if location.upgrade == "any" and asked and named and message.minor and not message.has_body() and asked != [b"websocket"]:
+    if (location.upgrade == "any" and asked and named and message.minor and not message.has_body()
+            and asked != [b"websocket"]):
         hidden = any(name.partition(b"/")[0] in (b"h2c", b"h2", b"tls", b"http") for name in asked)
         return None if hidden else fields.get(b"upgrade")
     keys = fields.get_all(b"sec-websocket-key")
@@ -2448,7 +2469,8 @@ def real_client(server, peer, fields):
 
 def check_address(location, client):
     """allow and deny (ngx_http_access_module; deny wins)."""
-    if trusted(location.deny, client) or (location.allow and not trusted(location.allow, client)):
+    denied = trusted(location.deny, client if parse_ip(client) else "0.0.0.0")  # a unix socket is denied by `all`
+    if denied or (location.allow and not trusted(location.allow, client)):
         raise HTTPError(403, "not_allowed", "this address may not connect")
 
 
@@ -2548,9 +2570,9 @@ class PasswordFile:
             return False
         # An unknown user takes as long as a known one.
         stored = hashes.get(user) or next(iter(hashes.values()), b"{SHA}")
-        right = verify_password(stored, password) and user in hashes
-        if right:
-            with self.lock:
+        right = HASHING.submit(verify_password, stored, password).result() and user in hashes
+        with self.lock:
+            if right and self.hashes is hashes:  # else the file has changed meanwhile
                 self.known[digest] = True
                 while len(self.known) > 1000:
                     self.known.popitem(last=False)
@@ -2564,6 +2586,8 @@ def file_stamp(path):
 
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}
+# A hash takes 16 MiB, and wrong passwords are free: a few threads compute them all (malloc keeps memory by thread).
+HASHING = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
 
 
 def hash_password(password, salt=None):
@@ -2669,7 +2693,8 @@ class Server:
         if isinstance(failure, TimedOut) or failure.errno == errno.ETIMEDOUT:
             raise BackendError(504, "backend_timeout", "%s: no connection within proxy_connect_timeout" % self.name)
         refused = isinstance(failure, ConnectionRefusedError)
-        raise BackendError(502, "backend_refused" if refused else "backend_unreachable", "%s: %s" % (self.name, failure))
+        raise BackendError(502, "backend_refused" if refused else "backend_unreachable",
+                           "%s: %s" % (self.name, failure))
 
 
 def connect_socket(family, address, deadline):
@@ -2822,12 +2847,7 @@ class CertificateStore:
         if not self.pairs[None][0] and len(self.pairs) > 1:
             self.pairs[None] = list(self.pairs.values())[1]
         self.stamp = self.stamps()
-        self.contexts = self.load()
-
-    @property
-    def context(self):
-        """The context that a handshake begins with."""
-        return self.contexts[None]
+        self.contexts = self.load()  # a handshake begins with that of None
 
     def stamps(self):
         """What changes when a file changes."""
@@ -2842,10 +2862,7 @@ class CertificateStore:
             """Called in the handshake with the name that the client asks for (SNI)."""
             name = (name or "").lower()
             suffixes = ["*" + name[place:] for place, char in enumerate(name) if char == "."]
-            for candidate in [name] + suffixes:
-                if candidate in contexts:
-                    sock.context = contexts[candidate]
-                    return
+            sock.context = next((contexts[each] for each in [name] + suffixes if each in contexts), context)
 
         contexts[None].set_servername_callback(choose)
         return contexts
@@ -2860,6 +2877,7 @@ class CertificateStore:
             context.load_verify_locations(self.server.ssl_client_certificate)
             context.verify_mode = ssl.CERT_REQUIRED
         context.set_alpn_protocols(["http/1.1"])
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # Python 3.7
         return context
 
     def refresh(self):
@@ -2879,7 +2897,8 @@ def load_pair(context, certificate, key):
     try:
         context.load_cert_chain(certificate, key or certificate, password=lambda: "")
     except ssl.SSLError as error:
-        why = "is not the key of this certificate" if "MISMATCH" in str(error) else "cannot be used (%s)" % (error.reason or error)
+        why = ("is not the key of this certificate" if "MISMATCH" in str(error) else
+               "cannot be used (%s)" % (error.reason or error))
         raise ValueError("%s with key %s: %s" % (certificate, key or certificate, why))
     except OSError as error:
         raise ValueError("%s or %s: %s" % (certificate, key or certificate, error.strerror))
@@ -2917,7 +2936,7 @@ def distinguished_name(certificate):
              "localityName": "L", "stateOrProvinceName": "ST", "emailAddress": "emailAddress"}
     parts = ["%s=%s" % (short.get(name, name), re.sub(r'([,+"\\<>;=])', r"\\\1", value))
              for group in certificate.get("subject", ()) for name, value in group]
-    return ",".join(reversed(parts)) or None
+    return re.sub("[\\x00-\\x1f\\x7f]", lambda char: "\\%02X" % ord(char.group()), ",".join(reversed(parts))) or None
 
 
 # ------------------------------------------------------------ Forwarding heads
@@ -3013,7 +3032,8 @@ def auth_request_head(connection):
     if not message.authority:
         lines.append(b"Host: auth")
     lines += own_fields(connection, without)
-    lines += [b"X-Original-URI: " + message.target, b"X-Original-Method: " + message.method, b"Connection: close", b"\r\n"]
+    lines += [b"X-Original-URI: " + message.target, b"X-Original-Method: " + message.method, b"Connection: close",
+              b"\r\n"]
     return b"\r\n".join(lines)
 
 
@@ -3056,7 +3076,7 @@ def response_head_for_client(response, message, keep):
 
 
 def check_101(message, response, location, protocol):
-    """A 101 must answer what was asked (RFC 6455 4.1), else the tunnel would be for somebody else; raises BackendError."""
+    """A 101 must answer what was asked (RFC 6455 4.1), else the tunnel would be another's; raises BackendError."""
     fields = response.fields
     wrong = None
     if protocol is None:
@@ -3079,6 +3099,13 @@ def handshake_key(message):
     """Sec-WebSocket-Key of a request, if it is 16 bytes in base64 (RFC 6455 4.1), else None."""
     key = message and message.fields.get(b"sec-websocket-key")
     return key if key and re.fullmatch(br"[A-Za-z0-9+/]{21}[AQgw]==", key) else None
+
+
+def is_handshake(message):
+    """Whether a request may be answered by 101."""
+    fields = message.fields
+    return (message.method == b"GET" and message.minor > 0 and not message.has_body() and bool(handshake_key(message))
+            and b"websocket" in fields.tokens(b"upgrade") and b"upgrade" in fields.tokens(b"connection"))
 
 
 def accept_for(key):
@@ -3117,7 +3144,7 @@ class HTTPRelay:
         self.limit = server.client_header_size  # a response head is bounded like that of a request
         self.times = location, server
         self.sent_up = self.sent_down = 0       # bytes of bodies
-        self.unread = False                     # the rest of the request body stays with the client: no request may follow
+        self.unread = False                     # the rest of the body stays with the client: no request may follow
         now = time.monotonic()
         self.up_moved = self.down_moved = now   # when bytes last moved, each way
         self.gone_at = math.inf                 # the client has closed: wait for the backend no longer than this
@@ -3143,7 +3170,8 @@ class HTTPRelay:
         """Wait for a response head, while the request body goes up -> bytes."""
         while True:
             if not b"HTTP/".startswith(self.backend.buffer[:5]):
-                raise BackendError(502, "backend_bad_answer", "no HTTP: %s" % printable(self.backend.buffer[:60]), sent=True)
+                raise BackendError(502, "backend_bad_answer", "no HTTP: %s" % printable(self.backend.buffer[:60]),
+                                   sent=True)
             try:
                 head = take_head(self.backend, self.limit)
             except HTTPError as error:
@@ -3166,7 +3194,8 @@ class HTTPRelay:
         """Wait until something can move, and move it."""
         reading_body = not self.up.done and not self.up_pending
         reading_answer = not self.down_pending and not (self.down and self.down.done)
-        client_events = ((self.client.read_event if reading_body else 0) | (self.client.write_event if self.down_pending else 0)
+        client_events = ((self.client.read_event if reading_body else 0)
+                         | (self.client.write_event if self.down_pending else 0)
                          | (POLLRDHUP if self.watching and self.up.done else 0))
         backend_events = ((self.backend.read_event if reading_answer else 0)
                           | (self.backend.write_event if self.up_pending else 0))
@@ -3258,7 +3287,8 @@ class HTTPRelay:
         try:
             data = self.backend.read(BIG_READ if self.down else SMALL_READ)
         except OSError as error:
-            raise BackendError(502, "backend_closed", str(error), sent=True, retry=not self.backend.buffer and not self.down)
+            raise BackendError(502, "backend_closed", str(error), sent=True,
+                               retry=not self.backend.buffer and not self.down)
         if data is None:
             return
         self.down_moved = time.monotonic()
@@ -3479,7 +3509,8 @@ SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE"
 class Tunnel:
     """What a connection is after a 101: two Flows, one poll object, one clock."""
 
-    __slots__ = ("gate", "record", "up", "down", "idle_timeout", "ping_interval", "ping_timeout", "send_timeout", "poll",
+    __slots__ = ("gate", "record", "up", "down", "idle_timeout", "ping_interval", "ping_timeout", "send_timeout",
+                 "poll",
                  "interest", "alarm", "known_alarm", "end_at", "deadline", "over", "pinged", "rtt", "opened")
 
     def __init__(self, connection, backend, head, scan, extensions):
@@ -3625,6 +3656,9 @@ class Tunnel:
         scanner = flow.scanner
         scanner.notable = False
         back = self.down if flow is self.up else self.up
+        if scanner.lost and scanner.limit:  # what cannot be counted cannot be limited
+            self.finish("bad_frames", 1002, 1002, now)
+            return
         if scanner.lost:
             self.record.frames = "lost"
             flow.pending = bytes(flow.pending)
@@ -3770,7 +3804,8 @@ class FrameScanner:
     """
 
     __slots__ = ("masked", "reserved", "limit", "whole", "bias", "left", "head", "mask", "control", "message",
-                 "messages", "last_data", "close", "lost", "too_big", "large", "alike", "size", "burst", "notable", "pings", "held", "rtt")
+                 "messages", "last_data", "close", "lost", "too_big", "large", "alike", "size", "burst",
+                 "notable", "pings", "held", "rtt")
 
     def __init__(self, masked, extensions, limit, now):
         self.masked = masked                     # frames of a client are masked, those of a server are not
@@ -3873,7 +3908,8 @@ class FrameScanner:
         short = head[1] & 0x7F if len(head) == LONGEST_HEADER else 0
         if short < 126 or self.pings or not self.plausible(head):
             return 0
-        length, header = (struct.unpack_from("!H", head, 2)[0], 4) if short == 126 else (struct.unpack_from("!Q", head, 2)[0], 10)
+        header = 4 if short == 126 else 10
+        length = struct.unpack_from("!H" if short == 126 else "!Q", head, 2)[0]
         if not SPLICE_LEAST <= length < 1 << 62 or 0 < self.limit < self.message + length:
             return 0
         self.begin(head, length, b"", now)
@@ -3916,7 +3952,7 @@ class FrameScanner:
         Their headers stand `size` bytes apart, so each byte of a header is in a slice with that step.
         """
         behind = position + self.left
-        count = (len(data) - behind) // size
+        count = min((len(data) - behind) // size, 256)  # a peer can make the comparisons fail at their very end
         if count < 1 or head[0] & 0x8F not in (0x81, 0x82):
             return position
         for place in range(len(head) - 4 if self.masked else len(head)):
@@ -4054,7 +4090,8 @@ class Record:
 
     def messages(self, tunnel):
         """Take the tunnel's counts over, while its scanners are there."""
-        self.up, self.down = [(flow.scanner.messages if flow.scanner else (self.up, self.down)[flow is tunnel.down][0], flow.bytes)
+        self.up, self.down = [(flow.scanner.messages if flow.scanner else (self.up, self.down)[flow is tunnel.down][0],
+                               flow.bytes)
                               for flow in (tunnel.up, tunnel.down)]
         self.rtt = tunnel.rtt
 
@@ -4065,20 +4102,20 @@ class Record:
         self.gate.opened(self.handshake)
         if access_log.isEnabledFor(logging.INFO):
             access_log.info("%s", Line("open", self.time, [
-                ("id", self.id), ("client", self.client), ("host", self.host), ("event", "open"), ("location", self.location),
-                ("server", self.server), ("hs", round(self.handshake, 3))]))
+                ("id", self.id), ("client", self.client), ("host", self.host), ("event", "open"),
+                ("location", self.location), ("server", self.server), ("hs", round(self.handshake, 3))]))
 
     def write(self):
         """The line at the end."""
         self.gate.closed(self)
         if not access_log.isEnabledFor(logging.INFO):
             return
-        fields = [("id", self.id), ("client", self.client), ("host", self.host), ("request", self.request), ("status", self.status),
-                  ("event", self.event), ("location", self.location), ("server", self.server),
+        fields = [("id", self.id), ("client", self.client), ("host", self.host), ("request", self.request),
+                  ("status", self.status), ("event", self.event), ("location", self.location), ("server", self.server),
                   ("dur", round(time.monotonic() - self.begun, 3)),
                   ("hs", None if self.handshake is None else round(self.handshake, 3)),
                   ("up", self.up), ("down", self.down), ("close", self.close), ("reason", self.reason or "-")]
-        fields += [(name, value) for name, value in (("failed", self.failed), ("frames", self.frames), ("note", self.note)) if value]
+        fields += [(name, getattr(self, name)) for name in ("failed", "frames", "note") if getattr(self, name)]
         if self.rtt is not None:
             fields.append(("rtt", round(self.rtt, 4)))
         access_log.info("%s", Line(self.event, self.time, fields))
@@ -4139,7 +4176,8 @@ class Masked:
         lines = ["  %s: %s" % (printable(name), "..." if name.lower() in SECRET else printable(value))
                  for name, value in self.message.fields]
         if isinstance(self.message, Request):
-            return "\n".join(["  %s %s" % (printable(self.message.method), printable(mask_query(self.message.target)))] + lines)
+            return "\n".join(["  %s %s" % (printable(self.message.method),
+                                           printable(mask_query(self.message.target)))] + lines)
         return "\n".join(["  %d %s" % (self.message.status, printable(self.message.reason))] + lines)
 
 
@@ -4234,10 +4272,12 @@ def status(gate):
             "up_messages": scanners[0].messages if scanners[0] else 0, "up_bytes": flows[0].bytes,
             "down_messages": scanners[1].messages if scanners[1] else 0, "down_bytes": flows[1].bytes,
             "rtt": None if tunnel.rtt is None else round(tunnel.rtt, 4)})
-    servers = [{"upstream": upstream.name, "server": server.name, "active": server.health.active, "picked": server.health.picked,
+    servers = [{"upstream": upstream.name, "server": server.name, "active": server.health.active,
+                "picked": server.health.picked,
                 "state": "down" if server.down else "up" if server.healthy(now) else "resting", "backup": server.backup}
                for upstream in gate.config.upstreams for server in upstream.servers]
-    return {"version": VERSION, "state": gate.state, "uptime": round(time.time() - gate.started), "connections": connections,
+    return {"version": VERSION, "state": gate.state, "uptime": round(time.time() - gate.started),
+            "connections": connections,
             "capacity": gate.capacity, "capacity_reason": gate.capacity_reason, "tunnels_open": len(tunnels),
             "requests": totals.get("requests", 0), "tunnels": totals.get("tunnels", 0),
             "refusals": dict(counted(totals, "refused_")), "ends": dict(counted(totals, "end_")),
@@ -4262,7 +4302,8 @@ def metrics(gate):
     def metric(name, kind, meaning, values):
         lines.append("# HELP wsgate_%s %s\n# TYPE wsgate_%s %s" % (name, meaning, name, kind))
         for labels, value in values:
-            text = ",".join('%s="%s"' % (key, str(each).replace("\\", "\\\\").replace('"', '\\"')) for key, each in labels)
+            text = ",".join('%s="%s"' % (key, str(each).replace("\\", "\\\\").replace('"', '\\"'))
+                            for key, each in labels)
             lines.append("wsgate_%s%s %s" % (name, "{%s}" % text if text else "", value))
 
     with gate.lock:
@@ -4285,10 +4326,12 @@ def metrics(gate):
     for bound, count in zip(HANDSHAKE_BUCKETS, itertools.accumulate(gate.handshakes)):
         lines.append('wsgate_handshake_seconds_bucket{le="%g"} %d' % (bound, count))
     lines += ['wsgate_handshake_seconds_bucket{le="+Inf"} %d' % total,
-              "wsgate_handshake_seconds_sum %s" % totals.get("handshake_sum", 0), "wsgate_handshake_seconds_count %d" % total]
+              "wsgate_handshake_seconds_sum %s" % totals.get("handshake_sum", 0),
+              "wsgate_handshake_seconds_count %d" % total]
     servers = [((("upstream", upstream.name), ("server", server.name)), server)
                for upstream in gate.config.upstreams for server in upstream.servers]
-    metric("server_active", "gauge", "Exchanges and tunnels of a server now.", [(key, each.health.active) for key, each in servers])
+    metric("server_active", "gauge", "Exchanges and tunnels of a server now.",
+           [(key, each.health.active) for key, each in servers])
     metric("server_up", "gauge", "1 unless the server rests or is down.", [
         (key, int(each.healthy(now) and not each.down)) for key, each in servers])
     return "\n".join(lines) + "\n"
@@ -4327,12 +4370,15 @@ def status_page(facts, query):
     for column, (kind, name) in enumerate((("a", "tunnels"), ("b", "bytes/s up"), ("c", "bytes/s down"))):
         values = [sample[column] for sample in history]
         peak = max(values, default=0)
-        points = ["%d,%.1f" % (120 - len(values) + place, 98 - 96 * value / peak if peak else 98) for place, value in enumerate(values)]
+        points = ["%d,%.1f" % (120 - len(values) + place, 98 - 96 * value / peak if peak else 98)
+                  for place, value in enumerate(values)]
         if points:
             curves.append('<path class="%s" d="M%s"/>' % (kind, " L".join(points)))
         peaks.append("most %s: %s" % (name, amount(peak)))
-    order = (lambda each: -each["up_bytes"] - each["down_bytes"]) if query == "sort=bytes" else (lambda each: -each["age"])
-    live = [cells((each["id"], duration(each["age"]), each["client"], each["location"], each["server"], each["up_messages"],
+    order = ((lambda each: -each["up_bytes"] - each["down_bytes"]) if query == "sort=bytes" else
+             (lambda each: -each["age"]))
+    live = [cells((each["id"], duration(each["age"]), each["client"], each["location"], each["server"],
+                   each["up_messages"],
                    amount(each["up_bytes"]), each["down_messages"], amount(each["down_bytes"]), duration(each["last_data"]),
                    "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
             for each in sorted(facts["live"], key=order)[:500]]
@@ -4340,7 +4386,8 @@ def status_page(facts, query):
         html.escape(each["upstream"]), html.escape(each["server"]), each["state"], each["state"] + (" (backup)" if each["backup"] else ""),
         each["active"], each["picked"]) for each in facts["servers"]]
     refusals = ", ".join("%s %d" % pair for pair in facts["refusals"].items()) or "nothing"
-    return STATUS_PAGE.format(**dict(facts, uptime=duration(facts["uptime"]), curves="".join(curves), peaks=", ".join(peaks),
+    return STATUS_PAGE.format(**dict(facts, uptime=duration(facts["uptime"]), curves="".join(curves),
+                                     peaks=", ".join(peaks),
                                      servers="".join(servers), live="".join(live), refusals=html.escape(refusals)))
 
 
@@ -4382,7 +4429,10 @@ def main(argv=None):
             return probe(arguments)
         path, overrides = find_config(arguments)
         if arguments.t:
-            return check_config(path, overrides)
+            for warning in load_config(path, overrides).warnings:
+                sys.stderr.write("wsgate: warning: %s\n" % warning)
+            sys.stderr.write("wsgate: %s is good\n" % (path or "the configuration"))
+            return 0
         if arguments.s:
             return send_signal(load_config(path, overrides), arguments.s)
         return run_gate(path, overrides)
@@ -4400,18 +4450,22 @@ def main(argv=None):
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
-        prog="wsgate.py", description="A WebSocket reverse proxy in one file.", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="wsgate.py", description="A WebSocket reverse proxy in one file.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  wsgate.py --demo\n  wsgate.py --listen :8080 --backend http://127.0.0.1:9000\n"
                "  wsgate.py -c wsgate.ini -t\n  wsgate.py -s reload")
     run = parser.add_argument_group("running")
-    run.add_argument("-c", metavar="FILE", help="configuration (default: ./wsgate.ini, then wsgate.ini beside wsgate.py)")
+    run.add_argument("-c", metavar="FILE",
+                     help="configuration (default: ./wsgate.ini, then wsgate.ini beside wsgate.py)")
     run.add_argument("--listen", metavar="ADDRESS", help="listen here instead of what the file says")
     run.add_argument("--backend", metavar="URL", help="pass everything to this backend")
     run.add_argument("--demo", action="store_true", help="run a gate, an echo backend and a page to try them on")
     control = parser.add_argument_group("controlling a running gate")
-    control.add_argument("-s", metavar="SIGNAL", choices=sorted(CONTROL), help="%s, through its pid file" % ", ".join(sorted(CONTROL)))
+    control.add_argument("-s", metavar="SIGNAL", choices=sorted(CONTROL),
+                         help="%s, through its pid file" % ", ".join(sorted(CONTROL)))
     helping = parser.add_argument_group("checking and helping")
-    helping.add_argument("-t", action="store_true", help="check the configuration and say everything that is wrong with it")
+    helping.add_argument("-t", action="store_true",
+                         help="check the configuration and say everything that is wrong with it")
     helping.add_argument("--probe", metavar="URL", help="make a WebSocket handshake and explain what happens; "
                          "a /path: with each backend of the configuration, then with the gate")
     probing = parser.add_argument_group("with --probe")
@@ -4424,10 +4478,12 @@ def parse_arguments(argv):
     probing.add_argument("--count", metavar="N", type=parse_count, help="so many echo round trips")
     probing.add_argument("--idle", metavar="TIME", type=parse_timeout, help="then stay silent; who cuts it, when")
     probing.add_argument("--timeout", metavar="TIME", type=parse_timeout, default="10s", help="without --idle (10s)")
-    helping.add_argument("--hash-password", metavar="USER", help="ask for a password, print a line for auth_basic_user_file")
+    helping.add_argument("--hash-password", metavar="USER",
+                         help="ask for a password, print a line for auth_basic_user_file")
     helping.add_argument("--print-config", action="store_true", help="print a wsgate.ini with every key at its default")
     helping.add_argument("--print-unit", action="store_true", help="print a systemd unit")
-    helping.add_argument("-v", "--version", action="version", version="wsgate %s, Python %s" % (VERSION, sys.version.split()[0]))
+    helping.add_argument("-v", "--version", action="version",
+                         version="wsgate %s, Python %s" % (VERSION, sys.version.split()[0]))
     return parser.parse_args(argv)
 
 
@@ -4449,15 +4505,6 @@ def find_config(arguments):
     if not arguments.backend:
         sys.stderr.write("wsgate: no wsgate.ini here or beside wsgate.py; using the defaults\n")
     return None, overrides
-
-
-def check_config(path, overrides):
-    """-t"""
-    config = load_config(path, overrides)
-    for warning in config.warnings:
-        sys.stderr.write("wsgate: warning: %s\n" % warning)
-    sys.stderr.write("wsgate: %s is good\n" % (path or "the configuration"))
-    return 0
 
 
 def send_signal(config, name):
@@ -4522,7 +4569,8 @@ def announce(config, gate):
     for location in config.locations:
         target = location.proxy_pass
         log.info("[location %s] -> %s", location.name, "%s://%s%s" % (
-            "https" if target.tls else "http", target.where, target.uri or "") if target else "return %d" % location.return_.status)
+            "https" if target.tls else "http", target.where, target.uri or "") if target else
+            "return %d" % location.return_.status)
     log.info("up to %d connections (%s)", gate.capacity, gate.capacity_reason)
 
 
@@ -4538,7 +4586,8 @@ def inherited_sockets():
         sock = socket.fromfd(descriptor, family.getsockname() and family.family or socket.AF_INET, socket.SOCK_STREAM)
         os.close(descriptor)
         name = sock.getsockname()
-        found[show_address(Address(None, None, name) if isinstance(name, str) else Address(name[0], name[1], None))] = sock
+        found[show_address(Address(None, None, name) if isinstance(name, str)
+                           else Address(name[0], name[1], None))] = sock
         family.close()
     return found
 
@@ -4564,7 +4613,7 @@ def remove_pid_file(path):
             os.unlink(path)
 
 
-SAMPLE_HEAD = """\
+SAMPLE = """\
 # wsgate.ini: a complete configuration that runs as it stands.
 #
 #   python3 wsgate.py -t                check it
@@ -4574,26 +4623,31 @@ SAMPLE_HEAD = """\
 # Times: 500ms 30s 10m 2h 1d, a bare number is seconds. Sizes: 512 16k 1m.
 # Lists: by commas, spaces or lines. A line "#key = value" is a key at its default.
 # A file of two lines is complete: [server] and proxy_pass = http://host:port.
+
+[server]
+%s
+
+# Every key of a location may also stand in [server], as the default for all locations.
+# A location is /prefix, HOST/prefix, *.example.com/prefix or = /exact; the longest prefix wins.
+
+[location /]
+proxy_pass = http://127.0.0.1:9000
+%s
+
+# A group of servers; proxy_pass = http://NAME uses it.
+
+#[upstream NAME]
+%s
 """
 
 
 def sample_config():
     """wsgate.ini, written from the tables."""
-    lines = [SAMPLE_HEAD + "\n[server]"]
+    def keys(table):
+        return "\n".join("# %s\n#%s = %s" % (key.meaning, name, key.default) if key.default else
+                         "# %s\n#%s =" % (key.meaning, name) for name, key in table.items() if name != "proxy_pass")
 
-    def keys(table, without=()):
-        for name, key in table.items():
-            if name not in without:
-                lines.append("# %s\n#%s =%s" % (key.meaning, name, " " + key.default if key.default else ""))
-
-    keys(SERVER_KEYS)
-    lines.append("\n# Every key of a location may also stand in [server], as the default for all locations.\n"
-                 "# A location is /prefix, HOST/prefix, *.example.com/prefix or = /exact; the longest prefix wins.\n\n[location /]")
-    lines.append("proxy_pass = http://127.0.0.1:9000")
-    keys(LOCATION_KEYS, ("proxy_pass",))
-    lines.append("\n# A group of servers; proxy_pass = http://NAME uses it.\n\n#[upstream NAME]")
-    keys(UPSTREAM_KEYS)
-    return "\n".join(lines) + "\n"
+    return SAMPLE % (keys(SERVER_KEYS), keys(LOCATION_KEYS), keys(UPSTREAM_KEYS))
 
 
 UNIT = """\
@@ -4671,6 +4725,8 @@ class DemoBackend(socketserver.ThreadingTCPServer):
 
 
 class DemoConnection(socketserver.BaseRequestHandler):
+    """One request to the DemoBackend."""
+
     def handle(self):
         stream, deadline = Stream(self.request), Deadline(86400)
         head = read_head(stream, SMALL_READ, deadline)
@@ -4679,15 +4735,14 @@ class DemoConnection(socketserver.BaseRequestHandler):
         if not key or message.path != "/socket":
             rtts = ["%.1f ms" % (each.rtt * 1000) for each in self.server.gate.tunnels() if each.rtt]
             page = DEMO_PAGE if message.path == "/" else "The gate's last ping took %s." % rtts[-1] if rtts else ""
-            body = page.encode()
-            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: %d\r\n\r\n" % len(body) + body, deadline)
-            return
+            return stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n"
+                                    b"Content-Length: %d\r\n\r\n%s" % (len(page), page.encode()), deadline)
         stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                          b"Sec-WebSocket-Accept: " + accept_for(key) + b"\r\n\r\n", deadline)
         for opcode, payload in read_frames(stream, deadline):
             if payload == b"head":
                 payload = head.strip()
-            answer = {PING: PONG}.get(opcode, opcode)
+            answer = PONG if opcode == PING else opcode
             stream.write_all(bytes((0x80 | answer,)) + frame_length(len(payload)) + payload, deadline)
             if opcode == CLOSE:
                 return stream.linger()
@@ -4722,7 +4777,8 @@ def read_frames(stream, deadline):
 def demo(arguments):
     """--demo"""
     backend = DemoBackend()
-    overrides = {"listen": arguments.listen or "127.0.0.1:8080", "proxy_pass": "http://127.0.0.1:%d" % backend.server_address[1],
+    overrides = {"listen": arguments.listen or "127.0.0.1:8080",
+                 "proxy_pass": "http://127.0.0.1:%d" % backend.server_address[1],
                  "ping_interval": "5s"}
 
     def ready(gate):
@@ -4817,7 +4873,8 @@ def probe(arguments):
             raise ValueError("--probe needs ws://host[:port]/path, wss://, or a /path of the configuration")
         server = Server(parse_address(match.group(2), default_port=443 if match.group(1) else 80))
         authority = re.sub(":443$" if match.group(1) else ":80$", "", match.group(2))  # as browsers write it
-        context = probe_context(not arguments.insecure, parse_pem(arguments.cafile)) if match.group(1) else None
+        cafile = arguments.cafile and parse_pem(arguments.cafile)
+        context = probe_context(not arguments.insecure, cafile) if match.group(1) else None
         head = handshake_head(arguments, authority, "/" + match.group(4))
         return 0 if Probe(arguments, server, head, context).run().word == "works" else 1
     except KeyboardInterrupt:
