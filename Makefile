@@ -37,7 +37,7 @@ compat:
 
 # Every file compiles, the sample configuration is good and is what the tables say.
 lint:
-	$(PYTHON) -W error -c 'import ast; [ast.parse(open(name).read()) for name in ("wsgate.py", "test_wsgate.py", "bench_wsgate.py")]'
+	for file in *.py; do $(PYTHON) -W error -m py_compile $$file; done
 	$(PYTHON) wsgate.py -c wsgate.ini -t
 	$(PYTHON) wsgate.py --print-config | diff - wsgate.ini
 

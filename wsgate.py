@@ -274,7 +274,12 @@ def parse_networks(text):
         if word == "all":
             networks += [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")]
         else:
-            networks.append(ipaddress.ip_network(word))  # its ValueError says what is wrong
+            try:
+                networks.append(ipaddress.ip_network(word))
+            except ValueError as error:
+                if "host bits" in str(error):
+                    error = "%s; write %s" % (error, ipaddress.ip_network(word, False))
+                raise ValueError(str(error))
     return tuple(networks)
 
 
@@ -591,8 +596,8 @@ class ConfigReader:
             if not any(each.path == "/" and not each.host and not each.exact for each in locations):
                 self.read_location("location /", {}, defaults, upstreams, locations)
         if not self.errors and not locations:
-            self.errors.append("%s: nothing to do: a [location /] with proxy_pass = http://host:port is needed"
-                               % self.name)
+            self.errors.append("%s: nothing to do: a [location /] with proxy_pass = http://host:port is needed%s" % (
+                self.name, "" if self.path else ", or --backend http://host:port; --demo tries it out"))
         if self.errors:
             raise ConfigError(self.errors)
         config = Config(self.path, server, locations, list(upstreams.values()) + list(self.hosts.values()),
@@ -670,7 +675,9 @@ class ConfigReader:
         values, bad = {}, []
         for key in texts:
             if key not in keys:
-                self.error(title, key, "unknown key%s" % nearest(key, keys))
+                homes = [name for name, table in (("server", SERVER_KEYS), ("location /", LOCATION_KEYS),
+                                                  ("upstream NAME", UPSTREAM_KEYS)) if key in table]
+                self.error(title, key, "unknown key%s" % (", it belongs in [%s]" % homes[0] if homes else nearest(key, keys)))
         for name, key in keys.items():
             text = texts.get(name, key.default).strip()
             try:
@@ -679,7 +686,7 @@ class ConfigReader:
                 bad.append(name)
                 if name not in inherited:
                     self.error(title, name, "%s: %s" % (text, error.strerror) if isinstance(error, OSError)
-                               else "%r: %s" % (text, error))
+                               else "%r: %s%s" % (text, error, "; lines do not end in ; here" if text.endswith(";") else ""))
         return None if bad else Settings(values)
 
     def read_upstream(self, title, texts, upstreams):
@@ -746,18 +753,19 @@ class ConfigReader:
         if target.where in upstreams:
             return upstreams[target.where]
         address = parse_address(target.where, default_port=443 if target.tls else 80)
-        self.check_resolves(title, address)
+        self.check_resolves(title, address, upstreams)
         name = show_address(address)
         if name not in self.hosts:
             self.hosts[name] = Upstream(name, (Server(address),), "round_robin")
         return self.hosts[name]
 
-    def check_resolves(self, title, address):
+    def check_resolves(self, title, address, upstreams=()):
         """Warn of a name nobody knows yet; it is resolved again at every connect."""
         try:
             address.path or socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
         except OSError:
-            self.warn(title, "%s does not resolve now; it will be tried at every connect" % address.host)
+            self.warn(title, "%s does not resolve now; it will be tried at every connect%s" % (
+                address.host, nearest(address.host, upstreams)))
 
 
 # ------------------------------------------------------------------- Listening
@@ -828,6 +836,8 @@ class Gate:
                 key.data()
             self.tick(time.monotonic())
         self.close()
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)  # a second Ctrl-C finds it closed otherwise
         self.selector.close()
         for end in (self.wake_in, self.wake_out) + (() if self.connections else (self.alarm.reader, self.alarm.writer)):
             end.close()  # the alarm not while late threads still poll it
@@ -1233,7 +1243,8 @@ def take_inherited(inherited, address):
 
 BIND_ERRORS = {  # what to do about a listening socket that cannot be opened
     errno.EADDRINUSE: "another program listens there already (ss -ltnp shows which)",
-    errno.EACCES: "not allowed; ports below 1024 need root (then set user =) or CAP_NET_BIND_SERVICE",
+    errno.EACCES: "not allowed; ports below 1024 need root (then set user =) or CAP_NET_BIND_SERVICE, "
+                  "unix sockets a folder that this user may write",
     errno.EADDRNOTAVAIL: "this machine has no such address",
 }
 
@@ -2800,7 +2811,8 @@ class Upstream:
             if rests:
                 health.fails = 0
                 health.resting_until = now + server.fail_timeout
-        log.warning("backend %s of %s failed: %s: %s%s", server.name, self.name, error.reason, error,
+        log.warning("backend %s%s failed: %s: %s%s", server.name, " of " + self.name if self.name != server.name else "",
+                    error.reason, error,
                     ", resting for %gs" % server.fail_timeout if rests and len(self.servers) > 1 else "")
 
     def succeeded(self, server):
@@ -2898,7 +2910,8 @@ def load_pair(context, certificate, key):
         context.load_cert_chain(certificate, key or certificate, password=lambda: "")
     except ssl.SSLError as error:
         why = ("is not the key of this certificate" if "MISMATCH" in str(error) else
-               "cannot be used (%s)" % (error.reason or error))
+               "cannot be used (%s): PEM files are needed, first the certificate, then its key, without a password"
+               % (error.reason or error))
         raise ValueError("%s with key %s: %s" % (certificate, key or certificate, why))
     except OSError as error:
         raise ValueError("%s or %s: %s" % (certificate, key or certificate, error.strerror))
@@ -4209,7 +4222,9 @@ def log_handler(where, stream):
         return logging.StreamHandler(stream)
     if where.startswith("syslog:"):
         host, _, port = where[7:].partition(":")
-        return logging.handlers.SysLogHandler((host, int(port or 514)) if host else "/dev/log", facility="daemon")
+        handler = logging.handlers.SysLogHandler((host, int(port or 514)) if host else "/dev/log", facility="daemon")
+        handler.ident = "wsgate: "  # the program's name; without it syslogd takes the id for the host
+        return handler
     return logging.FileHandler(where, encoding="utf-8")
 
 
@@ -4363,7 +4378,8 @@ path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}} .a{{stroke:#
 def status_page(facts, query):
     """The dict of status() as HTML that refreshes itself; no script, nothing from elsewhere."""
     def cells(values):
-        return "<tr>" + "".join("<td>%s" % html.escape(str(value)) for value in values)
+        return "<tr>" + "".join('<td%s>%s' % (' class="text"' if 2 <= place <= 4 else "", html.escape(str(value)))
+                                for place, value in enumerate(values))
 
     history = facts["history"][-120:]
     curves, peaks = [], []
@@ -4383,7 +4399,8 @@ def status_page(facts, query):
                    "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
             for each in sorted(facts["live"], key=order)[:500]]
     servers = ['<tr><td>%s<td class="text">%s<td class="%s">%s<td>%d<td>%d' % (
-        html.escape(each["upstream"]), html.escape(each["server"]), each["state"], each["state"] + (" (backup)" if each["backup"] else ""),
+        html.escape(each["upstream"] if each["upstream"] != each["server"] else "-"), html.escape(each["server"]),
+        each["state"], each["state"] + (" (backup)" if each["backup"] else ""),
         each["active"], each["picked"]) for each in facts["servers"]]
     refusals = ", ".join("%s %d" % pair for pair in facts["refusals"].items()) or "nothing"
     return STATUS_PAGE.format(**dict(facts, uptime=duration(facts["uptime"]), curves="".join(curves),
@@ -4419,6 +4436,10 @@ def main(argv=None):
             return 0
         if arguments.print_unit:
             sys.stdout.write(UNIT % {"python": sys.executable, "file": os.path.abspath(__file__)})
+            for path in (sys.executable, os.path.abspath(__file__)):
+                if path.startswith((os.path.expanduser("~") + "/", "/home/", "/tmp/", "/var/tmp/")):
+                    sys.stderr.write("wsgate: the unit cannot see %s (ProtectHome, PrivateTmp); "
+                                     "move it, to /usr/local say\n" % path)
             return 0
         if arguments.hash_password:
             sys.stdout.write("%s:%s\n" % (arguments.hash_password, hash_password(getpass.getpass().encode()).decode()))
@@ -4429,10 +4450,19 @@ def main(argv=None):
             return probe(arguments)
         path, overrides = find_config(arguments)
         if arguments.t:
-            for warning in load_config(path, overrides).warnings:
+            config = load_config(path, overrides)
+            for warning in config.warnings:
                 sys.stderr.write("wsgate: warning: %s\n" % warning)
+            for key in ("error_log", "access_log", "pid"):
+                file = getattr(config.server, key)
+                if file and file not in ("-", "off") and not file.startswith("syslog:"):
+                    there = file if os.path.exists(file) else os.path.dirname(file) or "."
+                    if os.path.isdir(file) or not os.access(there, os.W_OK):
+                        sys.stderr.write("wsgate: warning: [server] %s: this user cannot write %s\n" % (key, file))
             sys.stderr.write("wsgate: %s is good\n" % (path or "the configuration"))
             return 0
+        if arguments.s and not path:
+            raise ValueError("-s needs the configuration of the running gate, for its pid: -c FILE")
         if arguments.s:
             return send_signal(load_config(path, overrides), arguments.s)
         return run_gate(path, overrides)
@@ -4442,6 +4472,9 @@ def main(argv=None):
         return 1
     except KeyboardInterrupt:
         return 0
+    except EOFError:
+        sys.stderr.write("\nwsgate: no password was given\n")
+        return 1
     except (OSError, ValueError) as error:
         what = getattr(error, "strerror", None) or str(error)
         sys.stderr.write("wsgate: %s%s\n" % ("%s: " % error.filename if getattr(error, "filename", None) else "", what))
@@ -4518,7 +4551,7 @@ def send_signal(config, name):
         if number < 1:  # these would mean other processes than the gate
             raise ValueError
         os.kill(number, getattr(signal, CONTROL[name]))
-    except (ProcessLookupError, ValueError):
+    except (FileNotFoundError, ProcessLookupError, ValueError):
         raise ValueError("no gate runs with the process id in %s" % path)
     return 0
 
@@ -4565,7 +4598,8 @@ def announce(config, gate):
         log.warning("%s", warning)
     for listener in gate.listeners:
         client_port = listener.RequestHandlerClass is ClientConnection
-        log.info("%s %s", "listening on" if client_port else "status page", listener.url())
+        log.info("%s %s", "listening on" if client_port else "status page", listener.url() + (
+            " and every other address" if listener.listen.address.host in ("0.0.0.0", "::") else ""))
     for location in config.locations:
         target = location.proxy_pass
         log.info("[location %s] -> %s", location.name, "%s://%s%s" % (
@@ -4597,9 +4631,12 @@ def drop_privileges(user):
     entry = pwd.getpwnam(user)
     if os.getuid() == entry.pw_uid:
         return
-    os.initgroups(user, entry.pw_gid)
-    os.setgid(entry.pw_gid)
-    os.setuid(entry.pw_uid)
+    try:
+        os.initgroups(user, entry.pw_gid)
+        os.setgid(entry.pw_gid)
+        os.setuid(entry.pw_uid)
+    except PermissionError:
+        raise OSError(errno.EPERM, "user = %s works only when started as root; take it out, or start as root" % user)
     if os.getuid() != entry.pw_uid or os.geteuid() == 0:
         raise OSError(errno.EPERM, "privileges could not be dropped to %s" % user)
 
@@ -5076,7 +5113,7 @@ class Probe:
         """A head, line by line, without what must stay secret."""
         for line in head[:-4].split(b"\r\n"):
             name = line.partition(b":")[0]
-            say(label, printable(name + b": ..." if name.lower() in SECRET - SHOWN else line), since)
+            say(label, printable(name + b": ..." if name.lower() in SECRET - SHOWN else line).replace("\\x22", '"'), since)
             label, since = "", None
 
     def judge(self):
@@ -5110,8 +5147,8 @@ class Probe:
         """Any status but 101: the gate's own word if there is one, else the folklore."""
         status, fields = self.response.status, self.response.fields
         if body:
-            say("body", printable(re.sub(b" +", b" ", body)[:400]))
-        if status == 400 and re.search(br"(?i)HTTPS (port|server)|SSL-enabled", body):
+            say("body", printable(re.sub(b" +", b" ", body)[:400]).replace("\\x22", '"'))
+        if status == 400 and re.search(br"(?i)HTTPS (port|server)|SSL-enabled|port speaks TLS", body):
             raise Verdict("tls_port")
         word = ANSWERS.get(status, "other_answer")
         if status == 426 and fields.get_all(b"sec-websocket-version"):
