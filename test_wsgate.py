@@ -5248,3 +5248,263 @@ def test_every_failure_behind_the_gate_has_an_explanation():
     with open(WSGATE) as file:
         words = set(re.findall(r'(?:HTTPError|BackendError)\(50\d, "(\w+)"', file.read()))
     assert len(words) > 10 and not words - set(wsgate.REASONS) - {"bad_transfer_encoding", "bad_version"}
+
+
+# --------------------------------------------------------------- Hostile peers
+
+
+def small_limits(descriptors):
+    """For a child process: so many descriptors and no more."""
+    def before():
+        wsgate.resource.setrlimit(wsgate.resource.RLIMIT_NOFILE, (descriptors, descriptors))
+    return before
+
+
+@contextlib.contextmanager
+def flooded(tmp_path, backend, count, environ=None):
+    """A gate with 64 descriptors and more silent connections than that -> (process, port)."""
+    port = free_port()
+    ini = tmp_path / "flood.ini"
+    ini.write_text(simple(backend, "listen = 127.0.0.1:%d" % port, "client_header_timeout = 60s", "drain_timeout = 1s"))
+    with process("-c", str(ini), before=small_limits(64), environ=environ or {}) as child:
+        eventually(lambda: child.said("up to"))
+        client = connect(port)  # admitted before the flood
+        silent = [connect(port) for _ in range(count)]
+        try:
+            yield child, client
+        finally:
+            for peer in silent + [client]:
+                peer.close()
+
+
+def test_a_flood_of_silent_connections_leaves_descriptors_for_the_backends_of_those_admitted(tmp_path):
+    with ScriptedBackend(answer(ok())) as backend, flooded(tmp_path, backend, 60) as (child, client):
+        eventually(lambda: child.said("full") or child.said("cannot accept") or len(os.listdir("/proc/%d/fd" % child.pid)) > 20)
+        assert client.send(request()).response().status == 200
+        assert not child.said("cannot accept")
+
+
+def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_gate(tmp_path, monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        taken = []
+        resource = wsgate.resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wsgate.resource.setrlimit(wsgate.resource.RLIMIT_NOFILE, (descriptors() + 8, hard))
+        try:
+            with pytest.raises(OSError):
+                while True:
+                    taken.append(socket.socket())
+            wsgate.notify("WATCHDOG=1")
+        finally:
+            for each in taken:
+                each.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_flood_of_wrong_passwords_costs_the_memory_of_a_few_hashes(tmp_path):
+    (tmp_path / "passwords").write_bytes(b"me:" + wsgate.hash_password(b"right") + b"\n")
+    port = free_port()
+    (tmp_path / "hash.ini").write_text("[server]\nlisten = 127.0.0.1:%d\nreturn = 200\nauth_basic_user_file = %s\n"
+                                       % (port, tmp_path / "passwords"))
+    with process("-c", str(tmp_path / "hash.ini")) as child:
+        eventually(lambda: listening(port))
+        wrong = request(b"GET", b"/", b"Authorization: Basic " + base64.b64encode(b"me:wrong"))
+        clients = [connect(port) for _ in range(40)]
+        for client in clients:
+            client.send(wrong)
+        assert {client.response().status for client in clients} == {401}
+        with open("/proc/%d/status" % child.pid) as file:
+            peak = int(re.search(r"VmHWM:\s+(\d+)", file.read()).group(1))
+        for client in clients:
+            client.close()
+    assert peak < (64 + 16 * (os.cpu_count() or 1)) * 1024, "%d KiB" % peak
+
+
+def test_a_password_checked_while_its_file_changes_is_not_remembered(tmp_path, monkeypatch):
+    path = tmp_path / "passwords"
+    path.write_bytes(b"me:" + wsgate.hash_password(b"old") + b"\n")
+    passwords = wsgate.PasswordFile(str(path))
+    old, verify = base64.b64encode(b"me:old"), wsgate.verify_password
+
+    def verify_slowly(stored, password):
+        right = verify(stored, password)
+        path.write_bytes(b"me:" + wsgate.hash_password(b"new password") + b"\n")
+        passwords.refresh()  # by the request of somebody else
+        monkeypatch.undo()
+        return right
+
+    monkeypatch.setattr(wsgate, "verify_password", verify_slowly)
+    assert passwords.accepts(old)  # it was right when it was asked
+    assert not passwords.accepts(old)
+
+
+@pytest.mark.parametrize("target", [b"/public/..;/admin", b"/public/..;x=1/admin", b"/public/..%3b/admin", b"/.;/admin"])
+def test_a_dot_segment_with_a_parameter_is_one_too(tmp_path, target):
+    with gate_and_backend(tmp_path, answer(ok())) as (gate, backend):
+        assert gate.ask(request(b"GET", target)).status == 400
+        assert not backend.peers
+
+
+def test_bytes_that_are_no_frames_do_not_get_round_max_message_size(tmp_path):
+    with gate_and_backend(tmp_path, None, "max_message_size = 1k") as (gate, backend):
+        client, peer = gate.tunnel(backend)
+        client.send(frame(2, b"unmasked, as some backends accept"))
+        assert read_frame(client) == (8, b"\x03\xeabad_frames")
+        assert peer.ended()
+        assert gate.line("gate:1002", "reason=bad_frames")
+
+
+def test_draining_does_not_wait_for_a_connection_that_became_idle_after_it_began(tmp_path):
+    with gate_and_backend(tmp_path, None, "drain_timeout = 20s") as (gate, backend):
+        client = gate.connect().send(request())
+        peer = backend.peer()
+        peer.head()
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\na")
+        client.read_until(b"\r\n\r\na")
+        gate.signal("SIGQUIT")
+        eventually(lambda: gate.gate.state == "draining" and not gate.gate.listeners)
+        peer.send(b"b")
+        assert client.read(1) == b"b"
+        assert client.ended(1000 * MS)
+
+
+@pytest.mark.parametrize("line", [b"PROXY TCP6 fe80::1%a\nX-Evil:1 ::1 1 2\r\n", b"PROXY TCP6 fe80::1%eth0 ::1 1 2\r\n"])
+def test_a_proxy_header_with_a_scope_in_its_address_is_refused(tmp_path, line):
+    lines = "listen = 127.0.0.1:0 proxy_protocol", "set_real_ip_from = 127.0.0.1", "real_ip_header = proxy_protocol"
+    with gate_and_backend(tmp_path, answer(ok()), *lines) as (gate, backend):
+        client = gate.connect().send(line, request())
+        assert client.rest() == b""
+        assert not backend.peers
+
+
+@pytest.mark.parametrize("name", ["\0peer", "\0", "\n"])
+def test_a_client_of_a_unix_socket_that_has_a_name_is_nobody_else(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = str(tmp_path / "gate.sock")
+    with ScriptedBackend(answer(ok())) as backend:
+        with running(simple(backend, "listen = 127.0.0.1:0, unix:%s" % path, "proxy_protocol = on"), tmp_path):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(name + ("%d" % os.getpid() if name == "\0peer" else ""))
+            sock.connect(path)
+            client = Peer(sock).send(request())
+            peer = backend.peer()
+            assert client.response().status in (200, 502)
+            client.close()
+            assert peer is not None
+
+
+def test_a_subject_cannot_end_its_field():
+    subject = ((("commonName", "me\r\nX-Real-IP: 1.2.3.4\x7f"),),)
+    assert wsgate.distinguished_name({"subject": subject}) == "CN=me\\0D\\0AX-Real-IP: 1.2.3.4\\7F"
+
+
+def test_a_refusal_in_a_close_frame_is_only_for_a_handshake(tmp_path):
+    with gate_and_backend(tmp_path, answer(ok()), "reject_with = close", "deny = all") as (gate, _):
+        key = b"Sec-WebSocket-Key: " + KEY
+        assert gate.ask(request(b"GET", b"/", key)).status == 403
+        assert gate.ask(request(b"POST", b"/", key, b"Upgrade: websocket", b"Connection: upgrade", body=b"x")).status == 403
+
+
+def test_deny_all_holds_for_unix_sockets_too(tmp_path):
+    path = str(tmp_path / "gate.sock")
+    with ScriptedBackend(answer(ok())) as backend:
+        with running(simple(backend, "listen = 127.0.0.1:0, unix:%s" % path, "deny = all"), tmp_path):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(path)
+            client = Peer(sock).send(request())
+            assert client.response().status == 403
+            client.close()
+
+
+# ------------------------------------------------------------------ All of it, for long
+
+
+def moody(peer):
+    """A script: the target says how the backend behaves and how it ends."""
+    head, body = read_request(peer)
+    mood = head.split(b" ", 2)[1]
+    if mood in (b"/late", b"/cut"):
+        return peer.ended() if mood == b"/late" else peer.send(ok(BODY_300K)[:70000])
+    if not field(head, b"upgrade"):
+        return peer.send(ok(body))
+    peer.send(switching(), frame(2, BODY_300K) if mood == b"/bulk" else b"")
+    ends, opcode = {b"/vanish": peer.close, b"/reset": peer.reset, b"/deaf": peer.ended}.get(mood), None
+    while opcode != 8:
+        opcode, payload = read_frame(peer)
+        if ends:
+            return ends()
+        peer.send(frame(8, b"\x03\xe8") if mood == b"/bye" else frame(opcode, payload))
+
+
+def asks(peer, rng):
+    for size in rng.sample((0, 10, 5000, 300000), 3):
+        assert peer.send(request(b"POST", b"/", body=BODY_300K[:size])).response().body == BODY_300K[:size]
+    raw, status = rng.choice(((request(b"GET", b"/../"), 400), (request(b"GET", b"/late"), 504), (b"nonsense\r\n\r\n", 400)))
+    assert peer.send(raw).response().status == status
+
+
+def stalls(peer, rng):
+    assert peer.send(request(b"POST", b"/", body=b"x" * 100)[:rng.randint(1, 120)]).ended()
+
+
+def breaks_off(peer, rng):
+    raw = rng.choice((handshake(b"/echo") + frame(2, b"x" * 300, b"abcd"), request(b"GET", b"/cut")))
+    peer.send(raw[:rng.choice((rng.randint(0, len(raw)), len(raw)))]).ended(rng.choice((1, 20)) * MS)
+
+
+def talks(peer, rng):
+    mood = rng.choice((b"/echo", b"/echo", b"/bulk", b"/bye", b"/vanish", b"/reset", b"/deaf"))
+    assert peer.send(handshake(mood)).response().status == 101
+    assert mood != b"/bulk" or peer.read(len(BODY_300K) + 10)[10:] == BODY_300K
+    for size in (0, 10, 2000) if mood in (b"/echo", b"/bulk") else ():
+        assert read_frame(peer.send(frame(1, BODY_300K[:size], b"abcd"))) == (1, BODY_300K[:size])
+    peer.send(frame(rng.choice((2, 8)), b"\x03\xe8", b"abcd")[:rng.choice((8, 3))])
+    assert rng.random() < 0.5 or peer.ended()  # by a Close, by the backend, or by idle_timeout
+
+
+def taken_by(pid):
+    """-> (threads, descriptors, MiB of memory) of a process"""
+    with open("/proc/%d/statm" % pid) as file:
+        memory = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2 ** 20
+    return len(os.listdir("/proc/%d/task" % pid)), len(os.listdir("/proc/%d/fd" % pid)), memory
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="this system has no /proc")
+def test_soak_leaves_threads_descriptors_and_memory_flat(tmp_path, tls):
+    ports, ways, wrong, sizes = (free_port(), free_port()), (asks, stalls, breaks_off, talks, talks), [], []
+
+    def client(number, end):
+        rng = random.Random(number)
+        while time.monotonic() < end and not wrong:
+            number += 1
+            way = ways[number % len(ways)]
+            peer = tls_connect(child, tls) if rng.random() < 0.2 else connect(ports[way is stalls and rng.random() < 0.3])
+            try:  # to stall on the TLS port is to stall in the handshake
+                way(peer, rng)
+                rng.choice((peer.close, peer.reset))()
+            except Exception as error:  # who breaks off may be broken off first
+                if way is not breaks_off:
+                    wrong.append((way.__name__, error))
+
+    with ScriptedBackend(moody) as backend:
+        path = written(tmp_path, "gate.ini", "\n".join([
+            "[server]\nlisten = 127.0.0.1:%d\n    127.0.0.1:%d ssl\nssl_certificate = %s" % (ports + (tls.server,)),
+            "proxy_pass = http://%s\naccess_log = %s\nidle_timeout = %s" % (backend.where, os.devnull, ini_time(500))]
+            + [line.replace(ini_time(200), ini_time(500)) for line in TIMES_200MS]))
+        with process("-c", path, environ={"MALLOC_ARENA_MAX": "1"}) as child:  # one heap: its size says what is in use
+            eventually(lambda: child.said("up to"))
+            child.port, fresh = ports[1], taken_by(child.pid)
+            for share in (0.4, 0.3, 0.3):
+                end = time.monotonic() + share * float(os.environ.get("SOAK_SECONDS", "3"))
+                clients = [threading.Thread(target=client, args=(number * 10 ** 6, end)) for number in range(8)]
+                for step in (threading.Thread.start, threading.Thread.join):
+                    for thread in clients:
+                        step(thread)
+                assert not wrong
+                eventually(lambda: all(now <= before for now, before in zip(taken_by(child.pid)[:2], fresh)))
+                sizes.append(taken_by(child.pid)[2])
+            assert sizes[2] - sizes[0] < 3, sizes
+            os.kill(child.pid, signal.SIGTERM)
+            assert child.wait(5000 * MS) == 0 and not child.said("internal error"), child.lines[-5:]

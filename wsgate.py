@@ -26,8 +26,8 @@ The file reads from top to bottom as a connection lives:
     Command line        main, the demo, the probe
 
 Three rules hold everywhere. An exchange that cannot go on raises HTTPError.
-Only ClientConnection answers, closes and logs. Threads share the Gate and its
-Upstreams under their locks and nothing else; no lock is held over I/O.
+Only ClientConnection answers a client, ends it and logs it. Threads share the Gate
+and its Upstreams under their locks and nothing else; no lock is held over I/O.
 """
 
 import sys
@@ -293,7 +293,9 @@ def parse_protocols(text):
 
 
 def parse_proxy_pass(text):
-    """http[s]://NAME|host[:port]|unix:/path: [/uri] (ws, wss too) -> Target."""
+    """http[s]://NAME|host[:port]|unix:/path: [/uri] (ws, wss too) -> Target, '' -> None."""
+    if not text:
+        return None
     match = re.fullmatch(r"(http|https|ws|wss)://(unix:/[^:\s]+|[^/?#\s]+)(:?)(/[\x21-\x7e]*)?", text)
     if not match or (match.group(3) and not match.group(2).startswith("unix:")):
         raise ValueError("http://host:port, https://host:port or http://unix:/path is needed")
@@ -392,7 +394,8 @@ def parse_servers(text):
 
 SERVER_KEYS = {
     "listen": Key(parse_listen, "127.0.0.1:8080",
-                  "host:port, [v6]:port, :port, port or unix:/path, one a line; after it ssl, proxy_protocol, reuseport"),
+                  "host:port, [v6]:port, :port, port or unix:/path, one a line; after it ssl, proxy_protocol,"
+                  " reuseport"),
     "ssl_client_certificate": Key(optional(parse_pem), "", "CA file: clients must show a certificate of it"),
     "ssl_protocols": Key(parse_protocols, "TLSv1.2 TLSv1.3", "TLS versions offered to clients"),
     "client_header_timeout": Key(parse_timeout, "10s",
@@ -419,7 +422,7 @@ SERVER_KEYS = {
 }
 
 LOCATION_KEYS = {
-    "proxy_pass": Key(optional(parse_proxy_pass), "",
+    "proxy_pass": Key(parse_proxy_pass, "",
                       "backend: http(s)://UPSTREAM | host:port | unix:/path: , then an optional /uri"),
     "return": Key(optional(parse_return), "", "instead of proxy_pass: CODE, CODE TEXT, or 30x URL"),
     "proxy_set_header": Key(parse_set_headers, "", "Name: value, one a line; an empty value removes the field"),
@@ -438,7 +441,7 @@ LOCATION_KEYS = {
     "deny": Key(parse_networks, "", "CIDRs that may not; wins over allow"),
     "auth_basic_user_file": Key(optional(parse_pem), "",
                                 "htpasswd file of {SCRYPT}, {SSHA} or {SHA} lines (--hash-password writes one)"),
-    "auth_request": Key(optional(parse_proxy_pass), "", "URL that is asked first: 2xx lets the request pass"),
+    "auth_request": Key(parse_proxy_pass, "", "URL that is asked first: 2xx lets the request pass"),
     "reject_with": Key(one_of("http", "close"), "http", "close: answer refused handshakes by 101 and a Close frame"),
     "client_max_body_size": Key(parse_size, "0", "a larger request body is refused with 413; 0 = no limit"),
     "max_message_size": Key(parse_size, "0", "a larger WebSocket message ends the tunnel with 1009; 0 = no limit"),
@@ -571,7 +574,7 @@ class ConfigReader:
         self.lines = {}     # (section, key or None) -> line number
         self.errors = []
         self.warnings = []
-        self.hosts = {}     # unnamed upstreams by their address: one object, one health
+        self.unnamed = {}   # upstreams by their address: one object, one health
 
     def read(self):
         """-> Config; raises ConfigError."""
@@ -600,7 +603,7 @@ class ConfigReader:
                 self.name, "" if self.path else ", or --backend http://host:port; --demo tries it out"))
         if self.errors:
             raise ConfigError(self.errors)
-        config = Config(self.path, server, locations, list(upstreams.values()) + list(self.hosts.values()),
+        config = Config(self.path, server, locations, list(upstreams.values()) + list(self.unnamed.values()),
                         self.warnings)
         if any(listen.ssl for listen in server.listen):
             try:
@@ -677,7 +680,8 @@ class ConfigReader:
             if key not in keys:
                 homes = [name for name, table in (("server", SERVER_KEYS), ("location /", LOCATION_KEYS),
                                                   ("upstream NAME", UPSTREAM_KEYS)) if key in table]
-                self.error(title, key, "unknown key%s" % (", it belongs in [%s]" % homes[0] if homes else nearest(key, keys)))
+                advice = ", it belongs in [%s]" % homes[0] if homes else nearest(key, keys)
+                self.error(title, key, "unknown key%s" % advice)
         for name, key in keys.items():
             text = texts.get(name, key.default).strip()
             try:
@@ -686,7 +690,7 @@ class ConfigReader:
                 bad.append(name)
                 if name not in inherited:
                     self.error(title, name, "%s: %s" % (text, error.strerror) if isinstance(error, OSError)
-                               else "%r: %s%s" % (text, error, "; lines do not end in ; here" if text.endswith(";") else ""))
+                               else "%r: %s%s" % (text, error, "; no ; at line ends" if text.endswith(";") else ""))
         return None if bad else Settings(values)
 
     def read_upstream(self, title, texts, upstreams):
@@ -755,9 +759,9 @@ class ConfigReader:
         address = parse_address(target.where, default_port=443 if target.tls else 80)
         self.check_resolves(title, address, upstreams)
         name = show_address(address)
-        if name not in self.hosts:
-            self.hosts[name] = Upstream(name, (Server(address),), "round_robin")
-        return self.hosts[name]
+        if name not in self.unnamed:
+            self.unnamed[name] = Upstream(name, (Server(address),), "round_robin")
+        return self.unnamed[name]
 
     def check_resolves(self, title, address, upstreams=()):
         """Warn of a name nobody knows yet; it is resolved again at every connect."""
@@ -846,6 +850,9 @@ class Gate:
         """What has to be looked at once in a while; costs nothing when there is nothing to do."""
         for listener in self.listeners:
             listener.resume(now)
+        # Each thread that waits for Python's lock wakes once an interval to ask for it: at the usual 5 ms
+        # thousands of them (a broadcast, a mass of timeouts) would do nothing else, and never come to an end.
+        sys.setswitchinterval(0.005 + 0.00005 * len(self.connections))
         if now >= self.next_check:
             self.next_check = now + 60
             if self.config.certificates:
@@ -1335,7 +1342,7 @@ def notify(message):
 class ClientConnection(socketserver.BaseRequestHandler):
     """One client connection in its own thread: begin, then serve for every request, then close.
 
-    The only place that answers, closes and logs.
+    The only place that answers a client, ends its connection and writes the access log.
     """
 
     def setup(self):
@@ -2811,9 +2818,9 @@ class Upstream:
             if rests:
                 health.fails = 0
                 health.resting_until = now + server.fail_timeout
-        log.warning("backend %s%s failed: %s: %s%s", server.name, " of " + self.name if self.name != server.name else "",
-                    error.reason, error,
-                    ", resting for %gs" % server.fail_timeout if rests and len(self.servers) > 1 else "")
+        group = " of " + self.name if self.name != server.name else ""
+        rest = ", resting for %gs" % server.fail_timeout if rests and len(self.servers) > 1 else ""
+        log.warning("backend %s%s failed: %s: %s%s", server.name, group, error.reason, error, rest)
 
     def succeeded(self, server):
         if server.health.fails or server.health.resting_until:
@@ -4246,8 +4253,9 @@ class StatusConnection(socketserver.BaseRequestHandler):
             except HTTPError as error:
                 message, status, kind, text = None, error.status, "text/plain", "%s\n" % error.reason
             body = text.encode()
-            head = ("HTTP/1.1 %d %s\r\nContent-Type: %s; charset=utf-8\r\nContent-Length: %d\r\nCache-Control: no-store\r\n"
-                    "Connection: close\r\n\r\n" % (status, reason_phrase(status), kind, len(body))).encode()
+            head = ("HTTP/1.1 %d %s\r\nContent-Type: %s; charset=utf-8\r\nContent-Length: %d\r\n"
+                    "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
+                    % (status, reason_phrase(status), kind, len(body))).encode()
             stream.write_all(head + (b"" if message and message.method == b"HEAD" else body), deadline)
             stream.linger()
         except (OSError, EOFError, TimedOut):  # whoever asked has gone
@@ -4355,23 +4363,30 @@ def metrics(gate):
 STATUS_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="5">
 <meta name="viewport" content="width=device-width"><title>wsgate: {tunnels_open} tunnels</title>
 <style>
-:root{{color-scheme:light dark;--line:#8884}} body{{font:15px/1.45 system-ui,sans-serif;margin:1em auto;max-width:70em;padding:0 1em}}
+:root{{color-scheme:light dark;--line:#8884}}
+body{{font:15px/1.45 system-ui,sans-serif;margin:1em auto;max-width:70em;padding:0 1em}}
 h1{{font-size:1.3em}} h2{{font-size:1.05em;margin:1.6em 0 .4em}} .facts{{display:flex;flex-wrap:wrap;gap:.6em 2em}}
 .facts b{{display:block;font-size:1.5em}} .wide{{overflow-x:auto}} table{{border-collapse:collapse;width:100%}}
-th,td{{text-align:right;padding:.25em .6em;border-bottom:1px solid var(--line);white-space:nowrap;font-variant-numeric:tabular-nums}}
+th,td{{text-align:right;padding:.25em .6em;border-bottom:1px solid var(--line);white-space:nowrap;
+font-variant-numeric:tabular-nums}}
 th:first-child,td:first-child,.text{{text-align:left}} svg{{width:100%;height:7em;border-bottom:1px solid var(--line)}}
-path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}} .a{{stroke:#36c}} .b{{stroke:#2a2}} .c{{stroke:#d70}}
+path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}}
+.a{{stroke:#36c}} .b{{stroke:#2a2}} .c{{stroke:#d70}}
 .resting,.down{{color:#d22;font-weight:bold}}
 </style><h1>wsgate {version} <small>{state}, up {uptime}</small></h1>
-<div class="facts"><div><b>{tunnels_open}</b>tunnels open</div><div><b>{connections}</b>connections of {capacity} ({capacity_reason})</div>
+<div class="facts"><div><b>{tunnels_open}</b>tunnels open</div>
+<div><b>{connections}</b>connections of {capacity} ({capacity_reason})</div>
 <div><b>{tunnels}</b>tunnels in all</div><div><b>{requests}</b>exchanges ended</div></div>
 <h2>Last ten minutes: <span style="color:#36c">tunnels</span>, <span style="color:#2a2">bytes/s up</span>,
 <span style="color:#d70">bytes/s down</span></h2>
-<svg viewBox="0 0 120 100" preserveAspectRatio="none" role="img" aria-label="tunnels and bytes per second">{curves}</svg>
-<p>{peaks}</p><h2>Servers</h2><div class="wide"><table><tr><th>upstream<th class="text">server<th>state<th>active<th>picked</tr>{servers}</table></div>
+<svg viewBox="0 0 120 100" preserveAspectRatio="none" role="img"
+ aria-label="tunnels and bytes per second">{curves}</svg>
+<p>{peaks}</p><h2>Servers</h2><div class="wide"><table>
+<tr><th>upstream<th class="text">server<th>state<th>active<th>picked</tr>{servers}</table></div>
 <h2>Tunnels, by <a href="?sort=age">age</a> or <a href="?sort=bytes">bytes</a></h2><div class="wide"><table>
-<tr><th>id<th>age<th class="text">client<th class="text">location<th class="text">server<th>messages up<th>bytes up<th>messages down
-<th>bytes down<th>last data<th>rtt</tr>{live}</table></div><h2>Answered by the gate itself</h2><p>{refusals}</p></html>
+<tr><th>id<th>age<th class="text">client<th class="text">location<th class="text">server<th>messages up<th>bytes up
+<th>messages down<th>bytes down<th>last data<th>rtt</tr>{live}</table></div>
+<h2>Answered by the gate itself</h2><p>{refusals}</p></html>
 """
 
 
@@ -4395,7 +4410,8 @@ def status_page(facts, query):
              (lambda each: -each["age"]))
     live = [cells((each["id"], duration(each["age"]), each["client"], each["location"], each["server"],
                    each["up_messages"],
-                   amount(each["up_bytes"]), each["down_messages"], amount(each["down_bytes"]), duration(each["last_data"]),
+                   amount(each["up_bytes"]), each["down_messages"], amount(each["down_bytes"]),
+                   duration(each["last_data"]),
                    "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
             for each in sorted(facts["live"], key=order)[:500]]
     servers = ['<tr><td>%s<td class="text">%s<td class="%s">%s<td>%d<td>%d' % (
@@ -4561,9 +4577,6 @@ def run_gate(path, overrides, ready=None):
     config = load_config(path, overrides)
     setup_logging(config.server)
     threading.stack_size(256 * 1024)  # 10,000 threads of 8 MiB do not fit everywhere
-    # Every thread that waits for the interpreter's lock wakes up after this time to ask for it, 200 times a
-    # second by default: thousands of them would do nothing else. Here all let go of it at every system call.
-    sys.setswitchinterval(0.5)
     gate = Gate(config)
     gate.load = lambda: load_config(path, overrides)
     gate.reopen_logs = lambda: setup_logging(gate.config.server)
@@ -4727,11 +4740,14 @@ WantedBy=multi-user.target
 DEMO_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>wsgate demo</title><style>
 :root{color-scheme:light dark} body{font:16px/1.5 system-ui,sans-serif;max-width:46em;margin:2em auto;padding:0 1em}
-input{font:inherit;width:70%;padding:.3em} button{font:inherit;padding:.3em 1em} pre{background:#8882;padding:.8em;overflow-x:auto}
+input{font:inherit;width:70%;padding:.3em} button{font:inherit;padding:.3em 1em}
+pre{background:#8882;padding:.8em;white-space:pre-wrap}
 #state{font-weight:bold}</style>
-<h1>wsgate works</h1><p>The WebSocket of this page goes through the gate to an echo backend: <span id="state">connecting</span>.
+<h1>wsgate works</h1>
+<p>The WebSocket of this page goes through the gate to an echo backend: <span id="state">connecting</span>.
 <span id="rtt"></span></p>
-<form><input id="text" autofocus placeholder="Type something, press Enter"> <button>Send</button></form><pre id="log"></pre>
+<form><input id="text" autofocus placeholder="Type something, press Enter"> <button>Send</button></form>
+<pre id="log"></pre>
 <h2>The handshake, as the backend saw it</h2><pre id="head">...</pre>
 <script>
 const show = id => document.getElementById(id)
@@ -4740,8 +4756,15 @@ const note = text => show("log").textContent = text + "\\n" + show("log").textCo
 socket.onopen = () => { show("state").textContent = "connected"; socket.send("head") }
 socket.onclose = event => show("state").textContent = "closed with " + event.code + " " + event.reason
 let head = true
-socket.onmessage = event => { if (head) { show("head").textContent = event.data; head = false } else note("echo: " + event.data) }
-document.forms[0].onsubmit = event => { event.preventDefault(); note("sent: " + show("text").value); socket.send(show("text").value); show("text").value = "" }
+socket.onmessage = event => {
+  if (head) { show("head").textContent = event.data; head = false } else note("echo: " + event.data)
+}
+document.forms[0].onsubmit = event => {
+  event.preventDefault()
+  note("sent: " + show("text").value)
+  socket.send(show("text").value)
+  show("text").value = ""
+}
 setInterval(async () => show("rtt").textContent = await (await fetch("rtt")).text(), 1000)
 </script></html>
 """
@@ -5113,7 +5136,8 @@ class Probe:
         """A head, line by line, without what must stay secret."""
         for line in head[:-4].split(b"\r\n"):
             name = line.partition(b":")[0]
-            say(label, printable(name + b": ..." if name.lower() in SECRET - SHOWN else line).replace("\\x22", '"'), since)
+            shown = printable(name + b": ..." if name.lower() in SECRET - SHOWN else line)
+            say(label, shown.replace("\\x22", '"'), since)
             label, since = "", None
 
     def judge(self):
