@@ -791,6 +791,7 @@ class Gate:
         self.state = "running"                # then "draining", "stopping"
         self.deadline = math.inf              # time.monotonic() at which the draining or stopping ends
         self.alarm = Alarm()                  # rings when state changes: idle threads poll it
+        self.spare_alarms = [Alarm(), Alarm()]  # made before descriptors can run out: one to drain, one to stop
         self.capacity, self.capacity_reason = capacity(config.server.max_connections)
         self.started = time.time()
         self.workers = Workers()
@@ -843,7 +844,7 @@ class Gate:
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)  # a second Ctrl-C finds it closed otherwise
         self.selector.close()
-        for end in (self.wake_in, self.wake_out) + (() if self.connections else (self.alarm.reader, self.alarm.writer)):
+        for end in [self.wake_in, self.wake_out] + ([] if self.connections else [self.alarm] + self.spare_alarms):
             end.close()  # the alarm not while late threads still poll it
 
     def tick(self, now):
@@ -911,7 +912,9 @@ class Gate:
             if listener.RequestHandlerClass is ClientConnection or listener.handed_over or state == "stopping":
                 self.close_listener(listener)
         self.deadline = min(self.deadline, time.monotonic() + seconds)
-        alarm, self.alarm = self.alarm, Alarm()
+        alarm = self.alarm
+        if self.spare_alarms:
+            self.alarm = self.spare_alarms.pop()
         alarm.ring()
 
     def reload(self):
@@ -1079,6 +1082,10 @@ class Alarm:
 
     def ring(self):
         self.writer.send(b"!")
+
+    def close(self):
+        self.reader.close()
+        self.writer.close()
 
 
 class Workers:
@@ -2053,7 +2060,7 @@ def parse_request_head(head):
     line, _, block = head[:-2].partition(b"\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
-        raise HTTPError(400, "bad_request", "bad request line %s" % printable(line[:80]))
+        raise HTTPError(400, "bad_request", "bad request line %s" % printable(mask_query(line[:80])))
     if match.group(3) != b"1":
         detail = "the client speaks HTTP/2, wsgate HTTP/1.1" if line.startswith(b"PRI ") else "HTTP/1.1 is spoken here"
         raise HTTPError(505, "bad_version", detail)
@@ -2373,7 +2380,7 @@ def split_target(request):
         request.path = "/"
         return
     if not target.startswith(b"/") or b"#" in target:
-        raise HTTPError(400, "bad_request", "bad request-target %s" % printable(target[:80]))
+        raise HTTPError(400, "bad_request", "bad request-target %s" % printable(mask_query(target[:80])))
     raw = target.partition(b"?")[0]
     if b"%" in raw or b"//" in raw:
         units = PATH_UNIT.findall(raw)
@@ -2883,7 +2890,10 @@ class CertificateStore:
             suffixes = ["*" + name[place:] for place, char in enumerate(name) if char == "."]
             sock.context = next((contexts[each] for each in [name] + suffixes if each in contexts), context)
 
-        contexts[None].set_servername_callback(choose)
+        if hasattr(contexts[None], "sni_callback"):  # the older way prints a traceback for a name like "a..b"
+            contexts[None].sni_callback = choose
+        else:
+            contexts[None].set_servername_callback(choose)
         return contexts
 
     def make_context(self, certificate, key):
@@ -3972,7 +3982,7 @@ class FrameScanner:
         Their headers stand `size` bytes apart, so each byte of a header is in a slice with that step.
         """
         behind = position + self.left
-        count = min((len(data) - behind) // size, 256)  # a peer can make the comparisons fail at their very end
+        count = (len(data) - behind) // size
         if count < 1 or head[0] & 0x8F not in (0x81, 0x82):
             return position
         for place in range(len(head) - 4 if self.masked else len(head)):
