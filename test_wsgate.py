@@ -5268,7 +5268,8 @@ def flooded(tmp_path, backend, count, environ=None):
     ini.write_text(simple(backend, "listen = 127.0.0.1:%d" % port, "client_header_timeout = 60s", "drain_timeout = 1s"))
     with process("-c", str(ini), before=small_limits(64), environ=environ or {}) as child:
         eventually(lambda: child.said("up to"))
-        client = connect(port)  # admitted before the flood
+        client = connect(port)
+        assert client.send(request()).response().status == 200  # it is in before the flood
         silent = [connect(port) for _ in range(count)]
         try:
             yield child, client
