@@ -19,9 +19,9 @@ The file reads from top to bottom as a connection lives:
     Routes              Config.route, split_target, Location.rewrite
     Access              who may pass: addresses, origins, passwords, auth_request
     Upstreams           Upstream.pick and their health; Server.connect
-    Forwarding heads    request_head_for_backend, response_head_for_client
+    Forwarding heads    request_head_for_backend, response_head_for_client, check_101
     Relaying            HTTPRelay moves two bodies at once; Tunnel two Flows of bytes
-    WebSocket frames    FrameScanner follows boundaries; make_frame, check_101
+    WebSocket frames    FrameScanner follows boundaries; make_frame, close_frame
     Access log, status  Record and its line; the status page
     Command line        main, the demo, the probe
 
