@@ -2,8 +2,11 @@
 
 PYTHON ?= python3
 VENV = .venv
-# pip of Python 3.6 must be told which pytest is the last for it.
-PIP = -m pip install --quiet --disable-pip-version-check 'pytest; python_version >= "3.7"' 'pytest < 7.1; python_version < "3.7"'
+# The pip that comes with Python 3.6 does not find by itself what was the last for it.
+PYTEST_36 = pytest==7.0.1 pluggy==1.0.0 iniconfig==1.1.1 attrs==22.2.0 packaging==21.3 pyparsing==3.0.9 \
+            importlib-metadata==4.8.3 tomli==1.2.3 py==1.11.0 zipp==3.6.0 typing-extensions==4.1.1
+PICK = import sys; print("$(PYTEST_36)" if sys.version_info < (3, 7) else "pytest")
+install_pytest = $(1) -m pip install --quiet --disable-pip-version-check $$($(1) -c '$(PICK)')
 
 # The gate with ./wsgate.ini; ARGS="-c other.ini" for another file.
 run:
@@ -15,7 +18,7 @@ demo:
 # pytest goes into a virtual environment of its own; nothing else is installed.
 $(VENV)/ready:
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP)
+	$(call install_pytest,$(VENV)/bin/python)
 	touch $@
 
 test: $(VENV)/ready
@@ -30,7 +33,7 @@ compat:
 	    case " $$done " in *" $$version "*) continue;; esac; done="$$done $$version"; \
 	    echo "== Python $$version"; \
 	    test -e $(VENV)-$$version/ready || { $$python -m venv $(VENV)-$$version; \
-	        $(VENV)-$$version/bin/python $(PIP); \
+	        $(call install_pytest,$(VENV)-$$version/bin/python); \
 	        touch $(VENV)-$$version/ready; }; \
 	    $(VENV)-$$version/bin/python -m pytest -q -p no:cacheprovider $(ARGS) test_wsgate.py; \
 	done; echo "passed on:$$done"
