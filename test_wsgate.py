@@ -5304,6 +5304,7 @@ def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_ga
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
 def test_a_flood_of_wrong_passwords_costs_the_memory_of_a_few_hashes(tmp_path):
     (tmp_path / "passwords").write_bytes(b"me:" + wsgate.hash_password(b"right") + b"\n")
     port = free_port()
@@ -5323,6 +5324,7 @@ def test_a_flood_of_wrong_passwords_costs_the_memory_of_a_few_hashes(tmp_path):
     assert peak < (64 + 16 * (os.cpu_count() or 1)) * 1024, "%d KiB" % peak
 
 
+@pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
 def test_a_password_checked_while_its_file_changes_is_not_remembered(tmp_path, monkeypatch):
     path = tmp_path / "passwords"
     path.write_bytes(b"me:" + wsgate.hash_password(b"old") + b"\n")

@@ -1095,6 +1095,12 @@ class Workers:
 
     def __init__(self):
         self.idle = []  # [lock, job] of threads that wait; list.append and list.pop need no lock
+        self.lock = threading.Lock()
+        self.busy = 0   # threads that have a connection, or are about to; guarded by lock
+
+    def count(self, change):
+        with self.lock:
+            self.busy += change
 
     def run(self, *job):
         """Let a thread serve a connection, job = (Listener, socket, address); RuntimeError: there can be none."""
@@ -1105,6 +1111,7 @@ class Workers:
         else:
             worker[1] = job
             worker[0].release()
+        self.count(1)
 
     def work(self, listener, request, address):
         """The life of a thread."""
@@ -1112,6 +1119,7 @@ class Workers:
         worker[0].acquire()
         while True:
             listener.process_request_thread(request, address)
+            self.count(-1)
             worker[1] = listener = request = address = None
             self.idle.append(worker)
             if not worker[0].acquire(timeout=self.KEEP):
@@ -1225,7 +1233,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Give the connection a thread; if the system allows no more, say 503 and close."""
         try:
             clients = self.RequestHandlerClass is ClientConnection
-            if clients and len(self.gate.connections) >= self.gate.capacity + POLITE:
+            if clients and self.gate.workers.busy >= self.gate.capacity + POLITE:
                 raise RuntimeError("too many even to be refused politely")
             self.gate.workers.run(self, request, client_address)
         except RuntimeError:
