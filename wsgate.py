@@ -783,7 +783,7 @@ class Gate:
         self.lock = threading.Lock()
         # Guarded by lock:
         self.connections = set()              # every ClientConnection that has a thread
-        self.in_use = collections.Counter()   # exchanges by ("ip", address) and ("location", name)
+        self.in_use = collections.defaultdict(int)  # exchanges by ("ip", address) and ("location", name)
         self.totals = collections.Counter()   # what ended: requests, tunnels, bytes, refusals by reason
         self.handshakes = [0] * (len(HANDSHAKE_BUCKETS) + 1)  # how many took how long
         # Changed by the main thread alone:
@@ -1240,7 +1240,11 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             request.setblocking(False)
             with contextlib.suppress(OSError):  # it would not have read it
                 request.send(make_answer(503, "full", b"", retry_after(), True, False))
-            self.shutdown_request(request)
+            self.close_request(request)
+
+    def shutdown_request(self, request):
+        """The handlers have said all that there is to say."""
+        self.close_request(request)
 
     def handle_error(self, request, client_address):
         log.exception("internal error on a connection from %s", client_address)
@@ -1852,9 +1856,10 @@ class Stream:
         if self.tls:
             with contextlib.suppress(OSError, ValueError):  # theirs is not there yet, or the peer is gone
                 self.sock.unwrap()  # sends ours; would like to wait for theirs
-        with contextlib.suppress(OSError):  # the peer is gone
-            # Not SSLSocket.shutdown, which takes TLS away from the other direction as well.
+        try:  # not SSLSocket.shutdown, which takes TLS away from the other direction as well
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        except OSError:  # the peer is gone
+            pass
 
     def linger(self):
         """End, and read on for a moment: unread bytes would make the kernel send RST, and destroy the answer."""
@@ -1876,8 +1881,10 @@ class Stream:
         self.close()
 
     def close(self):
-        with contextlib.suppress(OSError):  # it is closed all the same
+        try:
             self.sock.close()
+        except OSError:  # it is closed all the same
+            pass
 
 
 def read_head(stream, limit, deadline):
@@ -1989,7 +1996,7 @@ TOKEN = re.compile(br"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")                     # RFC 9
 REQUEST_LINE = re.compile(br"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(br"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 FIELD_LINES = re.compile(br"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")  # RFC 9112 5
-FIELD_LINE = re.compile(br"([^:\r\n]+):([^\r\n]*)\r\n")                  # splits what FIELD_LINES accepts
+FIELD_LINE = re.compile(br"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)\r\n")
 HOST = re.compile(br"([A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?")  # RFC 3986 3.2.2
 CHUNK_LINE = re.compile(br"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")  # RFC 9112 7.1
 BARE_LF = re.compile(br"(?<!\r)\n|\x00")
@@ -2006,9 +2013,14 @@ class Headers(list):
 
     def __init__(self, pairs=()):
         super().__init__(pairs)
-        self.index = {}
+        self.index = index = {}
+        self.lists = {}  # what tokens() has taken apart, by name
         for name, value in self:
-            self.index.setdefault(name.lower(), []).append(value)
+            name = name.lower()
+            if name in index:
+                index[name].append(value)
+            else:
+                index[name] = [value]
 
     def get_all(self, name):
         """The values of all fields of this lower-case name, in order."""
@@ -2021,11 +2033,12 @@ class Headers(list):
 
     def tokens(self, name):
         """The comma-separated elements of all fields of this name, in lower case (RFC 9110 5.6.1)."""
-        values = self.index.get(name)
-        if not values:
+        if name not in self.index:
             return []
-        parts = [part.strip(b" \t") for part in b",".join(values).lower().split(b",")]
-        return [part for part in parts if part]
+        if name not in self.lists:
+            parts = [part.strip(b" \t") for part in b",".join(self.index[name]).lower().split(b",")]
+            self.lists[name] = [part for part in parts if part]
+        return self.lists[name]
 
 
 def parse_fields(block):
@@ -2034,7 +2047,7 @@ def parse_fields(block):
         for line in block.split(b"\r\n"):
             if not FIELD_LINES.fullmatch(line + b"\r\n"):
                 raise ValueError("bad field line %s" % printable(line[:80]))
-    fields = Headers((name, value.strip(b" \t")) for name, value in FIELD_LINE.findall(block))
+    fields = Headers([(name, value.strip(b" \t")) for name, value in FIELD_LINE.findall(block)])
     if len(fields) > FIELD_LIMIT:
         raise OverflowError("more than %d fields" % FIELD_LIMIT)
     return fields
@@ -2666,6 +2679,7 @@ class Server:
     def __init__(self, address, weight=1, max_fails=1, fail_timeout=10.0, max_conns=0, backup=False, down=False):
         self.address = address
         self.name = show_address(address)
+        self.fixed = fixed_address(address)  # [(family, address)] of what need not be resolved, or None
         self.weight = weight
         self.max_fails = max_fails
         self.fail_timeout = fail_timeout
@@ -2687,13 +2701,8 @@ class Server:
 
     def addresses(self):
         """Resolve, now: backends move. -> [(family, address)]; raises OSError."""
-        if self.address.path:
-            return [(socket.AF_UNIX, self.address.path)]
-        host, port = self.address.host, self.address.port
-        if parse_ip(host) is not None and "%" not in host:
-            return [(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))]
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        return [(family, address) for family, _, _, _, address in found]
+        return self.fixed or [(family, address) for family, _, _, _, address in socket.getaddrinfo(
+            self.address.host, self.address.port, 0, socket.SOCK_STREAM)]
 
     def connect(self, timeout, context=None, tls_name=None, preface=b""):
         """Connect to the first address that answers, all within timeout -> Stream; raises BackendError.
@@ -2730,17 +2739,31 @@ class Server:
                            "%s: %s" % (self.name, failure))
 
 
+def fixed_address(address):
+    """-> [(family, address)] for a unix socket or a number, None for a name."""
+    if address.path:
+        return [(socket.AF_UNIX, address.path)]
+    if parse_ip(address.host) is None or "%" in address.host:
+        return None
+    return [(socket.AF_INET6 if ":" in address.host else socket.AF_INET, (address.host, address.port))]
+
+
+CONNECTING = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK))
+
+
 def connect_socket(family, address, deadline):
     """-> a connected Stream; raises OSError or TimedOut."""
     stream = Stream(socket.socket(family, socket.SOCK_STREAM))
     try:
         result = stream.sock.connect_ex(address)
-        if result in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EWOULDBLOCK)):
+        if result == errno.EAGAIN and isinstance(address, str):  # a unix socket
+            raise TimedOut("its backlog is full")
+        if result in CONNECTING:
+            result = stream.sock.connect_ex(address)  # a near one has answered by now
+        if result in CONNECTING:
             stream.wait(POLLOUT, deadline)
             result = stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        elif result == errno.EAGAIN:  # a unix socket whose backlog is full
-            raise TimedOut("its backlog is full")
-        if result:
+        if result not in (0, errno.EISCONN):
             raise OSError(result, os.strerror(result))
         return stream
     except BaseException:
@@ -3241,13 +3264,12 @@ class HTTPRelay:
         self.poll.register(self.backend.fileno(), backend_events)
         if not backend_events:  # else a reset would be reported again and again
             self.poll.unregister(self.backend.fileno())
-        now = time.monotonic()
-        deadline, error = self.next_deadline(reading_body, reading_answer)
         ready = ()
         if not (self.client.tls and reading_body and self.client.sock.pending()):
-            ready = self.poll.poll(max(0.0, deadline - now) * 1000)
+            deadline, awaited = self.next_deadline(reading_body, reading_answer)
+            ready = self.poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
             if not ready and time.monotonic() >= deadline:
-                raise error
+                raise late(awaited)
         for fd, event in ready:
             if fd == self.client.fileno():
                 self.notice_client(event)
@@ -3258,20 +3280,18 @@ class HTTPRelay:
         self.move_down()
 
     def next_deadline(self, reading_body, reading_answer):
-        """-> (time.monotonic() at which to give up, the exception that then says why)"""
+        """-> (time.monotonic() at which to give up, what was awaited: for late())"""
         location, server = self.times
-        silent = BackendError(504, "backend_timeout", "the backend did not go on within proxy_read_timeout", sent=True)
-        late = HTTPError(408, "body_timeout", "the request body did not go on within client_body_timeout")
-        deadlines = [(self.gone_at, ClientGone("client_gone"))]
+        deadlines = [(self.gone_at, "client_gone")]
         if reading_answer and (self.down or (self.up.done and not self.up_pending)):
-            deadlines.append((max(self.down_moved, self.up_moved) + location.proxy_read_timeout, silent))
+            deadlines.append((max(self.down_moved, self.up_moved) + location.proxy_read_timeout, "backend_timeout"))
         if self.up_pending:
-            deadlines.append((self.up_moved + location.proxy_send_timeout, silent))
+            deadlines.append((self.up_moved + location.proxy_send_timeout, "backend_timeout"))
         if reading_body:
-            deadlines.append((self.up_moved + server.client_body_timeout, late))
+            deadlines.append((self.up_moved + server.client_body_timeout, "body_timeout"))
         if self.down_pending:
-            deadlines.append((self.down_moved + server.send_timeout, ClientGone("send_timeout")))
-        return min(deadlines, key=lambda each: each[0])
+            deadlines.append((self.down_moved + server.send_timeout, "send_timeout"))
+        return min(deadlines)
 
     def notice_client(self, event):
         """The client closed or broke its connection; an answer that comes soon may still reach it (nc -N)."""
@@ -3361,6 +3381,15 @@ class HTTPRelay:
                 return
             self.down_moved = time.monotonic()
             self.down_pending = self.down_pending[sent:]
+
+
+def late(awaited):
+    """-> the exception that says what an HTTPRelay has waited for in vain."""
+    if awaited == "backend_timeout":
+        return BackendError(504, awaited, "the backend did not go on within proxy_read_timeout", sent=True)
+    if awaited == "body_timeout":
+        return HTTPError(408, awaited, "the request body did not go on within client_body_timeout")
+    return ClientGone(awaited)
 
 
 BUSY = 0.5               # seconds without a byte after which a tunnel is quiet
