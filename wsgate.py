@@ -4225,6 +4225,8 @@ class JSONFormatter(logging.Formatter):
 def mask_query(target):
     """A request-target with the values of its query taken out: tokens live there."""
     path, question, query = target.partition(b"?")
+    if not question:
+        return target
     query = re.sub(br"=[^&;]+", b"=...", query)
     return path + question + re.sub(br"(^|[&;])[^&;=]{24,}", br"\1...", query)
 
@@ -4257,6 +4259,8 @@ def setup_logging(server):
     log.setLevel(server.log_level.upper())
     access_log.setLevel(logging.INFO if handlers[1][1] else logging.CRITICAL)
     logging.raiseExceptions = False  # a log that cannot be written costs no connection
+    logging._srcfile = None  # neither caller nor thread is shown: do not look for them (Logging HOWTO, Optimization)
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for logger, handler, formatter in handlers:
         old = list(logger.handlers)
         handler = handler or logging.NullHandler()
