@@ -3494,7 +3494,8 @@ class Flow:
         """Whether the next bytes can pass without being looked at: no TLS, no frame header among them."""
         if self.discard or self.source.tls or self.sink.tls:
             return False
-        return self.scanner is None or self.scanner.left >= SPLICE_LEAST or self.scanner.large
+        scanner = self.scanner
+        return scanner is None or scanner.left >= SPLICE_LEAST or (scanner.large and scanner.control is None)
 
     def splice(self, now):
         """Move bulk from socket to pipe to socket; the kernel hands pages on and copies nothing.
@@ -3505,14 +3506,15 @@ class Flow:
             self.bulk = False
             return self.move(now)
         scanner, room = self.scanner, PIPE_SIZE
+        source, pipe, recv, splice = self.source.fileno(), self.pipe[1], self.source.sock.recv, os.splice
         try:
             while room > 0:
                 left = room if scanner is None else scanner.left or scanner.peeked(
-                    self.source.sock.recv(LONGEST_HEADER, socket.MSG_PEEK), now)
+                    recv(LONGEST_HEADER, socket.MSG_PEEK), now)
                 if not left:
                     self.bulk = False  # a small frame, or the end: for move()
                     break
-                count = os.splice(self.source.fileno(), self.pipe[1], min(left, room), flags=SPLICE_FLAGS)
+                count = splice(source, pipe, left if left < room else room, flags=SPLICE_FLAGS)
                 if not count:
                     self.eof = True
                     break
