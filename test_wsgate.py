@@ -3217,6 +3217,21 @@ def wire(masked, *parts):
     return data, ends
 
 
+def test_a_close_that_comes_in_pieces_behind_bulk_is_read_and_not_spliced():
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(contextlib.closing(end)) for end in socket.socketpair() + socket.socketpair()]
+        streams = [wsgate.Stream(end) for end in ends]
+        flow = wsgate.Flow(streams[0], streams[1], wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
+        data = frame(2, b"x" * wsgate.SPLICE_LEAST)
+        flow.scanner.feed(data, 1.0)
+        assert flow.spliceable()
+        close = frame(8, b"\x03\xe8bye")
+        flow.scanner.feed(close[:4], 1.0)
+        assert not flow.spliceable()
+        flow.scanner.feed(close[4:], 1.0)
+        assert flow.scanner.close == (1000, b"bye")
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_scanner_knows_where_frames_end_and_counts_messages_however_the_bytes_come(masked):
     data, ends = wire(masked, (1, b"hello", True), (1, b"", True), (2, b"x" * 125, True), (2, b"y" * 126, True),
@@ -4128,6 +4143,22 @@ def test_all_dead_is_502(tmp_path):
             answer_ = gate.ask(raw)
             assert (answer_.status, answer_.reason) == (502, "backend_refused")
         assert all(any("backend %s of pool failed" % dead.where in line for line in gate.errors) for dead in (one, two))
+
+
+def test_a_unix_socket_whose_queue_is_full_is_504(tmp_path):
+    path = os.path.join(str(tmp_path), "deaf.sock")
+    with contextlib.ExitStack() as stack:
+        deaf = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+        deaf.bind(path)
+        deaf.listen(0)
+        result = 0
+        while not result:
+            sock = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+            sock.setblocking(False)
+            result = sock.connect_ex(path)
+        with running("[server]\nproxy_pass = http://unix:%s:\n" % path, tmp_path) as gate:
+            answer_ = gate.ask(request())
+            assert (answer_.status, answer_.reason) == (504, "backend_timeout")
 
 
 def test_a_server_that_does_not_accept_in_time_is_504(tmp_path):
