@@ -692,11 +692,11 @@ def test_a_missing_file_is_an_error_with_its_name(tmp_path):
     assert "none.ini: cannot be read: No such file" in str(caught.value)
 
 
-def test_every_error_of_a_file_is_told_once(tmp_path):
+def test_every_error_of_a_file_is_told_once_in_the_order_of_its_lines(tmp_path):
     errors = errors_of(tmp_path, "[server]\nlisten = a:b:c\nstatus_listen = a:b:c\nproxy_read_timeout = soon\n"
                                  "proxy_pas = x\n[location /a]\nreturn = x\nallow = me\n[location /b]\nreturn = 200\n"
                                  "[upsteam u]\n[upstream v]\nserver = a:1 b\n")
-    assert sorted(int(error.split(":")[1]) for error in errors) == [2, 3, 4, 5, 7, 8, 11, 13]
+    assert [int(error.split(":")[1]) for error in errors] == [2, 3, 4, 5, 7, 8, 11, 13]
 
 
 def test_every_line_that_is_no_ini_is_told(tmp_path):
@@ -5316,23 +5316,38 @@ def test_a_flood_of_silent_connections_leaves_descriptors_for_the_backends_of_th
         assert not child.said("cannot accept")
 
 
+@contextlib.contextmanager
+def no_descriptor_free():
+    """Every descriptor that this process may have is taken."""
+    resource, taken = wsgate.resource, []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 8, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            while True:
+                taken.append(socket.socket())
+        yield
+    finally:
+        for each in taken:
+            each.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_gate(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        taken = []
-        resource = wsgate.resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wsgate.resource.setrlimit(wsgate.resource.RLIMIT_NOFILE, (descriptors() + 8, hard))
-        try:
-            with pytest.raises(OSError):
-                while True:
-                    taken.append(socket.socket())
+        with no_descriptor_free():
             wsgate.notify("WATCHDOG=1")
-        finally:
-            for each in taken:
-                each.close()
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_want_of_descriptors_is_503_and_no_failure_of_the_server(tmp_path):
+    location = location_of(load_text(tmp_path, "[server]\nproxy_pass = http://127.0.0.1:9\n"))
+    with no_descriptor_free(), pytest.raises(wsgate.HTTPError) as caught:
+        location.upstream.connect(location, None, "127.0.0.1")
+    assert (caught.value.status, caught.value.reason) == (503, "full")
+    health = location.upstream.servers[0].health
+    assert (health.fails, health.active) == (0, 0) and not health.resting_until
 
 
 @pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")

@@ -571,10 +571,11 @@ class ConfigReader:
         self.path = path
         self.overrides = overrides
         self.name = path or "command line"
-        self.lines = {}     # (section, key or None) -> line number
-        self.errors = []
+        self.lines = {}      # (section, key or None) -> line number
+        self.errors = []     # (line number, text)
         self.warnings = []
-        self.unnamed = {}   # upstreams by their address: one object, one health
+        self.upstreams = {}  # {name of an [upstream], or address: Upstream}: one object, one health
+        self.locations = []
 
     def read(self):
         """-> Config; raises ConfigError."""
@@ -583,43 +584,43 @@ class ConfigReader:
             sections.setdefault("server", {})[key] = text
         server_texts = sections.pop("server", {})
         server = self.section("server", server_texts, dict(LOCATION_KEYS, **SERVER_KEYS))
-        upstreams, locations = {}, []
-        for title in sections:
-            kind = title.partition(" ")[0]
-            if kind == "upstream":
-                self.read_upstream(title, sections[title], upstreams)
-            elif kind != "location":
-                self.error(title, None, "unknown section%s" % nearest(kind, ("server", "location", "upstream")))
         defaults = {key: text for key, text in server_texts.items()
                     if key in LOCATION_KEYS and key not in SERVER_KEYS}
+        for kind, read in (("upstream", self.read_upstream), ("location", self.read_location)):
+            for title in [each for each in sections if each.partition(" ")[0] == kind]:
+                read(title, sections.pop(title), defaults)
         for title in sections:
-            if title.partition(" ")[0] == "location":
-                self.read_location(title, sections[title], defaults, upstreams, locations)
+            close = nearest(title.partition(" ")[0], ("server", "location", "upstream"))
+            self.error(title, None, "unknown section%s" % close)
         if defaults.get("proxy_pass") or defaults.get("return"):
-            if not any(each.path == "/" and not each.host and not each.exact for each in locations):
-                self.read_location("location /", {}, defaults, upstreams, locations)
-        if not self.errors and not locations:
-            self.errors.append("%s: nothing to do: a [location /] with proxy_pass = http://host:port is needed%s" % (
-                self.name, "" if self.path else ", or --backend http://host:port; --demo tries it out"))
-        if self.errors:
-            raise ConfigError(self.errors)
-        config = Config(self.path, server, locations, list(upstreams.values()) + list(self.unnamed.values()),
-                        self.warnings)
+            if not any((each.host, each.path, each.exact) == (None, "/", False) for each in self.locations):
+                self.read_location("location /", {}, defaults)
+        if not self.errors and not self.locations:
+            self.errors.append((0, "%s: nothing to do: a [location /] with proxy_pass = http://host:port is needed%s" % (
+                self.name, "" if self.path else ", or --backend http://host:port; --demo tries it out")))
+        self.raise_errors()
+        config = Config(self.path, server, self.locations, list(self.upstreams.values()), self.warnings)
         if any(listen.ssl for listen in server.listen):
             try:
                 config.certificates = CertificateStore(config)
             except (OSError, ValueError) as error:
                 self.error("server", "ssl_certificate", "%s" % error)
-                raise ConfigError(self.errors)
+                self.raise_errors()
         return config
 
     def error(self, section, key, message):
         """Note an error as file:line: [section] key: message."""
-        line = self.lines.get((section, key)) or self.lines.get((section, None))
-        self.errors.append("%s%s: [%s] %s%s" % (self.name, ":%d" % line if line else "", section,
-                                                key + ": " if key else "", message))
+        line = self.lines.get((section, key)) or self.lines.get((section, None), 0)
+        self.errors.append((line, "%s%s: [%s] %s%s" % (self.name, ":%d" % line if line else "", section,
+                                                       key + ": " if key else "", message)))
+
+    def raise_errors(self):
+        """All that have been noted, in the order of the file."""
+        if self.errors:
+            raise ConfigError([text for _, text in sorted(self.errors, key=lambda error: error[0])])
 
     def warn(self, section, message):
+        """Note what works, but is hardly meant."""
         self.warnings.append("%s: [%s] %s" % (self.name, section, message))
 
     def parse_file(self):
@@ -693,8 +694,8 @@ class ConfigReader:
                                else "%r: %s%s" % (text, error, "; no ; at line ends" if text.endswith(";") else ""))
         return None if bad else Settings(values)
 
-    def read_upstream(self, title, texts, upstreams):
-        """[upstream NAME] -> an Upstream in upstreams."""
+    def read_upstream(self, title, texts, _):
+        """[upstream NAME] -> an Upstream of this name."""
         settings = self.section(title, texts, UPSTREAM_KEYS)
         name = title.partition(" ")[2]
         if not name:
@@ -702,74 +703,73 @@ class ConfigReader:
         elif settings:
             for server in settings.server:
                 self.check_resolves(title, server.address)
-            upstreams[name] = Upstream(name, settings.server, settings.balance)
+            self.upstreams[name] = Upstream(name, settings.server, settings.balance)
 
-    def read_location(self, title, texts, defaults, upstreams, locations):
-        """[location ...] -> a Location at the end of locations."""
+    def read_location(self, title, texts, defaults):
+        """[location ...] -> a Location at the end of locations, unless there is an error in it."""
         merged = dict(defaults, **texts)
-        if "return" in texts and "proxy_pass" not in texts:
-            merged.pop("proxy_pass", None)
-        elif "proxy_pass" in texts and "return" not in texts:
-            merged.pop("return", None)
+        for key, other in (("proxy_pass", "return"), ("return", "proxy_pass")):
+            if key in texts and other not in texts:
+                merged.pop(other, None)
         settings = self.section(title, merged, LOCATION_KEYS, set(merged) - set(texts))
+        place = self.location_place(title)
+        if settings is None or place is None:
+            return
+        target, auth_target = settings.proxy_pass, settings.auth_request
+        if target and settings.return_:
+            self.error(title, "return", "stands beside proxy_pass; only one of them can be")
+        elif not target and not settings.return_:
+            self.error(title, None, "needs proxy_pass (or return)")
+        values = dict(vars(settings))
+        if "idle_timeout" not in merged:
+            values["idle_timeout"] = settings.proxy_read_timeout
+        try:
+            upstream = target and self.upstream_for(title, target)
+            auth = auth_target and self.upstream_for(title, auth_target)
+            contexts = [each and each.tls and backend_context(settings) for each in (target, auth_target)]
+        except (ValueError, OSError) as error:
+            return self.error(title, "proxy_pass", str(error))
+        try:
+            location = Location(title.partition(" ")[2], place, values, upstream, contexts[0], auth, contexts[1])
+        except ValueError as error:
+            return self.error(title, "auth_basic_user_file", str(error))
+        if any(contexts) and not settings.proxy_ssl_verify:
+            self.warn(title,
+                      "proxy_ssl_verify = off: anybody between the gate and the backend can read and change everything")
+        if target and target.uri == "/" and not location.path.endswith("/"):
+            self.warn(title, "%s/x will be asked for as //x; write [location %s/]" % (location.path, location.path))
+        self.locations.append(location)
+
+    def location_place(self, title):
+        """The title of a [location] -> (host or None, path, whether it is exact), None after an error."""
         match = re.fullmatch(r"location (= ?)?([^/\s]*)(/\S*)", title)
         if not match:
             return self.error(title, None, "[location /path], [location HOST/path] or [location = /path] is needed")
         host, path, exact = match.group(2).lower() or None, match.group(3), bool(match.group(1))
         if host and not re.fullmatch(r"(\*\.)?[^*:]+|\[[0-9a-f:]+\]", host):
             return self.error(title, None, "a host has no port, and * stands only for its first part: *.example.com")
-        if any((each.host, each.path, each.exact) == (host, path, exact) for each in locations):
+        if any((each.host, each.path, each.exact) == (host, path, exact) for each in self.locations):
             return self.error(title, None, "stands here twice")
-        if settings is None:
-            return None
-        values = vars(settings)
-        if "idle_timeout" not in merged:
-            values = dict(values, idle_timeout=settings.proxy_read_timeout)
-        target = settings.proxy_pass
-        if not target and not settings.return_:
-            if "proxy_pass" not in texts and "return" not in texts:
-                self.error(title, None, "needs proxy_pass (or return)")
-            return None
-        if target and settings.return_:
-            return self.error(title, "return", "stands beside proxy_pass; only one of them can be")
-        try:
-            upstream = target and self.upstream_for(title, target, upstreams)
-            auth = settings.auth_request and self.upstream_for(title, settings.auth_request, upstreams)
-            contexts = [each and each.tls and backend_context(settings) for each in (target, settings.auth_request)]
-        except (ValueError, OSError) as error:
-            return self.error(title, "proxy_pass", str(error))
-        if settings.auth_basic_user_file:
-            try:
-                PasswordFile(settings.auth_basic_user_file)
-            except ValueError as error:
-                return self.error(title, "auth_basic_user_file", str(error))
-        if any(contexts) and not settings.proxy_ssl_verify:
-            self.warn(title,
-                      "proxy_ssl_verify = off: anybody between the gate and the backend can read and change everything")
-        if target and target.uri == "/" and not path.endswith("/"):
-            self.warn(title, "%s/x will be asked for as //x; write [location %s/]" % (path, path))
-        locations.append(Location(title.partition(" ")[2], host, path, exact,
-                                  values, upstream, contexts[0], auth, contexts[1]))
-        return None
+        return host, path, exact
 
-    def upstream_for(self, title, target, upstreams):
+    def upstream_for(self, title, target):
         """The Upstream that a Target names, or one made for its single address."""
-        if target.where in upstreams:
-            return upstreams[target.where]
+        if target.where in self.upstreams:
+            return self.upstreams[target.where]
         address = parse_address(target.where, default_port=443 if target.tls else 80)
-        self.check_resolves(title, address, upstreams)
         name = show_address(address)
-        if name not in self.unnamed:
-            self.unnamed[name] = Upstream(name, (Server(address),), "round_robin")
-        return self.unnamed[name]
+        if name not in self.upstreams:
+            self.check_resolves(title, address)
+            self.upstreams[name] = Upstream(name, (Server(address),), "round_robin")
+        return self.upstreams[name]
 
-    def check_resolves(self, title, address, upstreams=()):
+    def check_resolves(self, title, address):
         """Warn of a name nobody knows yet; it is resolved again at every connect."""
         try:
             address.path or socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
         except OSError:
             self.warn(title, "%s does not resolve now; it will be tried at every connect%s" % (
-                address.host, nearest(address.host, upstreams)))
+                address.host, nearest(address.host, self.upstreams)))
 
 
 # ------------------------------------------------------------------- Listening
@@ -875,6 +875,7 @@ class Gate:
                 signal.signal(number, lambda number, frame: self.signals.append(number))
 
     def obey_signals(self):
+        """Do what the signals that have come ask for, in their order."""
         with contextlib.suppress(BlockingIOError):
             self.wake_in.recv(512)
         while self.signals:
@@ -906,6 +907,7 @@ class Gate:
         return self.end("draining", window + 0.5)
 
     def end(self, state, seconds):
+        """Accept nothing more and wake all threads; in so many seconds run() comes to its end."""
         notify("STOPPING=1")
         self.state = state
         for listener in list(self.listeners):  # the status page tells of the draining, unless a successor has it
@@ -1036,15 +1038,15 @@ class Gate:
                 if not self.in_use[key]:
                     del self.in_use[key]
 
-    def opened(self, seconds):
+    def count_tunnel(self, seconds):
         """A tunnel has begun, after a handshake of so many seconds."""
         with self.lock:
             self.totals["tunnels"] += 1
             self.totals["handshake_sum"] += seconds
             self.handshakes[bisect.bisect_left(HANDSHAKE_BUCKETS, seconds)] += 1
 
-    def closed(self, record):
-        """An exchange or tunnel has ended."""
+    def count_exchange(self, record):
+        """An exchange, or the tunnel it has become, has ended."""
         with self.lock:
             self.totals["requests"] += 1
             self.totals["status_%d" % record.status] += 1
@@ -1056,7 +1058,7 @@ class Gate:
                 self.totals["refused_" + record.reason] += 1
 
     def tunnels(self):
-        """-> list of those that are open"""
+        """-> list of those that are open. Needs no lock: list() of a set is one step for Python."""
         return [tunnel for tunnel in [each.tunnel for each in list(self.connections)] if tunnel]
 
     def traffic(self):
@@ -1168,6 +1170,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.socket.setblocking(False)
 
     def server_bind(self):
+        """Bind with the options that this kind of address needs; raises OSError."""
         if self.listen.address.path:
             remove_stale_socket(self.listen.address.path)
             self.socket.bind(self.server_address)
@@ -1183,6 +1186,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         super().server_bind()
 
     def server_close(self):
+        """Close; the file of a unix socket goes too, unless a successor listens on it."""
         super().server_close()
         if self.listen.address.path and not self.handed_over:
             with contextlib.suppress(OSError):  # somebody else has removed it
@@ -1209,7 +1213,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno in EXHAUSTED:
                     self.pause(error)
                     return
                 continue  # that client has gone already (ECONNABORTED and the like)
@@ -1225,6 +1229,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.gate.selector.unregister(self)
 
     def resume(self, now):
+        """Accept again when the pause is over."""
         if self.paused_until and now >= self.paused_until:
             self.paused_until = 0.0
             self.gate.selector.register(self, selectors.EVENT_READ, self.accept_ready)
@@ -1266,6 +1271,8 @@ def take_inherited(inherited, address):
     alike = [key for key in inherited if not address.path and key.endswith(":%d" % address.port)]
     return inherited.pop(alike[0]) if len(alike) == 1 else None
 
+
+EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # of descriptors or memory
 
 BIND_ERRORS = {  # what to do about a listening socket that cannot be opened
     errno.EADDRINUSE: "another program listens there already (ss -ltnp shows which)",
@@ -1541,6 +1548,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         return self.forward(relay, response, keep=not protocol)
 
     def answer_return(self, return_):
+        """Answer what `return` says -> whether another request may follow."""
         text = return_.text.render(self.message)
         self.record.status = return_.status
         if return_.status in REDIRECTS:
@@ -1580,7 +1588,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Pass an answer on, whole -> whether another request may follow."""
         message = self.message
         body = response.body(message.method, decode=message.minor == 0)
-        keep = (keep and self.persistent() and relay.up.done and not relay.unread
+        keep = (keep and self.persistent() and relay.up_body.done and not relay.unread
                 and not isinstance(body, UntilCloseBody))
         self.answered = True
         try:
@@ -2042,7 +2050,7 @@ class Headers(list):
 
 
 def parse_fields(block):
-    """The lines between start line and empty line -> Headers; raises ValueError."""
+    """The lines between start line and empty line -> Headers; raises ValueError, OverflowError for too many."""
     if not FIELD_LINES.fullmatch(block):
         for line in block.split(b"\r\n"):
             if not FIELD_LINES.fullmatch(line + b"\r\n"):
@@ -2275,6 +2283,7 @@ class ChunkedBody(NoBody):
         return stop
 
     def size_line(self, line, out):
+        """The line in front of a chunk's payload; the last chunk has size 0."""
         match = CHUNK_LINE.fullmatch(line)
         if not match:
             raise ValueError("bad chunk size %s" % printable(line[:40]))
@@ -2291,11 +2300,13 @@ class ChunkedBody(NoBody):
             self.state = "trailer_line"
 
     def payload_end(self, line, out):
+        """The empty line behind a chunk's payload."""
         if not self.decode:
             out.append(b"\r\n")
         self.state = "size_line"
 
     def trailer_line(self, line, out):
+        """A trailer field, or the empty line that ends the body."""
         self.trailers += len(line) + 2
         if self.trailers > SMALL_READ:
             raise ValueError("trailers larger than %d bytes" % SMALL_READ)
@@ -2329,6 +2340,7 @@ def make_answer(status, reason, body, fields, close, head_only):
 
 
 def reason_phrase(status):
+    """404 -> 'Not Found'."""
     try:
         return http.HTTPStatus(status).phrase
     except ValueError:
@@ -2350,12 +2362,11 @@ def printable(data):
 class Location:
     """One [location]: which requests it takes and what becomes of them. Frozen, as its Settings are."""
 
-    def __init__(self, name, host, path, exact, values, upstream, context, auth, auth_context):
+    def __init__(self, name, place, values, upstream, context, auth, auth_context):
         self.__dict__.update(values)          # every key of LOCATION_KEYS
         self.name = name                      # as the section has it
-        self.host = host                      # lower case, '*.suffix' or None for any
-        self.path = path
-        self.exact = exact
+        # host: lower case, '*.suffix' or None for any
+        self.host, self.path, self.exact = place
         self.upstream = upstream
         self.context = context                # ssl.SSLContext towards the backend, or None
         self.auth = auth                      # Upstream of auth_request
@@ -2719,6 +2730,8 @@ class Server:
                 share = deadline.left() / (len(addresses) - place)
                 stream = connect_socket(family, address, Deadline(share))
             except (OSError, TimedOut) as error:
+                if getattr(error, "errno", None) in EXHAUSTED:  # not the server's fault
+                    raise HTTPError(503, "full", "no connection to a backend: %s" % error, retry_after())
                 failure = error
                 continue
             try:
@@ -2842,6 +2855,7 @@ class Upstream:
         return chosen
 
     def release(self, server):
+        """One exchange less."""
         with self.lock:
             server.health.active -= 1
 
@@ -2861,6 +2875,7 @@ class Upstream:
         log.warning("backend %s%s failed: %s: %s%s", server.name, group, error.reason, error, rest)
 
     def succeeded(self, server):
+        """It has answered: its failures are forgotten."""
         if server.health.fails or server.health.resting_until:
             with self.lock:
                 server.health.fails = 0
@@ -2928,6 +2943,7 @@ class CertificateStore:
         return contexts
 
     def make_context(self, certificate, key):
+        """The SSLContext of a listener with this certificate; raises ValueError with what is wrong."""
         if not certificate:
             raise ValueError("a listener with ssl needs ssl_certificate and ssl_certificate_key")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -3198,12 +3214,13 @@ class HTTPRelay:
     def __init__(self, client, backend, head, body, location, server):
         self.client = client
         self.backend = backend
-        self.up = body                          # scanner of the request body
-        self.down = None                        # scanner of the response body, once its head is known
+        self.up_body = body                     # scanner of the request body
+        self.down_body = None                   # scanner of the response body, once its head is known
         self.up_pending = memoryview(head)      # to the backend
         self.down_pending = memoryview(b"")     # to the client
         self.limit = server.client_header_size  # a response head is bounded like that of a request
-        self.times = location, server
+        self.location = location
+        self.server = server
         self.sent_up = self.sent_down = 0       # bytes of bodies
         self.unread = False                     # the rest of the body stays with the client: no request may follow
         now = time.monotonic()
@@ -3243,21 +3260,21 @@ class HTTPRelay:
 
     def pass_response(self, head, body):
         """Send a final head and relay its body to the end. Raises BackendError when the backend cuts it, ClientGone."""
-        self.down = body
+        self.down_body = body
         self.down_pending = memoryview(bytes(self.down_pending) + head)
         self.take_down(self.backend.buffer)
         self.backend.buffer = b""
         self.move_down()
-        while self.down_pending or not self.down.done:
+        while self.down_pending or not self.down_body.done:
             self.turn()
 
     def turn(self):
         """Wait until something can move, and move it."""
-        reading_body = not self.up.done and not self.up_pending
-        reading_answer = not self.down_pending and not (self.down and self.down.done)
+        reading_body = not self.up_body.done and not self.up_pending
+        reading_answer = not self.down_pending and not (self.down_body and self.down_body.done)
         client_events = ((self.client.read_event if reading_body else 0)
                          | (self.client.write_event if self.down_pending else 0)
-                         | (POLLRDHUP if self.watching and self.up.done else 0))
+                         | (POLLRDHUP if self.watching and self.up_body.done else 0))
         backend_events = ((self.backend.read_event if reading_answer else 0)
                           | (self.backend.write_event if self.up_pending else 0))
         self.poll.register(self.client.fileno(), client_events)
@@ -3281,23 +3298,22 @@ class HTTPRelay:
 
     def next_deadline(self, reading_body, reading_answer):
         """-> (time.monotonic() at which to give up, what was awaited: for late())"""
-        location, server = self.times
         deadlines = [(self.gone_at, "client_gone")]
-        if reading_answer and (self.down or (self.up.done and not self.up_pending)):
-            deadlines.append((max(self.down_moved, self.up_moved) + location.proxy_read_timeout, "backend_timeout"))
+        if reading_answer and (self.down_body or (self.up_body.done and not self.up_pending)):
+            deadlines.append((max(self.down_moved, self.up_moved) + self.location.proxy_read_timeout, "backend_timeout"))
         if self.up_pending:
-            deadlines.append((self.up_moved + location.proxy_send_timeout, "backend_timeout"))
+            deadlines.append((self.up_moved + self.location.proxy_send_timeout, "backend_timeout"))
         if reading_body:
-            deadlines.append((self.up_moved + server.client_body_timeout, "body_timeout"))
+            deadlines.append((self.up_moved + self.server.client_body_timeout, "body_timeout"))
         if self.down_pending:
-            deadlines.append((self.down_moved + server.send_timeout, "send_timeout"))
+            deadlines.append((self.down_moved + self.server.send_timeout, "send_timeout"))
         return min(deadlines)
 
     def notice_client(self, event):
         """The client closed or broke its connection; an answer that comes soon may still reach it (nc -N)."""
         if event & (POLLERR | POLLHUP):
             raise ClientGone("client_gone")
-        if event & POLLRDHUP and self.up.done:
+        if event & POLLRDHUP and self.up_body.done:
             self.watching = False
             self.gone_at = time.monotonic() + 0.5
 
@@ -3308,21 +3324,21 @@ class HTTPRelay:
                 try:
                     sent = self.backend.write(self.up_pending)
                 except OSError:  # it reads no more; perhaps it has answered already
-                    self.unread = not self.up.done
-                    self.up, self.up_pending = NoBody(), memoryview(b"")
+                    self.unread = not self.up_body.done
+                    self.up_body, self.up_pending = NoBody(), memoryview(b"")
                     return
                 if not sent:
                     return
                 self.up_moved = time.monotonic()
                 self.up_pending = self.up_pending[sent:]
                 continue
-            if self.up.done:
+            if self.up_body.done:
                 return
             data = self.client.buffer or self.read_client()
             if not data:
                 return
             try:
-                out, used = self.up.feed(data)
+                out, used = self.up_body.feed(data)
             except ValueError as error:
                 raise HTTPError(400, "bad_request", "request body: %s" % error)
             self.client.buffer = data[used:]
@@ -3343,35 +3359,36 @@ class HTTPRelay:
     def read_answer(self):
         """Read once from the backend."""
         try:
-            data = self.backend.read(BIG_READ if self.down else SMALL_READ)
+            data = self.backend.read(BIG_READ if self.down_body else SMALL_READ)
         except OSError as error:
             raise BackendError(502, "backend_closed", str(error), sent=True,
-                               retry=not self.backend.buffer and not self.down)
+                               retry=not self.backend.buffer and not self.down_body)
         if data is None:
             return
         self.down_moved = time.monotonic()
         if self.gone_at < math.inf:
             self.gone_at = self.down_moved + 0.5
-        if self.down is None:
+        if self.down_body is None:
             if not data:
                 raise BackendError(502, "backend_bad_answer" if self.backend.buffer else "backend_closed",
                                    "it closed before its answer was complete", sent=True, retry=not self.backend.buffer)
             self.backend.buffer += data
         elif data:
             self.take_down(data)
-        elif not self.down.at_end():
+        elif not self.down_body.at_end():
             raise BackendError(502, "backend_cut", "it closed in the middle of its answer", sent=True)
 
     def take_down(self, data):
         """Bytes of the response body."""
         try:
-            out, _ = self.down.feed(data)
+            out, _ = self.down_body.feed(data)
         except ValueError as error:
             raise BackendError(502, "backend_bad_answer", "response body: %s" % error, sent=True)
         self.sent_down += len(out)
         self.down_pending = memoryview(bytes(self.down_pending) + out) if self.down_pending else memoryview(out)
 
     def move_down(self):
+        """Send what is pending to the client. Raises ClientGone."""
         while self.down_pending:
             try:
                 sent = self.client.write(self.down_pending)
@@ -3535,6 +3552,7 @@ class Flow:
         return not (self.eof or self.piped or self.done)
 
     def open_pipe(self):
+        """-> whether there is a pipe to splice through now"""
         try:
             self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:  # out of descriptors: bytes are copied, then
@@ -3544,6 +3562,7 @@ class Flow:
         return True
 
     def close_pipe(self):
+        """The bulk is over: give two descriptors back."""
         if self.pipe is not None:
             os.close(self.pipe[0])
             os.close(self.pipe[1])
@@ -3837,6 +3856,7 @@ class Tunnel:
         return now
 
     def close(self):
+        """Give back what the sockets do not own, and tell the record how much has passed."""
         for flow in (self.up, self.down):
             flow.close_pipe()
         self.record.messages(self)
@@ -3862,6 +3882,7 @@ def close_frame(code, reason, masked):
 
 
 def apply_mask(payload, mask):
+    """Mask or unmask a short payload (RFC 6455 5.3)."""
     return bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
 
 
@@ -4168,7 +4189,7 @@ class Record:
         """A tunnel begins: one line now, one at its end with the same id (and the whole story)."""
         self.event = "closed"
         self.handshake = time.monotonic() - self.begun
-        self.gate.opened(self.handshake)
+        self.gate.count_tunnel(self.handshake)
         if access_log.isEnabledFor(logging.INFO):
             access_log.info("%s", Line("open", self.time, [
                 ("id", self.id), ("client", self.client), ("host", self.host), ("event", "open"),
@@ -4176,7 +4197,7 @@ class Record:
 
     def write(self):
         """The line at the end."""
-        self.gate.closed(self)
+        self.gate.count_exchange(self)
         if not access_log.isEnabledFor(logging.INFO):
             return
         fields = [("id", self.id), ("client", self.client), ("host", self.host), ("request", self.request),
