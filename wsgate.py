@@ -2010,6 +2010,8 @@ CHUNK_LINE = re.compile(br"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)
 BARE_LF = re.compile(br"(?<!\r)\n|\x00")
 PLAIN = re.compile(r"[ !#-\[\]-~]*")                                    # text that needs no escape in a log
 LENGTH = re.compile(br"[0-9]{1,18}")                                     # RFC 9110 8.6, within 64 bits
+HANDSHAKE_KEY = re.compile(br"[A-Za-z0-9+/]{21}[AQgw]==")                # RFC 6455 4.1: 16 bytes in base64
+VERSION_NUMBER = re.compile(br"[0-9]{1,3}")                              # RFC 6455 4.1
 REQUEST_LINE_LIMIT = 8192
 FIELD_LIMIT = 100          # fields in a head
 CHUNK_LINE_LIMIT = 4096
@@ -2374,6 +2376,7 @@ class Location:
         self.passwords = PasswordFile(self.auth_basic_user_file) if self.auth_basic_user_file else None
         # Fields of a request that proxy_set_header replaces.
         self.replaced = frozenset(name.lower() for name, _ in self.proxy_set_header)
+        self.withheld = self.replaced | HOP_BY_HOP | WRITTEN
 
     def matches(self, path):
         """Whether a decoded path lies under this prefix, at a / boundary."""
@@ -2391,6 +2394,7 @@ class Location:
 
 
 PATH_UNIT = re.compile(br"/+|%[0-9A-Fa-f]{2}|[^/%]")
+AMBIGUOUS = re.compile(br"(?:/|%2F)\.\.?(?:[/;]|%2F|$)|[\\\x00-\x1f\x7f]")
 
 
 def split_target(request):
@@ -2400,7 +2404,7 @@ def split_target(request):
     What two programs could read differently is refused: dot segments, backslashes, control bytes, bad escapes.
     """
     target = request.target
-    if target[:7].lower() == b"http://" or target[:8].lower() == b"https://":
+    if not target.startswith(b"/") and target[:8].lower().startswith((b"http://", b"https://")):
         authority, slash, rest = target.partition(b"//")[2].partition(b"/")
         authority, question, query = authority.partition(b"?")
         if authority.lower() != request.authority.lower():
@@ -2419,7 +2423,7 @@ def split_target(request):
         if sum(map(len, units)) != len(raw):
             raise HTTPError(400, "bad_request", "bad %-escape in the path")
         raw = b"".join(map(decode_unit, units))
-    if re.search(br"(?:/|%2F)\.\.?(?:[/;]|%2F|$)|[\\\x00-\x1f\x7f]", raw):
+    if AMBIGUOUS.search(raw):
         raise HTTPError(400, "bad_request", "dot segments, backslashes and control bytes are refused")
     request.path = raw.decode("utf-8", "surrogateescape")
 
@@ -2470,7 +2474,7 @@ def upgrade_wanted(message, location):
     if location.strict_handshake:
         if handshake_key(message) is None:
             raise HTTPError(400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64")
-        if not re.fullmatch(br"[0-9]{1,3}", fields.get(b"sec-websocket-version") or b""):
+        if not VERSION_NUMBER.fullmatch(fields.get(b"sec-websocket-version") or b""):
             raise HTTPError(426, "bad_handshake", "Sec-WebSocket-Version: 13 is needed",
                             ((b"Sec-WebSocket-Version", b"13"), (b"Upgrade", b"websocket")))
     return b"websocket"
@@ -3040,7 +3044,7 @@ def request_head_for_backend(connection, protocol):
     """The head that the backend gets -> bytes. protocol: what to upgrade to, or None."""
     message, location = connection.message, connection.location
     lines = [b"%s %s HTTP/1.1" % (message.method, location.rewrite(message))]
-    lines += passed_fields(connection, location.replaced)
+    lines += passed_fields(connection, location.withheld)
     if not message.authority and b"host" not in location.replaced:
         lines.insert(1, b"Host: " + connection.backend.server.name.encode())  # HTTP/1.0 may come without
     if message.chunked:
@@ -3059,17 +3063,18 @@ def request_head_for_backend(connection, protocol):
     return b"\r\n".join(lines)
 
 
-def passed_fields(connection, without):
-    """The client's fields that go on to a backend -> list of lines."""
+def passed_fields(connection, withheld):
+    """The client's fields that go on to a backend -> list of lines. withheld: names that never do."""
     fields = connection.message.fields
     listed = fields.tokens(b"connection")
     believed = from_trusted_proxy(connection)
     lines = []
     for name, value in fields:
         lower = name.lower()
-        if (lower in HOP_BY_HOP or lower in listed or lower in without or b"_" in name or lower in WRITTEN
-                or (not believed and (lower in FORWARDING or lower.startswith(b"x-forwarded-")))):
+        if lower in withheld or lower in listed or b"_" in name:
             continue  # names with _ are aliases of those with - in CGI and WSGI
+        if not believed and (lower in FORWARDING or lower.startswith(b"x-forwarded-")):
+            continue
         lines.append(name + b": " + value)
     return lines
 
@@ -3105,7 +3110,7 @@ def auth_request_head(connection):
     without = (b"content-length expect sec-websocket-key sec-websocket-version sec-websocket-extensions"
                b" x-original-uri x-original-method").split()
     lines = [b"GET %s HTTP/1.1" % (location.auth_request.uri or "/").encode()]
-    lines += passed_fields(connection, without)
+    lines += passed_fields(connection, HOP_BY_HOP.union(WRITTEN, without))
     if not message.authority:
         lines.append(b"Host: auth")
     lines += own_fields(connection, without)
@@ -3175,7 +3180,7 @@ def check_101(message, response, location, protocol):
 def handshake_key(message):
     """Sec-WebSocket-Key of a request, if it is 16 bytes in base64 (RFC 6455 4.1), else None."""
     key = message and message.fields.get(b"sec-websocket-key")
-    return key if key and re.fullmatch(br"[A-Za-z0-9+/]{21}[AQgw]==", key) else None
+    return key if key and HANDSHAKE_KEY.fullmatch(key) else None
 
 
 def is_handshake(message):
