@@ -3428,12 +3428,15 @@ class Flow:
     is the back-pressure: a reader that stalls costs kernel buffers and no memory here.
     """
 
-    __slots__ = ("source", "sink", "scanner", "pending", "pipe", "piped", "bulk", "eof", "broken", "discard", "fin",
-                 "done", "cut", "bytes", "heard", "moved")
+    __slots__ = ("source", "sink", "read", "write", "scanner", "pending", "pipe", "piped", "bulk", "eof", "broken",
+                 "discard", "fin", "done", "cut", "bytes", "heard", "moved")
 
     def __init__(self, source, sink, scanner, now):
         self.source = source
         self.sink = sink
+        # One step from here to the socket; only TLS needs the Stream, which knows what it waits for.
+        self.read = source.read if source.tls else source.sock.recv
+        self.write = sink.write if sink.tls else sink.sock.send
         self.scanner = scanner    # FrameScanner, or None when the bytes are not frames
         self.pending = b""        # read, but not taken by sink yet
         self.pipe = None          # (read end, write end) while the stream is bulk
@@ -3466,14 +3469,14 @@ class Flow:
                 return self.splice(now)
             size = BIG_READ
         try:
-            data = self.source.read(size)
+            data = self.read(size)
+        except BlockingIOError:
+            return False
         except OSError:
             self.eof = self.broken = True
             return False
-        if data is None:
-            return False
         if not data:
-            self.eof = True
+            self.eof = data is not None
             return False
         self.heard = self.moved = now
         self.bytes += len(data)
@@ -3483,7 +3486,9 @@ class Flow:
         if scanner is not None:
             data = scanner.feed(data, now)
         try:
-            sent = self.sink.write(data)
+            sent = self.write(data)
+        except BlockingIOError:
+            sent = 0
         except OSError:
             self.abandon()
             return False
@@ -3499,7 +3504,7 @@ class Flow:
                 self.piped -= os.splice(self.pipe[0], self.sink.fileno(), self.piped, flags=SPLICE_FLAGS)
                 self.moved = now
             while self.pending:
-                sent = self.sink.write(self.pending)
+                sent = self.write(self.pending)
                 if not sent:
                     return
                 self.pending = self.pending[sent:]
@@ -3642,18 +3647,20 @@ class Tunnel:
         """Relay until both directions have ended, a peer breaks off, a timer runs out or the gate ends it."""
         up, down, poll = self.up, self.down, self.poll
         client = up.source.fileno()
-        now = time.monotonic()
+        plain = not (up.source.tls or down.source.tls)
+        monotonic = time.monotonic
+        now = monotonic()
         up.flush(now)
         down.flush(now)
         self.settle(now)
         wake = self.timers(now)
         while not self.over:
             events = poll.poll((wake - now) * 1000 if wake > now else 0)
-            before, now = now, time.monotonic()
+            before, now = now, monotonic()
             for fd, event in events:
-                reader, writer = (up, down) if fd == client else (down, up)
-                if event != POLLIN or fd == self.alarm or writer.source.tls:
-                    self.act(fd, reader, writer, event, now)
+                reader = up if fd == client else down
+                if event != POLLIN or not plain or fd == self.alarm:
+                    self.act(fd, reader, down if reader is up else up, event, now)
                 elif reader.move(now):
                     continue
                 self.settle(now)
