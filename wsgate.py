@@ -3893,6 +3893,18 @@ def close_frame(code, reason, masked):
     return make_frame(CLOSE, struct.pack("!H", code) + reason.encode("ascii", "replace")[:60], masked)
 
 
+def header_length(head):
+    """How many bytes the header that begins with these (at least two) has."""
+    short = head[1] & 0x7F
+    return (2 if short < 126 else 4 if short == 126 else 10) + (4 if head[1] & 0x80 else 0)
+
+
+def payload_length(head):
+    """What a whole header says of the payload."""
+    short = head[1] & 0x7F
+    return short if short < 126 else struct.unpack_from("!H" if short == 126 else "!Q", head, 2)[0]
+
+
 def apply_mask(payload, mask):
     """Mask or unmask a short payload (RFC 6455 5.3)."""
     return bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
@@ -4007,46 +4019,38 @@ class FrameScanner:
             self.last_data = now
             self.left = self.size
             return self.size
-        short = head[1] & 0x7F if len(head) == LONGEST_HEADER else 0
-        if short < 126 or self.pings or not self.plausible(head):
+        if len(head) < LONGEST_HEADER or self.pings or not self.plausible(head):
             return 0
-        header = 4 if short == 126 else 10
-        length = struct.unpack_from("!H" if short == 126 else "!Q", head, 2)[0]
+        header, length = header_length(head), payload_length(head)
         if not SPLICE_LEAST <= length < 1 << 62 or 0 < self.limit < self.message + length:
             return 0
         self.begin(head, length, b"", now)
-        self.left += header + 4 if self.masked else header
-        self.alike, self.size = head[:header] if head[0] & 0x80 and not self.limit else b"", self.left
+        self.left += header
+        alike = head[:header - 4 if self.masked else header]
+        self.alike, self.size = alike if head[0] & 0x80 and not self.limit else b"", self.left
         return self.left
 
     def scan_header(self, data, position, now):
         """A frame begins at position, or goes on after self.head -> the position behind its header."""
         head = self.head + data[position:position + LONGEST_HEADER - len(self.head)]
-        length = len(head)
-        need = 2
-        if length > 1:
-            short = head[1] & 0x7F
-            need = (2 if short < 126 else 4 if short == 126 else 10) + (4 if self.masked else 0)
-        if length < need:
-            if length and not self.plausible(head):
-                self.lose()
+        need = header_length(head) if len(head) > 1 else 2
+        if not self.plausible(head):
+            self.lose()
+        if len(head) < need:
             self.head = head
             return len(data)
         split = bool(self.head)
         position += need - len(self.head)
         self.head = b""
-        if not self.plausible(head):
+        length = payload_length(head)
+        if length >> 63:
             self.lose()
+        if self.lost:
             return position
-        if short > 125:
-            short = struct.unpack_from("!H" if short == 126 else "!Q", head, 2)[0]
-            if short >> 63:
-                self.lose()
-                return position
-        self.begin(head, short, head[need - 4:need] if self.masked else b"", now)
+        self.begin(head, length, head[need - 4:need] if self.masked else b"", now)
         if self.too_big:
             self.left = int(split)  # the frame does not pass: this is a boundary, unless half its header has
-        return self.skip_alike(data, position, head[:need], need + short) if self.left else position
+        return self.skip_alike(data, position, head[:need], need + length) if self.left else position
 
     def skip_alike(self, data, position, head, size):
         """If frames of one size follow (a burst), skip them all: slices are compared instead of frames -> position.
