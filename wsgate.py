@@ -1477,9 +1477,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
             raise ClientGone("client_gone")
         self.message = parse_request_head(head)
         self.message.connection = self
-        self.record.request_of(self.message)
+        self.record.take_request(self.message)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s request from %s:\n%s", self.record.id, self.client, Masked(self.message))
+            log.debug("%s request from %s:\n%s", self.record.id, self.client, show_head(self.message))
         return True
 
     def admit(self):
@@ -1590,7 +1590,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             self.stream.reset()
             return False
         finally:
-            self.record.count(relay.sent_up, relay.sent_down)
+            self.record.up, self.record.down = (0, relay.sent_up), (0, relay.sent_down)
         self.lingers = not keep
         return keep
 
@@ -1602,7 +1602,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             set_tcp_options(self.backend.stream.sock)
         scan = protocol == b"websocket" and extensions_known(response)
         self.tunnel = Tunnel(self, self.backend.stream, head, scan, extensions_used(response))
-        self.record.opened()
+        self.record.tunnel_begins()
         return False
 
     def persistent(self):
@@ -3731,7 +3731,7 @@ class Tunnel:
         if scanner.lost:
             self.record.frames = "lost"
             flow.pending = bytes(flow.pending)
-            self.record.messages(self)
+            self.record.take_counts(self)
             self.up.scanner = self.down.scanner = None
             return
         if scanner.too_big:
@@ -3839,7 +3839,7 @@ class Tunnel:
     def close(self):
         for flow in (self.up, self.down):
             flow.close_pipe()
-        self.record.messages(self)
+        self.record.take_counts(self)
 
 
 # --------------------------------------------------- WebSocket frames (RFC 6455)
@@ -4112,8 +4112,8 @@ HANDSHAKE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.
 class Record:
     """What the access log says of one exchange; filled in on the way, written once at its end."""
 
-    __slots__ = ("gate", "id", "time", "begun", "client", "host", "request", "status", "event", "location", "server",
-                 "failed", "handshake", "up", "down", "close", "reason", "frames", "rtt", "note")
+    __slots__ = ("gate", "id", "time", "begun", "client", "host", "request", "status", "location", "server", "failed",
+                 "handshake", "up", "down", "close", "reason", "frames", "rtt", "note")
     ids = itertools.count(random.randrange(1 << 24))
 
     def __init__(self, gate, client):
@@ -4124,20 +4124,27 @@ class Record:
         self.client = client
         self.host = self.request = self.location = self.server = "-"
         self.status = 0
-        self.event = "done"          # for a tunnel "closed"
         self.failed = 0              # servers that failed before this one
-        self.handshake = None        # seconds up to the 101
+        self.handshake = None        # seconds up to the 101; None if there was none
         self.up = self.down = (0, 0)  # (messages, bytes) from and to the client
         self.close = None            # who ended the tunnel and how: client:1000, gate:1001, backend:eof
         self.reason = None           # a stable word
         self.frames = None           # "lost" when the tunnel's bytes were no frames
-        self.rtt = None
+        self.rtt = None              # of the tunnel's last pong, in seconds
         self.note = None             # for people
 
-    def request_of(self, message):
+    def take_request(self, message):
+        """What was asked, of whom: made safe, and only if somebody reads it."""
         if access_log.isEnabledFor(logging.INFO):
             self.host = printable(message.authority or b"-")
             self.request = printable(b"%s %s HTTP/1.%d" % (message.method, mask_query(message.target), message.minor))
+
+    def take_counts(self, tunnel):
+        """What has passed through a tunnel; once its scanners are gone, messages are counted no more."""
+        for name, flow in (("up", tunnel.up), ("down", tunnel.down)):
+            messages = flow.scanner.messages if flow.scanner else getattr(self, name)[0]
+            setattr(self, name, (messages, flow.bytes))
+        self.rtt = tunnel.rtt
 
     def ended(self, reason, status=None, note=None):
         """The exchange could not go on; status only if no answer has begun."""
@@ -4154,74 +4161,61 @@ class Record:
         elif origin and response.status == 403:
             self.note = "Origin %s, Host %s" % (printable(origin), printable(message.authority))
 
-    def count(self, up, down):
-        self.up, self.down = (0, up), (0, down)
-
-    def messages(self, tunnel):
-        """Take the tunnel's counts over, while its scanners are there."""
-        self.up, self.down = [(flow.scanner.messages if flow.scanner else (self.up, self.down)[flow is tunnel.down][0],
-                               flow.bytes)
-                              for flow in (tunnel.up, tunnel.down)]
-        self.rtt = tunnel.rtt
-
-    def opened(self):
-        """A tunnel begins: one line now, one at its end with the same id (and the whole story)."""
-        self.event = "closed"
+    def tunnel_begins(self):
+        """One line now; the one at the end has the same id, and the whole story."""
         self.handshake = time.monotonic() - self.begun
         self.gate.opened(self.handshake)
-        if access_log.isEnabledFor(logging.INFO):
-            access_log.info("%s", Line("open", self.time, [
-                ("id", self.id), ("client", self.client), ("host", self.host), ("event", "open"),
-                ("location", self.location), ("server", self.server), ("hs", round(self.handshake, 3))]))
+        self.write_line(event="open")
 
     def write(self):
         """The line at the end."""
         self.gate.closed(self)
+        self.write_line(
+            event="done" if self.handshake is None else "closed", request=self.request, status=self.status,
+            dur=round(time.monotonic() - self.begun, 3), up=self.up, down=self.down, close=self.close,
+            reason=self.reason or "-", failed=self.failed or None, frames=self.frames, note=self.note,
+            rtt=None if self.rtt is None else round(self.rtt, 4))
+
+    def write_line(self, **fields):
+        """A line of these fields and of those that each line has; those that are None are left out."""
         if not access_log.isEnabledFor(logging.INFO):
             return
-        fields = [("id", self.id), ("client", self.client), ("host", self.host), ("request", self.request),
-                  ("status", self.status), ("event", self.event), ("location", self.location), ("server", self.server),
-                  ("dur", round(time.monotonic() - self.begun, 3)),
-                  ("hs", None if self.handshake is None else round(self.handshake, 3)),
-                  ("up", self.up), ("down", self.down), ("close", self.close), ("reason", self.reason or "-")]
-        fields += [(name, getattr(self, name)) for name in ("failed", "frames", "note") if getattr(self, name)]
-        if self.rtt is not None:
-            fields.append(("rtt", round(self.rtt, 4)))
-        access_log.info("%s", Line(self.event, self.time, fields))
+        stamp = "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.time)), self.time % 1 * 1000)
+        fields.update(time=stamp, id=self.id, client=self.client, host=self.host, location=self.location,
+                      server=self.server, hs=None if self.handshake is None else round(self.handshake, 3))
+        access_log.info(Line((name, value) for name, value in fields.items() if value is not None))
 
 
-class Line:
-    """An access log line, made into text or JSON by the formatter."""
+LINE = {  # the fields of an access log line in their order, and how each is written
+    "time": "%s", "id": "%s", "client": "%s", "host": "%s", "request": '"%s"', "status": "%s", "event": "%s",
+    "location": "%s", "server": "%s", "dur": "dur=%s", "hs": "hs=%s", "up": "up=%d/%dB", "down": "down=%d/%dB",
+    "close": "close=%s", "reason": "reason=%s", "failed": "failed=%s", "frames": "frames=%s", "note": 'note="%s"',
+    "rtt": "rtt=%s"}
 
-    def __init__(self, event, when, fields):
-        self.time = "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when)), when % 1 * 1000)
-        self.fields = fields
+
+class Line(dict):
+    """The fields of an access log line, made into text or JSON by the formatter."""
 
     def __str__(self):
-        """time id client host "request" status event location server, then name=value."""
-        words = [self.time]
-        for name, value in self.fields:
-            if name in ("up", "down"):
-                words.append("%s=%d/%dB" % ((name,) + tuple(value)))
-            elif name in ("request", "note"):
-                words.append('%s"%s"' % ("note=" if name == "note" else "", value))
-            elif name in ("id", "client", "host", "status", "event", "location", "server"):
-                words.append(str(value).replace(" ", "\\x20"))
-            elif value is not None:
-                words.append("%s=%s" % (name, value))
+        """In the order of LINE; each field is one word, or stands in quotes."""
+        words = []
+        for name, form in LINE.items():
+            if name in self:
+                word = form % self[name]
+                words.append(word if '"' in form else word.replace(" ", "\\x20"))
         return " ".join(words)
-
-    def json(self):
-        values = dict(self.fields, time=self.time)
-        for name in ("up", "down"):
-            if name in values:
-                values[name + "_messages"], values[name + "_bytes"] = values.pop(name)
-        return json.dumps(values, sort_keys=True)
 
 
 class JSONFormatter(logging.Formatter):
+    """Access log lines as JSON objects."""
+
     def format(self, record):
-        return record.args[0].json()
+        """A pair of counts becomes two fields, up_messages and up_bytes."""
+        fields = dict(record.msg)
+        for name in ("up", "down"):
+            if name in fields:
+                fields[name + "_messages"], fields[name + "_bytes"] = fields.pop(name)
+        return json.dumps(fields, sort_keys=True)
 
 
 def mask_query(target):
@@ -4237,19 +4231,11 @@ SECRET = frozenset(b"authorization proxy-authorization cookie set-cookie sec-web
                    b" x-api-key".split())
 
 
-class Masked:
-    """A head for the debug log, made into text only if somebody reads it; secrets are masked."""
-
-    def __init__(self, message):
-        self.message = message
-
-    def __str__(self):
-        lines = ["  %s: %s" % (printable(name), "..." if name.lower() in SECRET else printable(value))
-                 for name, value in self.message.fields]
-        if isinstance(self.message, Request):
-            return "\n".join(["  %s %s" % (printable(self.message.method),
-                                           printable(mask_query(self.message.target)))] + lines)
-        return "\n".join(["  %d %s" % (self.message.status, printable(self.message.reason))] + lines)
+def show_head(message):
+    """A request's head for the debug log, without what must stay secret."""
+    lines = [message.method + b" " + mask_query(message.target)]
+    lines += [name + b": " + (b"..." if name.lower() in SECRET else value) for name, value in message.fields]
+    return "\n".join("  " + printable(line) for line in lines)
 
 
 def setup_logging(server):
