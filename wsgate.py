@@ -4245,13 +4245,12 @@ def setup_logging(server):
     handlers = [(log, log_handler(server.error_log, sys.stderr), error_format),
                 (access_log, log_handler(server.access_log, sys.stdout), access_format)]
     log.setLevel(server.log_level.upper())
-    access_log.setLevel(logging.INFO if handlers[1][1] else logging.CRITICAL)
+    access_log.setLevel(logging.CRITICAL if server.access_log == "off" else logging.INFO)
     logging.raiseExceptions = False  # a log that cannot be written costs no connection
     logging._srcfile = None  # neither caller nor thread is shown: do not look for them (Logging HOWTO, Optimization)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for logger, handler, formatter in handlers:
         old = list(logger.handlers)
-        handler = handler or logging.NullHandler()
         handler.setFormatter(formatter)
         logger.addHandler(handler)
         logger.propagate = False
@@ -4261,9 +4260,9 @@ def setup_logging(server):
 
 
 def log_handler(where, stream):
-    """The value of access_log or error_log -> a logging.Handler, None for off."""
+    """The value of access_log or error_log -> a logging.Handler."""
     if where == "off":
-        return None
+        return logging.NullHandler()
     if where == "-":
         return logging.StreamHandler(stream)
     if where.startswith("syslog:"):
@@ -4278,24 +4277,20 @@ class StatusConnection(socketserver.BaseRequestHandler):
     """One request to the status page: / /status.json /metrics /healthz /readyz."""
 
     def handle(self):
-        stream, gate = Stream(self.request), self.server.gate
-        deadline = Deadline(5)
-        peer = self.client_address[0] if self.client_address else None
+        """Read the request, answer it, close."""
+        stream, deadline, method = Stream(self.request), Deadline(5), None
         try:
             try:
-                message = parse_request_head(read_head(stream, 16384, deadline))
-                if peer and not trusted(gate.config.server.status_allow, peer):
-                    raise HTTPError(403, "not_allowed", "status_allow does not name this address")
-                if message.method not in (b"GET", b"HEAD"):
-                    raise HTTPError(405, "not_allowed", "", ((b"Allow", b"GET, HEAD"),))
-                status, kind, text = self.page(gate, message)
+                message = parse_request_head(read_head(stream, SMALL_READ, deadline))
+                method = message.method
+                status, kind, text = self.page(self.server.gate, message)
             except HTTPError as error:
-                message, status, kind, text = None, error.status, "text/plain", "%s\n" % error.reason
+                status, kind, text = error.status, "text/plain", "%s\n" % error.reason
             body = text.encode()
             head = ("HTTP/1.1 %d %s\r\nContent-Type: %s; charset=utf-8\r\nContent-Length: %d\r\n"
                     "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
                     % (status, reason_phrase(status), kind, len(body))).encode()
-            stream.write_all(head + (b"" if message and message.method == b"HEAD" else body), deadline)
+            stream.write_all(head if method == b"HEAD" else head + body, deadline)
             stream.linger()
         except (OSError, EOFError, TimedOut):  # whoever asked has gone
             pass
@@ -4303,28 +4298,33 @@ class StatusConnection(socketserver.BaseRequestHandler):
             stream.close()
 
     def page(self, gate, message):
-        """-> (status, content type, text)"""
+        """-> (status, content type, text); raises HTTPError."""
+        if self.client_address and not trusted(gate.config.server.status_allow, self.client_address[0]):
+            raise HTTPError(403, "not_allowed")
+        if message.method not in (b"GET", b"HEAD"):
+            raise HTTPError(405, "not_allowed")
         path, _, query = message.target.decode("ascii").partition("?")
         if path == "/healthz":
             return 200, "text/plain", "ok\n"
         if path == "/readyz":
             return (200, "text/plain", "ready\n") if gate.state == "running" else (503, "text/plain", gate.state + "\n")
         if path == "/metrics":
-            return 200, "text/plain; version=0.0.4", metrics(gate)
+            return 200, "text/plain; version=0.0.4", metrics(status(gate))
         if path == "/status.json":
             return 200, "application/json", json.dumps(status(gate), indent=1) + "\n"
         if path == "/":
             return 200, "text/html", status_page(status(gate), query)
-        raise HTTPError(404, "not_found", "")
+        raise HTTPError(404, "not_found")
 
 
 def status(gate):
-    """What the status page shows -> dict. Takes no lock that traffic waits for longer than a copy."""
+    """All that the status pages tell -> dict. Takes no lock that traffic waits for longer than a copy."""
     now = time.monotonic()
     with gate.lock:
-        connections, totals, open_now = len(gate.connections), dict(gate.totals), gate.tunnels()
+        connections, totals, handshakes = len(gate.connections), gate.totals.copy(), list(gate.handshakes)
+    bounds = ["%g" % bound for bound in HANDSHAKE_BUCKETS] + ["+Inf"]
     tunnels = []
-    for tunnel in open_now:
+    for tunnel in gate.tunnels():
         record, flows = tunnel.record, (tunnel.up, tunnel.down)
         scanners = [flow.scanner for flow in flows]
         data = max([scanner.last_data for scanner in scanners if scanner] or [tunnel.last_byte])
@@ -4335,14 +4335,17 @@ def status(gate):
             "down_messages": scanners[1].messages if scanners[1] else 0, "down_bytes": flows[1].bytes,
             "rtt": None if tunnel.rtt is None else round(tunnel.rtt, 4)})
     servers = [{"upstream": upstream.name, "server": server.name, "active": server.health.active,
-                "picked": server.health.picked,
+                "picked": server.health.picked, "up": not server.down and server.healthy(now),
                 "state": "down" if server.down else "up" if server.healthy(now) else "resting", "backup": server.backup}
                for upstream in gate.config.upstreams for server in upstream.servers]
-    return {"version": VERSION, "state": gate.state, "uptime": round(time.time() - gate.started),
-            "connections": connections,
+    return {"version": VERSION, "state": gate.state, "started": round(gate.started, 3),
+            "uptime": round(time.time() - gate.started), "connections": connections,
             "capacity": gate.capacity, "capacity_reason": gate.capacity_reason, "tunnels_open": len(tunnels),
-            "requests": totals.get("requests", 0), "tunnels": totals.get("tunnels", 0),
-            "refusals": dict(counted(totals, "refused_")), "ends": dict(counted(totals, "end_")),
+            "requests": totals["requests"], "tunnels": totals["tunnels"],
+            "bytes": dict(zip(("up", "down"), gate.traffic()[1:])), "statuses": counted(totals, "status_"),
+            "refusals": counted(totals, "refused_"), "ends": counted(totals, "end_"),
+            "handshakes": dict(zip(bounds, itertools.accumulate(handshakes))),
+            "handshake_sum": totals["handshake_sum"],
             "servers": servers, "live": tunnels, "history": rates(list(gate.samples))}
 
 
@@ -4353,49 +4356,41 @@ def rates(samples):
 
 
 def counted(totals, prefix):
-    """What Gate.totals has under this prefix -> [(word, count)]"""
-    return [(name[len(prefix):], count) for name, count in sorted(totals.items()) if name.startswith(prefix)]
+    """What Gate.totals has under this prefix -> {word: count}"""
+    return {name[len(prefix):]: count for name, count in sorted(totals.items()) if name.startswith(prefix)}
 
 
-def metrics(gate):
-    """The Prometheus text format, version 0.0.4."""
+METRICS = (  # name, kind, key of status(), label or key of what is in it, meaning
+    ("start_time_seconds", "gauge", "started", None, "When the gate was started, in unix time."),
+    ("connections", "gauge", "connections", None, "Client connections open now."),
+    ("connections_limit", "gauge", "capacity", None, "Client connections there may be."),
+    ("tunnels", "gauge", "tunnels_open", None, "Tunnels open now."),
+    ("requests_total", "counter", "statuses", "status", "Exchanges that have ended, by status."),
+    ("refusals_total", "counter", "refusals", "reason", "Exchanges the gate answered itself, by reason."),
+    ("tunnel_ends_total", "counter", "ends", "reason", "Tunnels that have ended, by reason."),
+    ("bytes_total", "counter", "bytes", "direction", "Payload relayed, from (up) and to (down) clients."),
+    ("server_active", "gauge", "servers", "active", "Exchanges and tunnels of a server now."),
+    ("server_up", "gauge", "servers", "up", "1 unless the server rests or is down."),
+    ("handshake_seconds", "histogram", "handshakes", "le", "From the request to the 101."),
+)
+
+
+def metrics(facts):
+    """The dict of status() in the Prometheus text format, version 0.0.4."""
     lines = []
-
-    def metric(name, kind, meaning, values):
-        lines.append("# HELP wsgate_%s %s\n# TYPE wsgate_%s %s" % (name, meaning, name, kind))
-        for labels, value in values:
-            text = ",".join('%s="%s"' % (key, str(each).replace("\\", "\\\\").replace('"', '\\"'))
-                            for key, each in labels)
-            lines.append("wsgate_%s%s %s" % (name, "{%s}" % text if text else "", value))
-
-    with gate.lock:
-        connections, totals = len(gate.connections), dict(gate.totals)
-    open_now, up, down = gate.traffic()
-    now = time.monotonic()
-    metric("start_time_seconds", "gauge", "When the gate was started, in unix time.", [((), round(gate.started, 3))])
-    metric("connections", "gauge", "Client connections open now.", [((), connections)])
-    metric("connections_limit", "gauge", "Client connections there may be.", [((), gate.capacity)])
-    metric("tunnels", "gauge", "Tunnels open now.", [((), open_now)])
-    for name, label, prefix, meaning in (
-            ("requests_total", "status", "status_", "Exchanges that have ended, by status."),
-            ("refusals_total", "reason", "refused_", "Exchanges the gate answered itself, by reason."),
-            ("tunnel_ends_total", "reason", "end_", "Tunnels that have ended, by reason.")):
-        metric(name, "counter", meaning, [(((label, word),), count) for word, count in counted(totals, prefix)])
-    metric("bytes_total", "counter", "Payload relayed, from (up) and to (down) clients.", [
-        ((("direction", "up"),), up), ((("direction", "down"),), down)])
-    metric("handshake_seconds", "histogram", "From the request to the 101.", [])
-    total = totals.get("tunnels", 0)
-    for bound, count in zip(HANDSHAKE_BUCKETS, itertools.accumulate(gate.handshakes)):
-        lines.append('wsgate_handshake_seconds_bucket{le="%g"} %d' % (bound, count))
-    lines += ['wsgate_handshake_seconds_bucket{le="+Inf"} %d' % total,
-              "wsgate_handshake_seconds_sum %s" % totals.get("handshake_sum", 0),
-              "wsgate_handshake_seconds_count %d" % total]
-    servers = [((("upstream", upstream.name), ("server", server.name)), server)
-               for upstream in gate.config.upstreams for server in upstream.servers]
-    metric("server_active", "gauge", "Exchanges and tunnels of a server now.",
-           [(key, each.health.active) for key, each in servers])
-    metric("server_up", "gauge", "1 unless the server rests or is down.", [
-        (key, int(each.healthy(now) and not each.down)) for key, each in servers])
+    quoted = json.JSONEncoder(ensure_ascii=False).encode  # as label values are
+    for name, kind, key, label, meaning in METRICS:
+        lines += ["# HELP wsgate_%s %s" % (name, meaning), "# TYPE wsgate_%s %s" % (name, kind)]
+        if key == "servers":
+            lines += ["wsgate_%s{upstream=%s,server=%s} %d" % (
+                name, quoted(each["upstream"]), quoted(each["server"]), each[label]) for each in facts[key]]
+        elif label:
+            name += "_bucket" if kind == "histogram" else ""
+            lines += ['wsgate_%s{%s="%s"} %s' % (name, label, word, count) for word, count in facts[key].items()]
+        else:
+            lines.append("wsgate_%s %s" % (name, facts[key]))
+    lines += ["wsgate_handshake_seconds_sum %s" % facts["handshake_sum"],
+              "wsgate_handshake_seconds_count %d" % facts["handshakes"]["+Inf"]]
     return "\n".join(lines) + "\n"
 
 
@@ -4435,10 +4430,9 @@ def status_page(facts, query):
         return "<tr>" + "".join('<td%s>%s' % (' class="text"' if 2 <= place <= 4 else "", html.escape(str(value)))
                                 for place, value in enumerate(values))
 
-    history = facts["history"][-120:]
     curves, peaks = [], []
     for column, (kind, name) in enumerate((("a", "tunnels"), ("b", "bytes/s up"), ("c", "bytes/s down"))):
-        values = [sample[column] for sample in history]
+        values = [sample[column] for sample in facts["history"]]
         peak = max(values, default=0)
         points = ["%d,%.1f" % (120 - len(values) + place, 98 - 96 * value / peak if peak else 98)
                   for place, value in enumerate(values)]
@@ -4448,10 +4442,8 @@ def status_page(facts, query):
     order = ((lambda each: -each["up_bytes"] - each["down_bytes"]) if query == "sort=bytes" else
              (lambda each: -each["age"]))
     live = [cells((each["id"], duration(each["age"]), each["client"], each["location"], each["server"],
-                   each["up_messages"],
-                   amount(each["up_bytes"]), each["down_messages"], amount(each["down_bytes"]),
-                   duration(each["last_data"]),
-                   "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
+                   each["up_messages"], amount(each["up_bytes"]), each["down_messages"], amount(each["down_bytes"]),
+                   duration(each["last_data"]), "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
             for each in sorted(facts["live"], key=order)[:500]]
     servers = ['<tr><td>%s<td class="text">%s<td class="%s">%s<td>%d<td>%d' % (
         html.escape(each["upstream"] if each["upstream"] != each["server"] else "-"), html.escape(each["server"]),
