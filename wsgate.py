@@ -4477,58 +4477,32 @@ def amount(count):
 def main(argv=None):
     """Run what the command line asks for -> exit status: 0 as asked, 1 an error, 2 misuse."""
     arguments = parse_arguments(argv)
+    asked = ((arguments.print_config, print_config), (arguments.print_unit, print_unit),
+             (arguments.hash_password, print_password), (arguments.demo, demo), (arguments.probe, probe),
+             (arguments.t, check_config), (arguments.s, send_signal))
     try:
-        if arguments.print_config:
-            sys.stdout.write(sample_config())
-            return 0
-        if arguments.print_unit:
-            sys.stdout.write(UNIT % {"python": sys.executable, "file": os.path.abspath(__file__)})
-            for path in (sys.executable, os.path.abspath(__file__)):
-                if path.startswith((os.path.expanduser("~") + "/", "/home/", "/tmp/", "/var/tmp/")):
-                    sys.stderr.write("wsgate: the unit cannot see %s (ProtectHome, PrivateTmp); "
-                                     "move it, to /usr/local say\n" % path)
-            return 0
-        if arguments.hash_password:
-            sys.stdout.write("%s:%s\n" % (arguments.hash_password, hash_password(getpass.getpass().encode()).decode()))
-            return 0
-        if arguments.demo:
-            return demo(arguments)
-        if arguments.probe:
-            return probe(arguments)
-        path, overrides = find_config(arguments)
-        if arguments.t:
-            config = load_config(path, overrides)
-            for warning in config.warnings:
-                sys.stderr.write("wsgate: warning: %s\n" % warning)
-            for key in ("error_log", "access_log", "pid"):
-                file = getattr(config.server, key)
-                if file and file not in ("-", "off") and not file.startswith("syslog:"):
-                    there = file if os.path.exists(file) else os.path.dirname(file) or "."
-                    if os.path.isdir(file) or not os.access(there, os.W_OK):
-                        sys.stderr.write("wsgate: warning: [server] %s: this user cannot write %s\n" % (key, file))
-            sys.stderr.write("wsgate: %s is good\n" % (path or "the configuration"))
-            return 0
-        if arguments.s and not path:
-            raise ValueError("-s needs the configuration of the running gate, for its pid: -c FILE")
-        if arguments.s:
-            return send_signal(load_config(path, overrides), arguments.s)
-        return run_gate(path, overrides)
+        for wanted, action in asked:
+            if wanted:
+                return action(arguments) or 0
+        return run_gate(*find_config(arguments))
     except ConfigError as error:
-        for line in error.errors:
-            sys.stderr.write("wsgate: %s\n" % line)
-        return 1
+        inform(*error.errors)
     except KeyboardInterrupt:
-        return 0
-    except EOFError:
-        sys.stderr.write("\nwsgate: no password was given\n")
-        return 1
+        return 1 if arguments.probe else 0  # a probe that is broken off has not shown that it works
     except (OSError, ValueError) as error:
         what = getattr(error, "strerror", None) or str(error)
-        sys.stderr.write("wsgate: %s%s\n" % ("%s: " % error.filename if getattr(error, "filename", None) else "", what))
-        return 1
+        inform("%s: %s" % (error.filename, what) if getattr(error, "filename", None) else what)
+    return 1
+
+
+def inform(*lines):
+    """Tell whoever started the program, on stderr."""
+    for line in lines:
+        sys.stderr.write("wsgate: %s\n" % line)
 
 
 def parse_arguments(argv):
+    """-> argparse.Namespace; -h, -v and misuse end the program here."""
     parser = argparse.ArgumentParser(
         prog="wsgate.py", description="A WebSocket reverse proxy in one file.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -4572,24 +4546,40 @@ CONTROL = {"reload": "SIGHUP", "quit": "SIGQUIT", "stop": "SIGTERM", "reopen": "
 
 def find_config(arguments):
     """-> (path or None, {key: text} for [server])"""
-    overrides = {}
+    path, overrides = arguments.c, {}
     if arguments.listen:
         overrides["listen"] = arguments.listen
     if arguments.backend:
         overrides["proxy_pass"] = arguments.backend if "://" in arguments.backend else "http://" + arguments.backend
-    if arguments.c:
-        return arguments.c, overrides
-    for path in ("wsgate.ini", os.path.join(os.path.dirname(os.path.abspath(__file__)), "wsgate.ini")):
-        if os.path.exists(path) and not arguments.backend:
-            return path, overrides
-    if not arguments.backend:
-        sys.stderr.write("wsgate: no wsgate.ini here or beside wsgate.py; using the defaults\n")
-    return None, overrides
+    elif not path:
+        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wsgate.ini")
+        path = next(filter(os.path.exists, ("wsgate.ini", beside)), None)
+        if not path:
+            inform("no wsgate.ini here or beside wsgate.py; using the defaults")
+    return path, overrides
 
 
-def send_signal(config, name):
-    """-s"""
-    path = config.server.pid
+def check_config(arguments):
+    """-t: what is wrong with the configuration is raised, what is only doubtful are warnings."""
+    path, overrides = find_config(arguments)
+    config = load_config(path, overrides)
+    lines = ["warning: %s" % warning for warning in config.warnings]
+    for key in ("error_log", "access_log", "pid"):
+        file = getattr(config.server, key)
+        if file and file not in ("-", "off") and not file.startswith("syslog:"):
+            there = file if os.path.exists(file) else os.path.dirname(file) or "."
+            if os.path.isdir(file) or not os.access(there, os.W_OK):
+                lines.append("warning: [server] %s: this user cannot write %s" % (key, file))
+    lines.append("%s is good" % (path or "the configuration"))
+    inform(*lines)
+
+
+def send_signal(arguments):
+    """-s: to the process whose number is in the pid file of the configuration."""
+    path, overrides = find_config(arguments)
+    if not path:
+        raise ValueError("-s needs the configuration of the running gate, for its pid: -c FILE")
+    path = load_config(path, overrides).server.pid
     if not path:
         raise ValueError("-s needs pid = FILE in [server]")
     try:
@@ -4597,10 +4587,19 @@ def send_signal(config, name):
             number = int(file.read())
         if number < 1:  # these would mean other processes than the gate
             raise ValueError
-        os.kill(number, getattr(signal, CONTROL[name]))
+        os.kill(number, getattr(signal, CONTROL[arguments.s]))
     except (FileNotFoundError, ProcessLookupError, ValueError):
         raise ValueError("no gate runs with the process id in %s" % path)
-    return 0
+
+
+def print_password(arguments):
+    """--hash-password: ask for it, print the line for auth_basic_user_file."""
+    try:
+        password = getpass.getpass()
+    except EOFError:
+        sys.stderr.write("\n")
+        raise ValueError("no password was given")
+    sys.stdout.write("%s:%s\n" % (arguments.hash_password, hash_password(password.encode()).decode()))
 
 
 def run_gate(path, overrides, ready=None):
@@ -4660,13 +4659,10 @@ def inherited_sockets():
     found = {}
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-        family = socket.socket(fileno=os.dup(descriptor))
-        sock = socket.fromfd(descriptor, family.getsockname() and family.family or socket.AF_INET, socket.SOCK_STREAM)
-        os.close(descriptor)
+        sock = socket.socket(fileno=descriptor)
         name = sock.getsockname()
-        found[show_address(Address(None, None, name) if isinstance(name, str)
-                           else Address(name[0], name[1], None))] = sock
-        family.close()
+        address = Address(None, None, name) if isinstance(name, str) else Address(name[0], name[1], None)
+        found[show_address(address)] = sock
     return found
 
 
@@ -4722,13 +4718,13 @@ proxy_pass = http://127.0.0.1:9000
 """
 
 
-def sample_config():
-    """wsgate.ini, written from the tables."""
-    def keys(table):
-        return "\n".join("# %s\n#%s = %s" % (key.meaning, name, key.default) if key.default else
-                         "# %s\n#%s =" % (key.meaning, name) for name, key in table.items() if name != "proxy_pass")
-
-    return SAMPLE % (keys(SERVER_KEYS), keys(LOCATION_KEYS), keys(UPSTREAM_KEYS))
+def print_config(arguments):
+    """--print-config: wsgate.ini, written from the tables."""
+    sections = []
+    for table in (SERVER_KEYS, LOCATION_KEYS, UPSTREAM_KEYS):
+        sections.append("\n".join("# %s\n#%s" % (key.meaning, ("%s = %s" % (name, key.default)).rstrip())
+                                  for name, key in table.items() if name != "proxy_pass"))
+    sys.stdout.write(SAMPLE % tuple(sections))
 
 
 UNIT = """\
@@ -4765,6 +4761,16 @@ LogsDirectory=wsgate
 [Install]
 WantedBy=multi-user.target
 """
+
+
+def print_unit(arguments):
+    """--print-unit: for this file and this Python, with a warning where the unit could not see them."""
+    python, file = sys.executable, os.path.abspath(__file__)
+    sys.stdout.write(UNIT % {"python": python, "file": file})
+    for path in (python, file):
+        if path.startswith((os.path.expanduser("~") + "/", "/home/", "/tmp/", "/var/tmp/")):
+            inform("the unit cannot see %s (ProtectHome, PrivateTmp); move it, to /usr/local say" % path)
+
 
 # The demo: an echo backend on a port of its own, and the gate in front of it.
 
@@ -4819,6 +4825,7 @@ class DemoConnection(socketserver.BaseRequestHandler):
     """One request to the DemoBackend."""
 
     def handle(self):
+        """Answer with the page, with the time of the last ping, or as an echo that shows its handshake."""
         stream, deadline = Stream(self.request), Deadline(86400)
         head = read_head(stream, SMALL_READ, deadline)
         message = parse_request_head(head)
@@ -4866,15 +4873,15 @@ def read_frames(stream, deadline):
 
 
 def demo(arguments):
-    """--demo"""
+    """--demo: the gate and its backend in this process -> exit status."""
     backend = DemoBackend()
-    overrides = {"listen": arguments.listen or "127.0.0.1:8080",
-                 "proxy_pass": "http://127.0.0.1:%d" % backend.server_address[1],
-                 "ping_interval": "5s"}
+    overrides = {"listen": arguments.listen or "127.0.0.1:8080", "ping_interval": "5s",
+                 "proxy_pass": "http://127.0.0.1:%d" % backend.server_address[1]}
 
     def ready(gate):
+        """Called once it listens."""
         backend.gate = gate
-        sys.stderr.write("wsgate: open %s in a browser; Ctrl-C ends it\n" % gate.listeners[0].url())
+        inform("open %s in a browser; Ctrl-C ends it" % gate.listeners[0].url())
     return run_gate(None, overrides, ready)
 
 
