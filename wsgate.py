@@ -4427,6 +4427,7 @@ path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}}
 def status_page(facts, query):
     """The dict of status() as HTML that refreshes itself; no script, nothing from elsewhere."""
     def cells(values):
+        """A row; its third to fifth cell are text."""
         return "<tr>" + "".join('<td%s>%s' % (' class="text"' if 2 <= place <= 4 else "", html.escape(str(value)))
                                 for place, value in enumerate(values))
 
@@ -4841,21 +4842,24 @@ class DemoConnection(socketserver.BaseRequestHandler):
             if payload == b"head":
                 payload = head.strip()
             answer = PONG if opcode == PING else opcode
-            stream.write_all(bytes((0x80 | answer,)) + frame_length(len(payload)) + payload, deadline)
+            stream.write_all(frame_head(answer, len(payload), False) + payload, deadline)
             if opcode == CLOSE:
                 return stream.linger()
 
 
-def frame_length(length):
-    """The length bytes of an unmasked frame."""
+def frame_head(opcode, length, masked):
+    """The header of a final frame of any length, up to its mask."""
+    bit = 0x80 if masked else 0
     if length < 126:
-        return bytes((length,))
-    return struct.pack("!BH", 126, length) if length < 1 << 16 else struct.pack("!BQ", 127, length)
+        return bytes((0x80 | opcode, bit | length))
+    wide = length >= 1 << 16
+    return struct.pack("!BBQ" if wide else "!BBH", 0x80 | opcode, bit | (127 if wide else 126), length)
 
 
 def read_frames(stream, deadline):
-    """Read whole frames of at most 1 MiB -> (opcode, payload), unmasked."""
+    """Read whole frames of at most 1 MiB -> (opcode, payload), unmasked, up to the end of the stream."""
     while True:
+        deadline.left()  # a flood must not go on for ever either
         data = stream.buffer
         short = data[1] & 0x7F if len(data) > 1 else 0
         header = (2 if short < 126 else 4 if short == 126 else 10) + (4 if len(data) > 1 and data[1] & 0x80 else 0)
@@ -4895,7 +4899,8 @@ VERDICTS = {  # word: (what happened, what to do)
                      "the server left them out, or a proxy took these hop-by-hop fields out of the answer"),
     "wrong_choice": ("101, but with %(chosen)s where %(offered)s was offered, so browsers refuse it",
                      "offer what the server speaks (--subprotocol), or let it choose one of those offered"),
-    "cut": ("101, but after %(seconds).1f s %(how)s", "%(advice)s"),
+    "cut": ("101, but after %(seconds).1f s %(how)s",
+            "see the server's log; after silence: a longer idle timeout on the way, or pings (wsgate: ping_interval)"),
     "page": ("200: the page, not the socket; nobody there saw a WebSocket handshake",
              "compare the path with the application's; each proxy must pass Upgrade and Connection on"),
     "redirected": ("%(status)d to %(location)s, and no WebSocket follows it: a prefix, a login page, or https",
@@ -4953,30 +4958,30 @@ SHOWN = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))  # of SECRE
 
 
 class Verdict(Exception):
-    """A probe has come to its end: a word, and the facts for its sentence (like: whose one an unknown word gets)."""
+    """A probe has come to its end: a word, and the facts for its sentence.
 
-    def __init__(self, word, **facts):
+    like: the word whose sentence it gets if there is none for its own.
+    """
+
+    def __init__(self, word, like=None, **facts):
         super().__init__(word)
         self.word = word
+        self.like = like
         self.facts = facts
 
 
 def probe(arguments):
     """--probe URL or /path -> exit status: 0 only if the socket works."""
-    try:
-        if arguments.probe.startswith("/"):
-            return probe_config(arguments)
-        match = re.fullmatch(r"(?:ws|http)(s?)://([^\s/?#@]+)(/?)([^\s#]*)(?:#\S*)?", arguments.probe, re.I)
-        if not match:
-            raise ValueError("--probe needs ws://host[:port]/path, wss://, or a /path of the configuration")
-        server = Server(parse_address(match.group(2), default_port=443 if match.group(1) else 80))
-        authority = re.sub(":443$" if match.group(1) else ":80$", "", match.group(2))  # as browsers write it
-        cafile = arguments.cafile and parse_pem(arguments.cafile)
-        context = probe_context(not arguments.insecure, cafile) if match.group(1) else None
-        head = handshake_head(arguments, authority, "/" + match.group(4))
-        return 0 if Probe(arguments, server, head, context).run().word == "works" else 1
-    except KeyboardInterrupt:
-        return 1
+    if arguments.probe.startswith("/"):
+        return probe_config(arguments)
+    match = re.fullmatch(r"(?:ws|http)(s?)://([^\s/?#@]+)/?([^\s#]*)(?:#\S*)?", arguments.probe, re.I)
+    if not match:
+        raise ValueError("--probe needs ws://host[:port]/path, wss://, or a /path of the configuration")
+    tls, where, target = match.groups()
+    server = Server(parse_address(where, default_port=443 if tls else 80))
+    context = probe_context(not arguments.insecure, arguments.cafile and parse_pem(arguments.cafile)) if tls else None
+    head = handshake_head(arguments, re.sub(":443$" if tls else ":80$", "", where), "/" + target)
+    return 0 if Probe(arguments, server, head, context).run().word == "works" else 1
 
 
 def probe_config(arguments):
@@ -5017,9 +5022,9 @@ def compare(probes):
     rows = [[""] + [each.server.name for each in probes[:-1]] + ["the gate"],
             ["status"] + [str(each.response.status) if each.response else "-" for each in probes],
             ["verdict"] + [each.word for each in probes]]
-    for name in sorted(set().union(*(each.index for each in fields)) - SECRET - {b"date", b"sec-websocket-accept"}):
+    for name in sorted(set().union(*[each.index for each in fields]) - SECRET - {b"date", b"sec-websocket-accept"}):
         values = [printable(b", ".join(each.get_all(name)))[:40] or "-" for each in fields]
-        if len(set(map(str.lower, values))) > 1:
+        if len({value.lower() for value in values}) > 1:
             rows.append([printable(name)] + values)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -5032,22 +5037,21 @@ def compare(probes):
 
 def handshake_head(arguments, authority, target):
     """The client's handshake (RFC 6455 4.1) -> bytes. --header replaces the field of its name, or removes it."""
-    fields = [("Host", authority if max(authority) < "\x7f" else authority.encode("idna").decode()),
-              ("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13"),
-              ("Sec-WebSocket-Key", base64.b64encode(os.urandom(16)).decode()),
-              ("Origin", arguments.origin), ("Sec-WebSocket-Protocol", arguments.subprotocol)]
-    for line in arguments.header or ():
+    given = arguments.header or []
+    fields = ["Host: " + (authority if max(authority) < "\x7f" else authority.encode("idna").decode()),
+              "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+              "Sec-WebSocket-Key: " + base64.b64encode(os.urandom(16)).decode(),
+              "Origin: " + (arguments.origin or ""), "Sec-WebSocket-Protocol: " + (arguments.subprotocol or "")]
+    replaced = [line.partition(":")[0].lower() for line in given]
+    lines = [line for line in fields if line.partition(":")[0].lower() not in replaced] + given
+    for line in lines:
         if "\n" in line or not FIELD_LINES.fullmatch(line.encode("utf-8", "surrogateescape") + b"\r\n"):
-            raise ValueError("--header is written 'Name: value', not '%s'" % printable(line))
-    given = [line.partition(":")[::2] for line in arguments.header or ()]
-    names = [name.lower() for name, _ in given]
-    fields = [pair for pair in fields if pair[0].lower() not in names] + given
-    lines = "".join("%s: %s\r\n" % (name, value.strip()) for name, value in fields if value and value.strip())
-    if "\n" in (arguments.origin or "") + (arguments.subprotocol or ""):
-        raise ValueError("--origin and --subprotocol are one line each")
-    target = target.encode("utf-8", "surrogateescape")
-    target = re.sub(br"[^\x21-\x7e]", lambda match: b"%%%02X" % ord(match.group()), target)
-    return b"GET %s HTTP/1.1\r\n%s\r\n" % (target, lines.encode("utf-8", "surrogateescape"))
+            raise ValueError("a header field is written 'Name: value' in one line, not '%s'" % printable(line))
+    pairs = [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines)]
+    block = "".join("%s: %s\r\n" % pair for pair in pairs if pair[1])
+    target = re.sub(br"[^\x21-\x7e]", lambda match: b"%%%02X" % ord(match.group()),
+                    target.encode("utf-8", "surrogateescape"))
+    return b"GET %s HTTP/1.1\r\n%s\r\n" % (target, block.encode("utf-8", "surrogateescape"))
 
 
 def probe_context(verify, cafile=None):
@@ -5078,7 +5082,7 @@ class Probe:
         self.preface = b"PROXY UNKNOWN\r\n" if proxy_protocol else b""
         self.deadline = Deadline(min(arguments.timeout, LONGEST_WAIT))
         self.stream = self.response = self.word = None
-        self.opened = 0.0                # time.monotonic() of the 101, or when the silence began
+        self.since = 0.0                 # time.monotonic() of the 101, or when the silence began
 
     def run(self):
         """All steps up to the verdict -> self."""
@@ -5102,6 +5106,7 @@ class Probe:
         found, began = [], time.monotonic()
 
         def ask():
+            """Leave the addresses, or why there are none."""
             try:
                 found.append(self.server.addresses())
             except (OSError, UnicodeError) as error:
@@ -5212,16 +5217,15 @@ class Probe:
             say("body", printable(re.sub(b" +", b" ", body)[:400]).replace("\\x22", '"'))
         if status == 400 and re.search(br"(?i)HTTPS (port|server)|SSL-enabled|port speaks TLS", body):
             raise Verdict("tls_port")
-        word = ANSWERS.get(status, "other_answer")
-        if status == 426 and fields.get_all(b"sec-websocket-version"):
-            word = "wrong_version"
         reason = printable(fields.get(b"x-wsgate-reason") or b"")
-        raise Verdict(word if reason in VERDICTS else reason or word, like=word)
+        if status == 426 and not reason and fields.get_all(b"sec-websocket-version"):
+            raise Verdict("wrong_version")
+        raise refusal(status, reason)
 
     def use_frames(self):
         """The socket is open: echoes or silence if asked for, else one ping; then an orderly Close."""
         asked = self.arguments
-        self.opened = time.monotonic()
+        self.since = time.monotonic()
         try:
             if asked.count or asked.message is not None:
                 self.echo(asked.count or 1, (asked.message or "wsgate").encode("utf-8", "surrogateescape"))
@@ -5232,12 +5236,12 @@ class Probe:
                 self.idle(min(asked.idle, LONGEST_WAIT))
             deadline = Deadline(1)
             self.stream.write_all(close_frame(1000, "", masked=True), deadline)
-            answered = any(deadline.left() and opcode == CLOSE for opcode, _ in read_frames(self.stream, deadline))
+            answered = any(opcode == CLOSE for opcode, _ in read_frames(self.stream, deadline))
             say("close", "its Close came back" if answered else "it ended without a Close frame")
         except TimedOut:
             say("close", "no Close came back")
         except OSError as error:
-            raise self.cut("the connection broke: %s" % explain(error))
+            raise Verdict("cut", how="the connection broke: %s" % explain(error))
 
     def echo(self, count, payload):
         """Round trips of one message."""
@@ -5253,11 +5257,11 @@ class Probe:
 
     def round_trip(self, opcode, payload, deadline):
         """Send a frame and wait for the same payload -> milliseconds, None if it does not come."""
-        mask, length, began = os.urandom(4), bytearray(frame_length(len(payload))), time.monotonic()
-        length[0] |= 0x80
+        mask, began = os.urandom(4), time.monotonic()
         answers = (PONG,) if opcode == PING else (TEXT, BINARY, CONTINUATION)
         try:
-            self.stream.write_all(bytes((0x80 | opcode,)) + length + mask + apply_mask(payload, mask), deadline)
+            frame = frame_head(opcode, len(payload), True) + mask + apply_mask(payload, mask)
+            self.stream.write_all(frame, deadline)
             for answer, data in self.frames(deadline):
                 if answer in answers and data == payload:
                     return (time.monotonic() - began) * 1000
@@ -5268,18 +5272,17 @@ class Probe:
 
     def idle(self, seconds):
         """Say and answer nothing for so long."""
-        self.opened = time.monotonic()
+        self.since = time.monotonic()
         try:
             for opcode, _ in self.frames(Deadline(seconds)):
                 if opcode == PING:
-                    say("idle", "a ping after %.1f s, not answered" % (time.monotonic() - self.opened))
+                    say("idle", "a ping after %.1f s, not answered" % (time.monotonic() - self.since))
         except TimedOut:
             say("idle", "survived %g s of silence" % seconds)
 
     def frames(self, deadline):
         """read_frames, but a Close or the end of the connection is a Verdict."""
         for opcode, payload in read_frames(self.stream, deadline):
-            deadline.left()  # a flood must not go on for ever either
             if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
                 raise Verdict("garbage", error="opcode %d in a frame" % opcode)
             if opcode == CLOSE:
@@ -5287,17 +5290,10 @@ class Probe:
                 reason = printable(payload[2:])
                 said = re.fullmatch("backend_said_([0-9]{3})", reason)
                 if said or reason in REASONS:  # reject_with = close
-                    raise Verdict(reason, like=ANSWERS.get(int(said.group(1)), "other_answer") if said else None)
-                raise self.cut("the other side sent Close %d %s" % (code, reason or "without a reason"))
+                    raise refusal(int(said.group(1)) if said else 0, reason)
+                raise Verdict("cut", how="the other side sent Close %d %s" % (code, reason or "without a reason"))
             yield opcode, payload
-        raise self.cut("the other side ended the connection without a Close frame (1006 in browsers)")
-
-    def cut(self, how):
-        """-> the Verdict for a socket that did not stay open, and what may help."""
-        seconds = time.monotonic() - self.opened
-        advice = ("raise the idle timeout on the way, or have one side ping more often (wsgate: ping_interval)"
-                  if self.arguments.idle else "see the server's log")
-        return Verdict("cut", seconds=seconds, how=how, advice=advice)
+        raise Verdict("cut", how="the other side ended the connection without a Close frame (1006 in browsers)")
 
     def tell(self, verdict):
         """The verdict, and what to do."""
@@ -5307,14 +5303,20 @@ class Probe:
                  "host": self.sent.get(b"host") or "missing", "origin": self.sent.get(b"origin") or "not sent",
                  "location": fields.get(b"location") or "nowhere"}
         facts = {name: printable(value) for name, value in facts.items()}
-        facts.update(timeout=self.arguments.timeout, status=self.response.status if self.response else 0)
-        facts.update(verdict.facts)
-        happened, advice = [table[word] for word in (self.word, verdict.facts.get("like"))
-                            for table in (REASONS, VERDICTS) if word in table][0]
+        facts.update(timeout=self.arguments.timeout, status=self.response.status if self.response else 0,
+                     seconds=time.monotonic() - self.since, **verdict.facts)
+        sentences = dict(VERDICTS, **REASONS)
+        happened, advice = sentences.get(self.word) or sentences[verdict.like]
         say("verdict", "%s: %s" % (self.word, happened % facts))
         if advice:
             say("to do", advice % facts)
         say("")
+
+
+def refusal(status, reason):
+    """The verdict on an answer that is not 101: the gate's own word if there is one, else the folklore."""
+    word = ANSWERS.get(status, "other_answer")
+    return Verdict(word if not reason or reason in VERDICTS else reason, like=word)
 
 
 def explain(error):
