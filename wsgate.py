@@ -4403,10 +4403,11 @@ h1{{font-size:1.3em}} h2{{font-size:1.05em;margin:1.6em 0 .4em}} .facts{{display
 .facts b{{display:block;font-size:1.5em}} .wide{{overflow-x:auto}} table{{border-collapse:collapse;width:100%}}
 th,td{{text-align:right;padding:.25em .6em;border-bottom:1px solid var(--line);white-space:nowrap;
 font-variant-numeric:tabular-nums}}
-th:first-child,td:first-child,.text{{text-align:left}} svg{{width:100%;height:7em;border-bottom:1px solid var(--line)}}
+tr>:first-child,.servers tr>:nth-child(2),.live tr>:nth-child(n+3):nth-child(-n+5){{text-align:left}}
+svg{{width:100%;height:7em;border-bottom:1px solid var(--line)}}
 path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}}
 .a{{stroke:#36c}} .b{{stroke:#2a2}} .c{{stroke:#d70}}
-.resting,.down{{color:#d22;font-weight:bold}}
+.resting>:nth-child(3),.down>:nth-child(3){{color:#d22;font-weight:bold}}
 </style><h1>wsgate {version} <small>{state}, up {uptime}</small></h1>
 <div class="facts"><div><b>{tunnels_open}</b>tunnels open</div>
 <div><b>{connections}</b>connections of {capacity} ({capacity_reason})</div>
@@ -4415,21 +4416,20 @@ path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}}
 <span style="color:#d70">bytes/s down</span></h2>
 <svg viewBox="0 0 120 100" preserveAspectRatio="none" role="img"
  aria-label="tunnels and bytes per second">{curves}</svg>
-<p>{peaks}</p><h2>Servers</h2><div class="wide"><table>
-<tr><th>upstream<th class="text">server<th>state<th>active<th>picked</tr>{servers}</table></div>
-<h2>Tunnels, by <a href="?sort=age">age</a> or <a href="?sort=bytes">bytes</a></h2><div class="wide"><table>
-<tr><th>id<th>age<th class="text">client<th class="text">location<th class="text">server<th>messages up<th>bytes up
-<th>messages down<th>bytes down<th>last data<th>rtt</tr>{live}</table></div>
+<p>{peaks}</p><h2>Servers</h2><div class="wide"><table class="servers">
+<tr><th>upstream<th>server<th>state<th>active<th>picked</tr>{servers}</table></div>
+<h2>Tunnels, by <a href="?sort=age">age</a> or <a href="?sort=bytes">bytes</a></h2><div class="wide"><table class="live">
+<tr><th>id<th>age<th>client<th>location<th>server<th>messages up<th>bytes up<th>messages down
+<th>bytes down<th>last data<th>rtt</tr>{live}</table></div>
 <h2>Answered by the gate itself</h2><p>{refusals}</p></html>
 """
 
 
 def status_page(facts, query):
     """The dict of status() as HTML that refreshes itself; no script, nothing from elsewhere."""
-    def cells(values):
-        """A row; its third to fifth cell are text."""
-        return "<tr>" + "".join('<td%s>%s' % (' class="text"' if 2 <= place <= 4 else "", html.escape(str(value)))
-                                for place, value in enumerate(values))
+    def row(values, kind=""):
+        """A row of a table; kind: its class."""
+        return '<tr class="%s">%s' % (kind, "".join("<td>%s" % html.escape(str(value)) for value in values))
 
     curves, peaks = [], []
     for column, (kind, name) in enumerate((("a", "tunnels"), ("b", "bytes/s up"), ("c", "bytes/s down"))):
@@ -4440,20 +4440,18 @@ def status_page(facts, query):
         if points:
             curves.append('<path class="%s" d="M%s"/>' % (kind, " L".join(points)))
         peaks.append("most %s: %s" % (name, amount(peak)))
-    order = ((lambda each: -each["up_bytes"] - each["down_bytes"]) if query == "sort=bytes" else
-             (lambda each: -each["age"]))
-    live = [cells((each["id"], duration(each["age"]), each["client"], each["location"], each["server"],
-                   each["up_messages"], amount(each["up_bytes"]), each["down_messages"], amount(each["down_bytes"]),
-                   duration(each["last_data"]), "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
-            for each in sorted(facts["live"], key=order)[:500]]
-    servers = ['<tr><td>%s<td class="text">%s<td class="%s">%s<td>%d<td>%d' % (
-        html.escape(each["upstream"] if each["upstream"] != each["server"] else "-"), html.escape(each["server"]),
-        each["state"], each["state"] + (" (backup)" if each["backup"] else ""),
-        each["active"], each["picked"]) for each in facts["servers"]]
+    keys = ("up_bytes", "down_bytes") if query == "sort=bytes" else ("age",)
+    live = [row((each["id"], duration(each["age"]), each["client"], each["location"], each["server"],
+                 each["up_messages"], amount(each["up_bytes"]), each["down_messages"], amount(each["down_bytes"]),
+                 duration(each["last_data"]), "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
+            for each in sorted(facts["live"], key=lambda each: -sum(each[key] for key in keys))[:500]]
+    servers = [row((each["upstream"] if each["upstream"] != each["server"] else "-", each["server"],
+                    each["state"] + (" (backup)" if each["backup"] else ""), each["active"], each["picked"]),
+                   each["state"]) for each in facts["servers"]]
     refusals = ", ".join("%s %d" % pair for pair in facts["refusals"].items()) or "nothing"
     return STATUS_PAGE.format(**dict(facts, uptime=duration(facts["uptime"]), curves="".join(curves),
-                                     peaks=", ".join(peaks),
-                                     servers="".join(servers), live="".join(live), refusals=html.escape(refusals)))
+                                     peaks=", ".join(peaks), servers="".join(servers), live="".join(live),
+                                     refusals=html.escape(refusals)))
 
 
 def duration(seconds):
@@ -4510,17 +4508,15 @@ def parse_arguments(argv):
         epilog="examples:\n  wsgate.py --demo\n  wsgate.py --listen :8080 --backend http://127.0.0.1:9000\n"
                "  wsgate.py -c wsgate.ini -t\n  wsgate.py -s reload")
     run = parser.add_argument_group("running")
-    run.add_argument("-c", metavar="FILE",
-                     help="configuration (default: ./wsgate.ini, then wsgate.ini beside wsgate.py)")
+    run.add_argument("-c", metavar="FILE", help="configuration (default: ./wsgate.ini, then the one beside wsgate.py)")
     run.add_argument("--listen", metavar="ADDRESS", help="listen here instead of what the file says")
     run.add_argument("--backend", metavar="URL", help="pass everything to this backend")
     run.add_argument("--demo", action="store_true", help="run a gate, an echo backend and a page to try them on")
     control = parser.add_argument_group("controlling a running gate")
-    control.add_argument("-s", metavar="SIGNAL", choices=sorted(CONTROL),
-                         help="%s, through its pid file" % ", ".join(sorted(CONTROL)))
+    words = sorted(CONTROL)
+    control.add_argument("-s", metavar="SIGNAL", choices=words, help="%s, by its pid file" % ", ".join(words))
     helping = parser.add_argument_group("checking and helping")
-    helping.add_argument("-t", action="store_true",
-                         help="check the configuration and say everything that is wrong with it")
+    helping.add_argument("-t", action="store_true", help="check the configuration, say all that is wrong with it")
     helping.add_argument("--probe", metavar="URL", help="make a WebSocket handshake and explain what happens; "
                          "a /path: with each backend of the configuration, then with the gate")
     probing = parser.add_argument_group("with --probe")
@@ -4533,8 +4529,7 @@ def parse_arguments(argv):
     probing.add_argument("--count", metavar="N", type=parse_count, help="so many echo round trips")
     probing.add_argument("--idle", metavar="TIME", type=parse_timeout, help="then stay silent; who cuts it, when")
     probing.add_argument("--timeout", metavar="TIME", type=parse_timeout, default="10s", help="without --idle (10s)")
-    helping.add_argument("--hash-password", metavar="USER",
-                         help="ask for a password, print a line for auth_basic_user_file")
+    helping.add_argument("--hash-password", metavar="USER", help="ask for it, print a line for auth_basic_user_file")
     helping.add_argument("--print-config", action="store_true", help="print a wsgate.ini with every key at its default")
     helping.add_argument("--print-unit", action="store_true", help="print a systemd unit")
     helping.add_argument("-v", "--version", action="version",
