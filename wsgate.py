@@ -4418,8 +4418,8 @@ path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}}
  aria-label="tunnels and bytes per second">{curves}</svg>
 <p>{peaks}</p><h2>Servers</h2><div class="wide"><table class="servers">
 <tr><th>upstream<th>server<th>state<th>active<th>picked</tr>{servers}</table></div>
-<h2>Tunnels, by <a href="?sort=age">age</a> or <a href="?sort=bytes">bytes</a></h2><div class="wide"><table class="live">
-<tr><th>id<th>age<th>client<th>location<th>server<th>messages up<th>bytes up<th>messages down
+<h2>Tunnels, by <a href="?sort=age">age</a> or <a href="?sort=bytes">bytes</a></h2><div class="wide">
+<table class="live"><tr><th>id<th>age<th>client<th>location<th>server<th>messages up<th>bytes up<th>messages down
 <th>bytes down<th>last data<th>rtt</tr>{live}</table></div>
 <h2>Answered by the gate itself</h2><p>{refusals}</p></html>
 """
@@ -4514,7 +4514,7 @@ def parse_arguments(argv):
     run.add_argument("--demo", action="store_true", help="run a gate, an echo backend and a page to try them on")
     control = parser.add_argument_group("controlling a running gate")
     words = sorted(CONTROL)
-    control.add_argument("-s", metavar="SIGNAL", choices=words, help="%s, by its pid file" % ", ".join(words))
+    control.add_argument("-s", metavar="SIGNAL", choices=words, help="%s, through its pid file" % ", ".join(words))
     helping = parser.add_argument_group("checking and helping")
     helping.add_argument("-t", action="store_true", help="check the configuration, say all that is wrong with it")
     helping.add_argument("--probe", metavar="URL", help="make a WebSocket handshake and explain what happens; "
@@ -4529,7 +4529,8 @@ def parse_arguments(argv):
     probing.add_argument("--count", metavar="N", type=parse_count, help="so many echo round trips")
     probing.add_argument("--idle", metavar="TIME", type=parse_timeout, help="then stay silent; who cuts it, when")
     probing.add_argument("--timeout", metavar="TIME", type=parse_timeout, default="10s", help="without --idle (10s)")
-    helping.add_argument("--hash-password", metavar="USER", help="ask for it, print a line for auth_basic_user_file")
+    helping.add_argument("--hash-password", metavar="USER",
+                         help="ask for a password, print a line for auth_basic_user_file")
     helping.add_argument("--print-config", action="store_true", help="print a wsgate.ini with every key at its default")
     helping.add_argument("--print-unit", action="store_true", help="print a systemd unit")
     helping.add_argument("-v", "--version", action="version",
