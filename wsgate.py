@@ -1484,9 +1484,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
             raise ClientGone("client_gone")
         self.message = parse_request_head(head)
         self.message.connection = self
-        self.record.request_of(self.message)
+        self.record.take_request(self.message)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s request from %s:\n%s", self.record.id, self.client, Masked(self.message))
+            log.debug("%s request from %s:\n%s", self.record.id, self.client, show_head(self.message))
         return True
 
     def admit(self):
@@ -1598,7 +1598,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             self.stream.reset()
             return False
         finally:
-            self.record.count(relay.sent_up, relay.sent_down)
+            self.record.up, self.record.down = (0, relay.sent_up), (0, relay.sent_down)
         self.lingers = not keep
         return keep
 
@@ -1610,7 +1610,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             set_tcp_options(self.backend.stream.sock)
         scan = protocol == b"websocket" and extensions_known(response)
         self.tunnel = Tunnel(self, self.backend.stream, head, scan, extensions_used(response))
-        self.record.opened()
+        self.record.tunnel_begins()
         return False
 
     def persistent(self):
@@ -3762,7 +3762,7 @@ class Tunnel:
         if scanner.lost:
             self.record.frames = "lost"
             flow.pending = bytes(flow.pending)
-            self.record.messages(self)
+            self.record.take_counts(self)
             self.up.scanner = self.down.scanner = None
             return
         if scanner.too_big:
@@ -3871,7 +3871,7 @@ class Tunnel:
         """Give back what the sockets do not own, and tell the record how much has passed."""
         for flow in (self.up, self.down):
             flow.close_pipe()
-        self.record.messages(self)
+        self.record.take_counts(self)
 
 
 # --------------------------------------------------- WebSocket frames (RFC 6455)
@@ -4149,8 +4149,8 @@ HANDSHAKE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.
 class Record:
     """What the access log says of one exchange; filled in on the way, written once at its end."""
 
-    __slots__ = ("gate", "id", "time", "begun", "client", "host", "request", "status", "event", "location", "server",
-                 "failed", "handshake", "up", "down", "close", "reason", "frames", "rtt", "note")
+    __slots__ = ("gate", "id", "time", "begun", "client", "host", "request", "status", "location", "server", "failed",
+                 "handshake", "up", "down", "close", "reason", "frames", "rtt", "note")
     ids = itertools.count(random.randrange(1 << 24))
 
     def __init__(self, gate, client):
@@ -4161,20 +4161,27 @@ class Record:
         self.client = client
         self.host = self.request = self.location = self.server = "-"
         self.status = 0
-        self.event = "done"          # for a tunnel "closed"
         self.failed = 0              # servers that failed before this one
-        self.handshake = None        # seconds up to the 101
+        self.handshake = None        # seconds up to the 101; None if there was none
         self.up = self.down = (0, 0)  # (messages, bytes) from and to the client
         self.close = None            # who ended the tunnel and how: client:1000, gate:1001, backend:eof
         self.reason = None           # a stable word
         self.frames = None           # "lost" when the tunnel's bytes were no frames
-        self.rtt = None
+        self.rtt = None              # of the tunnel's last pong, in seconds
         self.note = None             # for people
 
-    def request_of(self, message):
+    def take_request(self, message):
+        """What was asked, of whom: made safe, and only if somebody reads it."""
         if access_log.isEnabledFor(logging.INFO):
             self.host = printable(message.authority or b"-")
             self.request = printable(b"%s %s HTTP/1.%d" % (message.method, mask_query(message.target), message.minor))
+
+    def take_counts(self, tunnel):
+        """What has passed through a tunnel; once its scanners are gone, messages are counted no more."""
+        for name, flow in (("up", tunnel.up), ("down", tunnel.down)):
+            messages = flow.scanner.messages if flow.scanner else getattr(self, name)[0]
+            setattr(self, name, (messages, flow.bytes))
+        self.rtt = tunnel.rtt
 
     def ended(self, reason, status=None, note=None):
         """The exchange could not go on; status only if no answer has begun."""
@@ -4191,74 +4198,61 @@ class Record:
         elif origin and response.status == 403:
             self.note = "Origin %s, Host %s" % (printable(origin), printable(message.authority))
 
-    def count(self, up, down):
-        self.up, self.down = (0, up), (0, down)
-
-    def messages(self, tunnel):
-        """Take the tunnel's counts over, while its scanners are there."""
-        self.up, self.down = [(flow.scanner.messages if flow.scanner else (self.up, self.down)[flow is tunnel.down][0],
-                               flow.bytes)
-                              for flow in (tunnel.up, tunnel.down)]
-        self.rtt = tunnel.rtt
-
-    def opened(self):
-        """A tunnel begins: one line now, one at its end with the same id (and the whole story)."""
-        self.event = "closed"
+    def tunnel_begins(self):
+        """One line now; the one at the end has the same id, and the whole story."""
         self.handshake = time.monotonic() - self.begun
         self.gate.count_tunnel(self.handshake)
         if access_log.isEnabledFor(logging.INFO):
-            access_log.info("%s", Line("open", self.time, [
-                ("id", self.id), ("client", self.client), ("host", self.host), ("event", "open"),
-                ("location", self.location), ("server", self.server), ("hs", round(self.handshake, 3))]))
+            self.write_line(event="open")
 
     def write(self):
         """The line at the end."""
         self.gate.count_exchange(self)
-        if not access_log.isEnabledFor(logging.INFO):
-            return
-        fields = [("id", self.id), ("client", self.client), ("host", self.host), ("request", self.request),
-                  ("status", self.status), ("event", self.event), ("location", self.location), ("server", self.server),
-                  ("dur", round(time.monotonic() - self.begun, 3)),
-                  ("hs", None if self.handshake is None else round(self.handshake, 3)),
-                  ("up", self.up), ("down", self.down), ("close", self.close), ("reason", self.reason or "-")]
-        fields += [(name, getattr(self, name)) for name in ("failed", "frames", "note") if getattr(self, name)]
-        if self.rtt is not None:
-            fields.append(("rtt", round(self.rtt, 4)))
-        access_log.info("%s", Line(self.event, self.time, fields))
+        if access_log.isEnabledFor(logging.INFO):
+            self.write_line(
+                event="done" if self.handshake is None else "closed", request=self.request, status=self.status,
+                dur=round(time.monotonic() - self.begun, 3), up=self.up, down=self.down, close=self.close,
+                reason=self.reason or "-", failed=self.failed or None, frames=self.frames, note=self.note,
+                rtt=None if self.rtt is None else round(self.rtt, 4))
+
+    def write_line(self, **fields):
+        """A line of these fields and of those that each line has; those that are None are left out."""
+        stamp = "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.time)), self.time % 1 * 1000)
+        fields.update(time=stamp, id=self.id, client=self.client, host=self.host, location=self.location,
+                      server=self.server, hs=None if self.handshake is None else round(self.handshake, 3))
+        access_log.info(Line((name, value) for name, value in fields.items() if value is not None))
 
 
-class Line:
-    """An access log line, made into text or JSON by the formatter."""
+LINE = {  # the fields of an access log line in their order, and how each is written
+    "time": "%s", "id": "%s", "client": "%s", "host": "%s", "request": '"%s"', "status": "%s", "event": "%s",
+    "location": "%s", "server": "%s", "dur": "dur=%s", "hs": "hs=%s", "up": "up=%d/%dB", "down": "down=%d/%dB",
+    "close": "close=%s", "reason": "reason=%s", "failed": "failed=%s", "frames": "frames=%s", "note": 'note="%s"',
+    "rtt": "rtt=%s"}
 
-    def __init__(self, event, when, fields):
-        self.time = "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when)), when % 1 * 1000)
-        self.fields = fields
+
+class Line(dict):
+    """The fields of an access log line, made into text or JSON by the formatter."""
 
     def __str__(self):
-        """time id client host "request" status event location server, then name=value."""
-        words = [self.time]
-        for name, value in self.fields:
-            if name in ("up", "down"):
-                words.append("%s=%d/%dB" % ((name,) + tuple(value)))
-            elif name in ("request", "note"):
-                words.append('%s"%s"' % ("note=" if name == "note" else "", value))
-            elif name in ("id", "client", "host", "status", "event", "location", "server"):
-                words.append(str(value).replace(" ", "\\x20"))
-            elif value is not None:
-                words.append("%s=%s" % (name, value))
+        """In the order of LINE; each field is one word, or stands in quotes."""
+        words = []
+        for name, form in LINE.items():
+            if name in self:
+                word = form % self[name]
+                words.append(word if '"' in form else word.replace(" ", "\\x20"))
         return " ".join(words)
-
-    def json(self):
-        values = dict(self.fields, time=self.time)
-        for name in ("up", "down"):
-            if name in values:
-                values[name + "_messages"], values[name + "_bytes"] = values.pop(name)
-        return json.dumps(values, sort_keys=True)
 
 
 class JSONFormatter(logging.Formatter):
+    """Access log lines as JSON objects."""
+
     def format(self, record):
-        return record.args[0].json()
+        """A pair of counts becomes two fields, up_messages and up_bytes."""
+        fields = dict(record.msg)
+        for name in ("up", "down"):
+            if name in fields:
+                fields[name + "_messages"], fields[name + "_bytes"] = fields.pop(name)
+        return json.dumps(fields, sort_keys=True)
 
 
 def mask_query(target):
@@ -4274,19 +4268,11 @@ SECRET = frozenset(b"authorization proxy-authorization cookie set-cookie sec-web
                    b" x-api-key".split())
 
 
-class Masked:
-    """A head for the debug log, made into text only if somebody reads it; secrets are masked."""
-
-    def __init__(self, message):
-        self.message = message
-
-    def __str__(self):
-        lines = ["  %s: %s" % (printable(name), "..." if name.lower() in SECRET else printable(value))
-                 for name, value in self.message.fields]
-        if isinstance(self.message, Request):
-            return "\n".join(["  %s %s" % (printable(self.message.method),
-                                           printable(mask_query(self.message.target)))] + lines)
-        return "\n".join(["  %d %s" % (self.message.status, printable(self.message.reason))] + lines)
+def show_head(message):
+    """A request's head for the debug log, without what must stay secret."""
+    lines = [message.method + b" " + mask_query(message.target)]
+    lines += [name + b": " + (b"..." if name.lower() in SECRET else value) for name, value in message.fields]
+    return "\n".join("  " + printable(line) for line in lines)
 
 
 def setup_logging(server):
@@ -4296,13 +4282,12 @@ def setup_logging(server):
     handlers = [(log, log_handler(server.error_log, sys.stderr), error_format),
                 (access_log, log_handler(server.access_log, sys.stdout), access_format)]
     log.setLevel(server.log_level.upper())
-    access_log.setLevel(logging.INFO if handlers[1][1] else logging.CRITICAL)
+    access_log.setLevel(logging.CRITICAL if server.access_log == "off" else logging.INFO)
     logging.raiseExceptions = False  # a log that cannot be written costs no connection
     logging._srcfile = None  # neither caller nor thread is shown: do not look for them (Logging HOWTO, Optimization)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for logger, handler, formatter in handlers:
         old = list(logger.handlers)
-        handler = handler or logging.NullHandler()
         handler.setFormatter(formatter)
         logger.addHandler(handler)
         logger.propagate = False
@@ -4312,9 +4297,9 @@ def setup_logging(server):
 
 
 def log_handler(where, stream):
-    """The value of access_log or error_log -> a logging.Handler, None for off."""
+    """The value of access_log or error_log -> a logging.Handler."""
     if where == "off":
-        return None
+        return logging.NullHandler()
     if where == "-":
         return logging.StreamHandler(stream)
     if where.startswith("syslog:"):
@@ -4329,24 +4314,20 @@ class StatusConnection(socketserver.BaseRequestHandler):
     """One request to the status page: / /status.json /metrics /healthz /readyz."""
 
     def handle(self):
-        stream, gate = Stream(self.request), self.server.gate
-        deadline = Deadline(5)
-        peer = self.client_address[0] if self.client_address else None
+        """Read the request, answer it, close."""
+        stream, deadline, method = Stream(self.request), Deadline(5), None
         try:
             try:
-                message = parse_request_head(read_head(stream, 16384, deadline))
-                if peer and not trusted(gate.config.server.status_allow, peer):
-                    raise HTTPError(403, "not_allowed", "status_allow does not name this address")
-                if message.method not in (b"GET", b"HEAD"):
-                    raise HTTPError(405, "not_allowed", "", ((b"Allow", b"GET, HEAD"),))
-                status, kind, text = self.page(gate, message)
+                message = parse_request_head(read_head(stream, SMALL_READ, deadline))
+                method = message.method
+                status, kind, text = self.page(self.server.gate, message)
             except HTTPError as error:
-                message, status, kind, text = None, error.status, "text/plain", "%s\n" % error.reason
+                status, kind, text = error.status, "text/plain", "%s\n" % error.reason
             body = text.encode()
             head = ("HTTP/1.1 %d %s\r\nContent-Type: %s; charset=utf-8\r\nContent-Length: %d\r\n"
                     "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
                     % (status, reason_phrase(status), kind, len(body))).encode()
-            stream.write_all(head + (b"" if message and message.method == b"HEAD" else body), deadline)
+            stream.write_all(head if method == b"HEAD" else head + body, deadline)
             stream.linger()
         except (OSError, EOFError, TimedOut):  # whoever asked has gone
             pass
@@ -4354,28 +4335,33 @@ class StatusConnection(socketserver.BaseRequestHandler):
             stream.close()
 
     def page(self, gate, message):
-        """-> (status, content type, text)"""
+        """-> (status, content type, text); raises HTTPError."""
+        if self.client_address and not trusted(gate.config.server.status_allow, self.client_address[0]):
+            raise HTTPError(403, "not_allowed")
+        if message.method not in (b"GET", b"HEAD"):
+            raise HTTPError(405, "not_allowed")
         path, _, query = message.target.decode("ascii").partition("?")
         if path == "/healthz":
             return 200, "text/plain", "ok\n"
         if path == "/readyz":
             return (200, "text/plain", "ready\n") if gate.state == "running" else (503, "text/plain", gate.state + "\n")
         if path == "/metrics":
-            return 200, "text/plain; version=0.0.4", metrics(gate)
+            return 200, "text/plain; version=0.0.4", metrics(status(gate))
         if path == "/status.json":
             return 200, "application/json", json.dumps(status(gate), indent=1) + "\n"
         if path == "/":
             return 200, "text/html", status_page(status(gate), query)
-        raise HTTPError(404, "not_found", "")
+        raise HTTPError(404, "not_found")
 
 
 def status(gate):
-    """What the status page shows -> dict. Takes no lock that traffic waits for longer than a copy."""
+    """All that the status pages tell -> dict. Takes no lock that traffic waits for longer than a copy."""
     now = time.monotonic()
     with gate.lock:
-        connections, totals, open_now = len(gate.connections), dict(gate.totals), gate.tunnels()
+        connections, totals, handshakes = len(gate.connections), gate.totals.copy(), list(gate.handshakes)
+    bounds = ["%g" % bound for bound in HANDSHAKE_BUCKETS] + ["+Inf"]
     tunnels = []
-    for tunnel in open_now:
+    for tunnel in gate.tunnels():
         record, flows = tunnel.record, (tunnel.up, tunnel.down)
         scanners = [flow.scanner for flow in flows]
         data = max([scanner.last_data for scanner in scanners if scanner] or [tunnel.last_byte])
@@ -4386,14 +4372,17 @@ def status(gate):
             "down_messages": scanners[1].messages if scanners[1] else 0, "down_bytes": flows[1].bytes,
             "rtt": None if tunnel.rtt is None else round(tunnel.rtt, 4)})
     servers = [{"upstream": upstream.name, "server": server.name, "active": server.health.active,
-                "picked": server.health.picked,
+                "picked": server.health.picked, "up": not server.down and server.healthy(now),
                 "state": "down" if server.down else "up" if server.healthy(now) else "resting", "backup": server.backup}
                for upstream in gate.config.upstreams for server in upstream.servers]
-    return {"version": VERSION, "state": gate.state, "uptime": round(time.time() - gate.started),
-            "connections": connections,
+    return {"version": VERSION, "state": gate.state, "started": round(gate.started, 3),
+            "uptime": round(time.time() - gate.started), "connections": connections,
             "capacity": gate.capacity, "capacity_reason": gate.capacity_reason, "tunnels_open": len(tunnels),
-            "requests": totals.get("requests", 0), "tunnels": totals.get("tunnels", 0),
-            "refusals": dict(counted(totals, "refused_")), "ends": dict(counted(totals, "end_")),
+            "requests": totals["requests"], "tunnels": totals["tunnels"],
+            "bytes": dict(zip(("up", "down"), gate.traffic()[1:])), "statuses": counted(totals, "status_"),
+            "refusals": counted(totals, "refused_"), "ends": counted(totals, "end_"),
+            "handshakes": dict(zip(bounds, itertools.accumulate(handshakes))),
+            "handshake_sum": totals["handshake_sum"],
             "servers": servers, "live": tunnels, "history": rates(list(gate.samples))}
 
 
@@ -4404,49 +4393,41 @@ def rates(samples):
 
 
 def counted(totals, prefix):
-    """What Gate.totals has under this prefix -> [(word, count)]"""
-    return [(name[len(prefix):], count) for name, count in sorted(totals.items()) if name.startswith(prefix)]
+    """What Gate.totals has under this prefix -> {word: count}"""
+    return {name[len(prefix):]: count for name, count in sorted(totals.items()) if name.startswith(prefix)}
 
 
-def metrics(gate):
-    """The Prometheus text format, version 0.0.4."""
+METRICS = (  # name, kind, key of status(), label or key of what is in it, meaning
+    ("start_time_seconds", "gauge", "started", None, "When the gate was started, in unix time."),
+    ("connections", "gauge", "connections", None, "Client connections open now."),
+    ("connections_limit", "gauge", "capacity", None, "Client connections there may be."),
+    ("tunnels", "gauge", "tunnels_open", None, "Tunnels open now."),
+    ("requests_total", "counter", "statuses", "status", "Exchanges that have ended, by status."),
+    ("refusals_total", "counter", "refusals", "reason", "Exchanges the gate answered itself, by reason."),
+    ("tunnel_ends_total", "counter", "ends", "reason", "Tunnels that have ended, by reason."),
+    ("bytes_total", "counter", "bytes", "direction", "Payload relayed, from (up) and to (down) clients."),
+    ("server_active", "gauge", "servers", "active", "Exchanges and tunnels of a server now."),
+    ("server_up", "gauge", "servers", "up", "1 unless the server rests or is down."),
+    ("handshake_seconds", "histogram", "handshakes", "le", "From the request to the 101."),
+)
+
+
+def metrics(facts):
+    """The dict of status() in the Prometheus text format, version 0.0.4."""
     lines = []
-
-    def metric(name, kind, meaning, values):
-        lines.append("# HELP wsgate_%s %s\n# TYPE wsgate_%s %s" % (name, meaning, name, kind))
-        for labels, value in values:
-            text = ",".join('%s="%s"' % (key, str(each).replace("\\", "\\\\").replace('"', '\\"'))
-                            for key, each in labels)
-            lines.append("wsgate_%s%s %s" % (name, "{%s}" % text if text else "", value))
-
-    with gate.lock:
-        connections, totals = len(gate.connections), dict(gate.totals)
-    open_now, up, down = gate.traffic()
-    now = time.monotonic()
-    metric("start_time_seconds", "gauge", "When the gate was started, in unix time.", [((), round(gate.started, 3))])
-    metric("connections", "gauge", "Client connections open now.", [((), connections)])
-    metric("connections_limit", "gauge", "Client connections there may be.", [((), gate.capacity)])
-    metric("tunnels", "gauge", "Tunnels open now.", [((), open_now)])
-    for name, label, prefix, meaning in (
-            ("requests_total", "status", "status_", "Exchanges that have ended, by status."),
-            ("refusals_total", "reason", "refused_", "Exchanges the gate answered itself, by reason."),
-            ("tunnel_ends_total", "reason", "end_", "Tunnels that have ended, by reason.")):
-        metric(name, "counter", meaning, [(((label, word),), count) for word, count in counted(totals, prefix)])
-    metric("bytes_total", "counter", "Payload relayed, from (up) and to (down) clients.", [
-        ((("direction", "up"),), up), ((("direction", "down"),), down)])
-    metric("handshake_seconds", "histogram", "From the request to the 101.", [])
-    total = totals.get("tunnels", 0)
-    for bound, count in zip(HANDSHAKE_BUCKETS, itertools.accumulate(gate.handshakes)):
-        lines.append('wsgate_handshake_seconds_bucket{le="%g"} %d' % (bound, count))
-    lines += ['wsgate_handshake_seconds_bucket{le="+Inf"} %d' % total,
-              "wsgate_handshake_seconds_sum %s" % totals.get("handshake_sum", 0),
-              "wsgate_handshake_seconds_count %d" % total]
-    servers = [((("upstream", upstream.name), ("server", server.name)), server)
-               for upstream in gate.config.upstreams for server in upstream.servers]
-    metric("server_active", "gauge", "Exchanges and tunnels of a server now.",
-           [(key, each.health.active) for key, each in servers])
-    metric("server_up", "gauge", "1 unless the server rests or is down.", [
-        (key, int(each.healthy(now) and not each.down)) for key, each in servers])
+    quoted = json.JSONEncoder(ensure_ascii=False).encode  # as label values are
+    for name, kind, key, label, meaning in METRICS:
+        lines += ["# HELP wsgate_%s %s" % (name, meaning), "# TYPE wsgate_%s %s" % (name, kind)]
+        if key == "servers":
+            lines += ["wsgate_%s{upstream=%s,server=%s} %d" % (
+                name, quoted(each["upstream"]), quoted(each["server"]), each[label]) for each in facts[key]]
+        elif label:
+            name += "_bucket" if kind == "histogram" else ""
+            lines += ['wsgate_%s{%s="%s"} %s' % (name, label, word, count) for word, count in facts[key].items()]
+        else:
+            lines.append("wsgate_%s %s" % (name, facts[key]))
+    lines += ["wsgate_handshake_seconds_sum %s" % facts["handshake_sum"],
+              "wsgate_handshake_seconds_count %d" % facts["handshakes"]["+Inf"]]
     return "\n".join(lines) + "\n"
 
 
@@ -4459,10 +4440,11 @@ h1{{font-size:1.3em}} h2{{font-size:1.05em;margin:1.6em 0 .4em}} .facts{{display
 .facts b{{display:block;font-size:1.5em}} .wide{{overflow-x:auto}} table{{border-collapse:collapse;width:100%}}
 th,td{{text-align:right;padding:.25em .6em;border-bottom:1px solid var(--line);white-space:nowrap;
 font-variant-numeric:tabular-nums}}
-th:first-child,td:first-child,.text{{text-align:left}} svg{{width:100%;height:7em;border-bottom:1px solid var(--line)}}
+tr>:first-child,.servers tr>:nth-child(2),.live tr>:nth-child(n+3):nth-child(-n+5){{text-align:left}}
+svg{{width:100%;height:7em;border-bottom:1px solid var(--line)}}
 path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}}
 .a{{stroke:#36c}} .b{{stroke:#2a2}} .c{{stroke:#d70}}
-.resting,.down{{color:#d22;font-weight:bold}}
+.resting>:nth-child(3),.down>:nth-child(3){{color:#d22;font-weight:bold}}
 </style><h1>wsgate {version} <small>{state}, up {uptime}</small></h1>
 <div class="facts"><div><b>{tunnels_open}</b>tunnels open</div>
 <div><b>{connections}</b>connections of {capacity} ({capacity_reason})</div>
@@ -4471,47 +4453,42 @@ path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}}
 <span style="color:#d70">bytes/s down</span></h2>
 <svg viewBox="0 0 120 100" preserveAspectRatio="none" role="img"
  aria-label="tunnels and bytes per second">{curves}</svg>
-<p>{peaks}</p><h2>Servers</h2><div class="wide"><table>
-<tr><th>upstream<th class="text">server<th>state<th>active<th>picked</tr>{servers}</table></div>
-<h2>Tunnels, by <a href="?sort=age">age</a> or <a href="?sort=bytes">bytes</a></h2><div class="wide"><table>
-<tr><th>id<th>age<th class="text">client<th class="text">location<th class="text">server<th>messages up<th>bytes up
-<th>messages down<th>bytes down<th>last data<th>rtt</tr>{live}</table></div>
+<p>{peaks}</p><h2>Servers</h2><div class="wide"><table class="servers">
+<tr><th>upstream<th>server<th>state<th>active<th>picked</tr>{servers}</table></div>
+<h2>Tunnels, by <a href="?sort=age">age</a> or <a href="?sort=bytes">bytes</a></h2><div class="wide">
+<table class="live"><tr><th>id<th>age<th>client<th>location<th>server<th>messages up<th>bytes up<th>messages down
+<th>bytes down<th>last data<th>rtt</tr>{live}</table></div>
 <h2>Answered by the gate itself</h2><p>{refusals}</p></html>
 """
 
 
 def status_page(facts, query):
     """The dict of status() as HTML that refreshes itself; no script, nothing from elsewhere."""
-    def cells(values):
-        return "<tr>" + "".join('<td%s>%s' % (' class="text"' if 2 <= place <= 4 else "", html.escape(str(value)))
-                                for place, value in enumerate(values))
+    def row(values, kind=""):
+        """A row of a table; kind: its class."""
+        return '<tr class="%s">%s' % (kind, "".join("<td>%s" % html.escape(str(value)) for value in values))
 
-    history = facts["history"][-120:]
     curves, peaks = [], []
     for column, (kind, name) in enumerate((("a", "tunnels"), ("b", "bytes/s up"), ("c", "bytes/s down"))):
-        values = [sample[column] for sample in history]
+        values = [sample[column] for sample in facts["history"]]
         peak = max(values, default=0)
         points = ["%d,%.1f" % (120 - len(values) + place, 98 - 96 * value / peak if peak else 98)
                   for place, value in enumerate(values)]
         if points:
             curves.append('<path class="%s" d="M%s"/>' % (kind, " L".join(points)))
         peaks.append("most %s: %s" % (name, amount(peak)))
-    order = ((lambda each: -each["up_bytes"] - each["down_bytes"]) if query == "sort=bytes" else
-             (lambda each: -each["age"]))
-    live = [cells((each["id"], duration(each["age"]), each["client"], each["location"], each["server"],
-                   each["up_messages"],
-                   amount(each["up_bytes"]), each["down_messages"], amount(each["down_bytes"]),
-                   duration(each["last_data"]),
-                   "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
-            for each in sorted(facts["live"], key=order)[:500]]
-    servers = ['<tr><td>%s<td class="text">%s<td class="%s">%s<td>%d<td>%d' % (
-        html.escape(each["upstream"] if each["upstream"] != each["server"] else "-"), html.escape(each["server"]),
-        each["state"], each["state"] + (" (backup)" if each["backup"] else ""),
-        each["active"], each["picked"]) for each in facts["servers"]]
+    keys = ("up_bytes", "down_bytes") if query == "sort=bytes" else ("age",)
+    live = [row((each["id"], duration(each["age"]), each["client"], each["location"], each["server"],
+                 each["up_messages"], amount(each["up_bytes"]), each["down_messages"], amount(each["down_bytes"]),
+                 duration(each["last_data"]), "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
+            for each in sorted(facts["live"], key=lambda each: -sum(each[key] for key in keys))[:500]]
+    servers = [row((each["upstream"] if each["upstream"] != each["server"] else "-", each["server"],
+                    each["state"] + (" (backup)" if each["backup"] else ""), each["active"], each["picked"]),
+                   each["state"]) for each in facts["servers"]]
     refusals = ", ".join("%s %d" % pair for pair in facts["refusals"].items()) or "nothing"
     return STATUS_PAGE.format(**dict(facts, uptime=duration(facts["uptime"]), curves="".join(curves),
-                                     peaks=", ".join(peaks),
-                                     servers="".join(servers), live="".join(live), refusals=html.escape(refusals)))
+                                     peaks=", ".join(peaks), servers="".join(servers), live="".join(live),
+                                     refusals=html.escape(refusals)))
 
 
 def duration(seconds):
@@ -4536,75 +4513,47 @@ def amount(count):
 def main(argv=None):
     """Run what the command line asks for -> exit status: 0 as asked, 1 an error, 2 misuse."""
     arguments = parse_arguments(argv)
+    asked = ((arguments.print_config, print_config), (arguments.print_unit, print_unit),
+             (arguments.hash_password, print_password), (arguments.demo, demo), (arguments.probe, probe),
+             (arguments.t, check_config), (arguments.s, send_signal))
     try:
-        if arguments.print_config:
-            sys.stdout.write(sample_config())
-            return 0
-        if arguments.print_unit:
-            sys.stdout.write(UNIT % {"python": sys.executable, "file": os.path.abspath(__file__)})
-            for path in (sys.executable, os.path.abspath(__file__)):
-                if path.startswith((os.path.expanduser("~") + "/", "/home/", "/tmp/", "/var/tmp/")):
-                    sys.stderr.write("wsgate: the unit cannot see %s (ProtectHome, PrivateTmp); "
-                                     "move it, to /usr/local say\n" % path)
-            return 0
-        if arguments.hash_password:
-            sys.stdout.write("%s:%s\n" % (arguments.hash_password, hash_password(getpass.getpass().encode()).decode()))
-            return 0
-        if arguments.demo:
-            return demo(arguments)
-        if arguments.probe:
-            return probe(arguments)
-        path, overrides = find_config(arguments)
-        if arguments.t:
-            config = load_config(path, overrides)
-            for warning in config.warnings:
-                sys.stderr.write("wsgate: warning: %s\n" % warning)
-            for key in ("error_log", "access_log", "pid"):
-                file = getattr(config.server, key)
-                if file and file not in ("-", "off") and not file.startswith("syslog:"):
-                    there = file if os.path.exists(file) else os.path.dirname(file) or "."
-                    if os.path.isdir(file) or not os.access(there, os.W_OK):
-                        sys.stderr.write("wsgate: warning: [server] %s: this user cannot write %s\n" % (key, file))
-            sys.stderr.write("wsgate: %s is good\n" % (path or "the configuration"))
-            return 0
-        if arguments.s and not path:
-            raise ValueError("-s needs the configuration of the running gate, for its pid: -c FILE")
-        if arguments.s:
-            return send_signal(load_config(path, overrides), arguments.s)
-        return run_gate(path, overrides)
+        for wanted, action in asked:
+            if wanted:
+                return action(arguments) or 0
+        return run_gate(*find_config(arguments))
     except ConfigError as error:
-        for line in error.errors:
-            sys.stderr.write("wsgate: %s\n" % line)
-        return 1
+        inform(*error.errors)
     except KeyboardInterrupt:
-        return 0
-    except EOFError:
-        sys.stderr.write("\nwsgate: no password was given\n")
-        return 1
+        return 1 if arguments.probe else 0  # a probe that is broken off has not shown that it works
     except (OSError, ValueError) as error:
         what = getattr(error, "strerror", None) or str(error)
-        sys.stderr.write("wsgate: %s%s\n" % ("%s: " % error.filename if getattr(error, "filename", None) else "", what))
-        return 1
+        inform("%s: %s" % (error.filename, what) if getattr(error, "filename", None) else what)
+    return 1
+
+
+def inform(*lines):
+    """Tell whoever started the program, on stderr."""
+    for line in lines:
+        sys.stderr.write("wsgate: %s\n" % line)
 
 
 def parse_arguments(argv):
+    """-> argparse.Namespace; -h, -v and misuse end the program here."""
     parser = argparse.ArgumentParser(
         prog="wsgate.py", description="A WebSocket reverse proxy in one file.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  wsgate.py --demo\n  wsgate.py --listen :8080 --backend http://127.0.0.1:9000\n"
                "  wsgate.py -c wsgate.ini -t\n  wsgate.py -s reload")
     run = parser.add_argument_group("running")
-    run.add_argument("-c", metavar="FILE",
-                     help="configuration (default: ./wsgate.ini, then wsgate.ini beside wsgate.py)")
+    run.add_argument("-c", metavar="FILE", help="configuration (default: ./wsgate.ini, then the one beside wsgate.py)")
     run.add_argument("--listen", metavar="ADDRESS", help="listen here instead of what the file says")
     run.add_argument("--backend", metavar="URL", help="pass everything to this backend")
     run.add_argument("--demo", action="store_true", help="run a gate, an echo backend and a page to try them on")
     control = parser.add_argument_group("controlling a running gate")
-    control.add_argument("-s", metavar="SIGNAL", choices=sorted(CONTROL),
-                         help="%s, through its pid file" % ", ".join(sorted(CONTROL)))
+    words = sorted(CONTROL)
+    control.add_argument("-s", metavar="SIGNAL", choices=words, help="%s, through its pid file" % ", ".join(words))
     helping = parser.add_argument_group("checking and helping")
-    helping.add_argument("-t", action="store_true",
-                         help="check the configuration and say everything that is wrong with it")
+    helping.add_argument("-t", action="store_true", help="check the configuration, say all that is wrong with it")
     helping.add_argument("--probe", metavar="URL", help="make a WebSocket handshake and explain what happens; "
                          "a /path: with each backend of the configuration, then with the gate")
     probing = parser.add_argument_group("with --probe")
@@ -4631,24 +4580,40 @@ CONTROL = {"reload": "SIGHUP", "quit": "SIGQUIT", "stop": "SIGTERM", "reopen": "
 
 def find_config(arguments):
     """-> (path or None, {key: text} for [server])"""
-    overrides = {}
+    path, overrides = arguments.c, {}
     if arguments.listen:
         overrides["listen"] = arguments.listen
     if arguments.backend:
         overrides["proxy_pass"] = arguments.backend if "://" in arguments.backend else "http://" + arguments.backend
-    if arguments.c:
-        return arguments.c, overrides
-    for path in ("wsgate.ini", os.path.join(os.path.dirname(os.path.abspath(__file__)), "wsgate.ini")):
-        if os.path.exists(path) and not arguments.backend:
-            return path, overrides
-    if not arguments.backend:
-        sys.stderr.write("wsgate: no wsgate.ini here or beside wsgate.py; using the defaults\n")
-    return None, overrides
+    elif not path:
+        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wsgate.ini")
+        path = next(filter(os.path.exists, ("wsgate.ini", beside)), None)
+        if not path:
+            inform("no wsgate.ini here or beside wsgate.py; using the defaults")
+    return path, overrides
 
 
-def send_signal(config, name):
-    """-s"""
-    path = config.server.pid
+def check_config(arguments):
+    """-t: what is wrong with the configuration is raised, what is only doubtful are warnings."""
+    path, overrides = find_config(arguments)
+    config = load_config(path, overrides)
+    lines = ["warning: %s" % warning for warning in config.warnings]
+    for key in ("error_log", "access_log", "pid"):
+        file = getattr(config.server, key)
+        if file and file not in ("-", "off") and not file.startswith("syslog:"):
+            there = file if os.path.exists(file) else os.path.dirname(file) or "."
+            if os.path.isdir(file) or not os.access(there, os.W_OK):
+                lines.append("warning: [server] %s: this user cannot write %s" % (key, file))
+    lines.append("%s is good" % (path or "the configuration"))
+    inform(*lines)
+
+
+def send_signal(arguments):
+    """-s: to the process whose number is in the pid file of the configuration."""
+    path, overrides = find_config(arguments)
+    if not path:
+        raise ValueError("-s needs the configuration of the running gate, for its pid: -c FILE")
+    path = load_config(path, overrides).server.pid
     if not path:
         raise ValueError("-s needs pid = FILE in [server]")
     try:
@@ -4656,10 +4621,19 @@ def send_signal(config, name):
             number = int(file.read())
         if number < 1:  # these would mean other processes than the gate
             raise ValueError
-        os.kill(number, getattr(signal, CONTROL[name]))
+        os.kill(number, getattr(signal, CONTROL[arguments.s]))
     except (FileNotFoundError, ProcessLookupError, ValueError):
         raise ValueError("no gate runs with the process id in %s" % path)
-    return 0
+
+
+def print_password(arguments):
+    """--hash-password: ask for it, print the line for auth_basic_user_file."""
+    try:
+        password = getpass.getpass()
+    except EOFError:
+        sys.stderr.write("\n")
+        raise ValueError("no password was given")
+    sys.stdout.write("%s:%s\n" % (arguments.hash_password, hash_password(password.encode()).decode()))
 
 
 def run_gate(path, overrides, ready=None):
@@ -4719,13 +4693,10 @@ def inherited_sockets():
     found = {}
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-        family = socket.socket(fileno=os.dup(descriptor))
-        sock = socket.fromfd(descriptor, family.getsockname() and family.family or socket.AF_INET, socket.SOCK_STREAM)
-        os.close(descriptor)
+        sock = socket.socket(fileno=descriptor)
         name = sock.getsockname()
-        found[show_address(Address(None, None, name) if isinstance(name, str)
-                           else Address(name[0], name[1], None))] = sock
-        family.close()
+        address = Address(None, None, name) if isinstance(name, str) else Address(name[0], name[1], None)
+        found[show_address(address)] = sock
     return found
 
 
@@ -4781,13 +4752,13 @@ proxy_pass = http://127.0.0.1:9000
 """
 
 
-def sample_config():
-    """wsgate.ini, written from the tables."""
-    def keys(table):
-        return "\n".join("# %s\n#%s = %s" % (key.meaning, name, key.default) if key.default else
-                         "# %s\n#%s =" % (key.meaning, name) for name, key in table.items() if name != "proxy_pass")
-
-    return SAMPLE % (keys(SERVER_KEYS), keys(LOCATION_KEYS), keys(UPSTREAM_KEYS))
+def print_config(arguments):
+    """--print-config: wsgate.ini, written from the tables."""
+    sections = []
+    for table in (SERVER_KEYS, LOCATION_KEYS, UPSTREAM_KEYS):
+        sections.append("\n".join("# %s\n#%s" % (key.meaning, ("%s = %s" % (name, key.default)).rstrip())
+                                  for name, key in table.items() if name != "proxy_pass"))
+    sys.stdout.write(SAMPLE % tuple(sections))
 
 
 UNIT = """\
@@ -4824,6 +4795,16 @@ LogsDirectory=wsgate
 [Install]
 WantedBy=multi-user.target
 """
+
+
+def print_unit(arguments):
+    """--print-unit: for this file and this Python, with a warning where the unit could not see them."""
+    python, file = sys.executable, os.path.abspath(__file__)
+    sys.stdout.write(UNIT % {"python": python, "file": file})
+    for path in (python, file):
+        if path.startswith((os.path.expanduser("~") + "/", "/home/", "/tmp/", "/var/tmp/")):
+            inform("the unit cannot see %s (ProtectHome, PrivateTmp); move it, to /usr/local say" % path)
+
 
 # The demo: an echo backend on a port of its own, and the gate in front of it.
 
@@ -4878,6 +4859,7 @@ class DemoConnection(socketserver.BaseRequestHandler):
     """One request to the DemoBackend."""
 
     def handle(self):
+        """Answer with the page, with the time of the last ping, or as an echo that shows its handshake."""
         stream, deadline = Stream(self.request), Deadline(86400)
         head = read_head(stream, SMALL_READ, deadline)
         message = parse_request_head(head)
@@ -4893,21 +4875,24 @@ class DemoConnection(socketserver.BaseRequestHandler):
             if payload == b"head":
                 payload = head.strip()
             answer = PONG if opcode == PING else opcode
-            stream.write_all(bytes((0x80 | answer,)) + frame_length(len(payload)) + payload, deadline)
+            stream.write_all(frame_head(answer, len(payload), False) + payload, deadline)
             if opcode == CLOSE:
                 return stream.linger()
 
 
-def frame_length(length):
-    """The length bytes of an unmasked frame."""
+def frame_head(opcode, length, masked):
+    """The header of a final frame of any length, up to its mask."""
+    bit = 0x80 if masked else 0
     if length < 126:
-        return bytes((length,))
-    return struct.pack("!BH", 126, length) if length < 1 << 16 else struct.pack("!BQ", 127, length)
+        return bytes((0x80 | opcode, bit | length))
+    wide = length >= 1 << 16
+    return struct.pack("!BBQ" if wide else "!BBH", 0x80 | opcode, bit | (127 if wide else 126), length)
 
 
 def read_frames(stream, deadline):
-    """Read whole frames of at most 1 MiB -> (opcode, payload), unmasked."""
+    """Read whole frames of at most 1 MiB -> (opcode, payload), unmasked, up to the end of the stream."""
     while True:
+        deadline.left()  # a flood must not go on for ever either
         data = stream.buffer
         short = data[1] & 0x7F if len(data) > 1 else 0
         header = (2 if short < 126 else 4 if short == 126 else 10) + (4 if len(data) > 1 and data[1] & 0x80 else 0)
@@ -4925,15 +4910,15 @@ def read_frames(stream, deadline):
 
 
 def demo(arguments):
-    """--demo"""
+    """--demo: the gate and its backend in this process -> exit status."""
     backend = DemoBackend()
-    overrides = {"listen": arguments.listen or "127.0.0.1:8080",
-                 "proxy_pass": "http://127.0.0.1:%d" % backend.server_address[1],
-                 "ping_interval": "5s"}
+    overrides = {"listen": arguments.listen or "127.0.0.1:8080", "ping_interval": "5s",
+                 "proxy_pass": "http://127.0.0.1:%d" % backend.server_address[1]}
 
     def ready(gate):
+        """Called once it listens."""
         backend.gate = gate
-        sys.stderr.write("wsgate: open %s in a browser; Ctrl-C ends it\n" % gate.listeners[0].url())
+        inform("open %s in a browser; Ctrl-C ends it" % gate.listeners[0].url())
     return run_gate(None, overrides, ready)
 
 
@@ -4947,7 +4932,8 @@ VERDICTS = {  # word: (what happened, what to do)
                      "the server left them out, or a proxy took these hop-by-hop fields out of the answer"),
     "wrong_choice": ("101, but with %(chosen)s where %(offered)s was offered, so browsers refuse it",
                      "offer what the server speaks (--subprotocol), or let it choose one of those offered"),
-    "cut": ("101, but after %(seconds).1f s %(how)s", "%(advice)s"),
+    "cut": ("101, but after %(seconds).1f s %(how)s",
+            "see the server's log; after silence: a longer idle timeout on the way, or pings (wsgate: ping_interval)"),
     "page": ("200: the page, not the socket; nobody there saw a WebSocket handshake",
              "compare the path with the application's; each proxy must pass Upgrade and Connection on"),
     "redirected": ("%(status)d to %(location)s, and no WebSocket follows it: a prefix, a login page, or https",
@@ -5005,30 +4991,30 @@ SHOWN = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))  # of SECRE
 
 
 class Verdict(Exception):
-    """A probe has come to its end: a word, and the facts for its sentence (like: whose one an unknown word gets)."""
+    """A probe has come to its end: a word, and the facts for its sentence.
 
-    def __init__(self, word, **facts):
+    like: the word whose sentence it gets if there is none for its own.
+    """
+
+    def __init__(self, word, like=None, **facts):
         super().__init__(word)
         self.word = word
+        self.like = like
         self.facts = facts
 
 
 def probe(arguments):
     """--probe URL or /path -> exit status: 0 only if the socket works."""
-    try:
-        if arguments.probe.startswith("/"):
-            return probe_config(arguments)
-        match = re.fullmatch(r"(?:ws|http)(s?)://([^\s/?#@]+)(/?)([^\s#]*)(?:#\S*)?", arguments.probe, re.I)
-        if not match:
-            raise ValueError("--probe needs ws://host[:port]/path, wss://, or a /path of the configuration")
-        server = Server(parse_address(match.group(2), default_port=443 if match.group(1) else 80))
-        authority = re.sub(":443$" if match.group(1) else ":80$", "", match.group(2))  # as browsers write it
-        cafile = arguments.cafile and parse_pem(arguments.cafile)
-        context = probe_context(not arguments.insecure, cafile) if match.group(1) else None
-        head = handshake_head(arguments, authority, "/" + match.group(4))
-        return 0 if Probe(arguments, server, head, context).run().word == "works" else 1
-    except KeyboardInterrupt:
-        return 1
+    if arguments.probe.startswith("/"):
+        return probe_config(arguments)
+    match = re.fullmatch(r"(?:ws|http)(s?)://([^\s/?#@]+)/?([^\s#]*)(?:#\S*)?", arguments.probe, re.I)
+    if not match:
+        raise ValueError("--probe needs ws://host[:port]/path, wss://, or a /path of the configuration")
+    tls, where, target = match.groups()
+    server = Server(parse_address(where, default_port=443 if tls else 80))
+    context = probe_context(not arguments.insecure, arguments.cafile and parse_pem(arguments.cafile)) if tls else None
+    head = handshake_head(arguments, re.sub(":443$" if tls else ":80$", "", where), "/" + target)
+    return 0 if Probe(arguments, server, head, context).run().word == "works" else 1
 
 
 def probe_config(arguments):
@@ -5069,9 +5055,9 @@ def compare(probes):
     rows = [[""] + [each.server.name for each in probes[:-1]] + ["the gate"],
             ["status"] + [str(each.response.status) if each.response else "-" for each in probes],
             ["verdict"] + [each.word for each in probes]]
-    for name in sorted(set().union(*(each.index for each in fields)) - SECRET - {b"date", b"sec-websocket-accept"}):
+    for name in sorted(set().union(*[each.index for each in fields]) - SECRET - {b"date", b"sec-websocket-accept"}):
         values = [printable(b", ".join(each.get_all(name)))[:40] or "-" for each in fields]
-        if len(set(map(str.lower, values))) > 1:
+        if len({value.lower() for value in values}) > 1:
             rows.append([printable(name)] + values)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -5084,22 +5070,21 @@ def compare(probes):
 
 def handshake_head(arguments, authority, target):
     """The client's handshake (RFC 6455 4.1) -> bytes. --header replaces the field of its name, or removes it."""
-    fields = [("Host", authority if max(authority) < "\x7f" else authority.encode("idna").decode()),
-              ("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13"),
-              ("Sec-WebSocket-Key", base64.b64encode(os.urandom(16)).decode()),
-              ("Origin", arguments.origin), ("Sec-WebSocket-Protocol", arguments.subprotocol)]
-    for line in arguments.header or ():
+    given = arguments.header or []
+    fields = ["Host: " + (authority if max(authority) < "\x7f" else authority.encode("idna").decode()),
+              "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+              "Sec-WebSocket-Key: " + base64.b64encode(os.urandom(16)).decode(),
+              "Origin: " + (arguments.origin or ""), "Sec-WebSocket-Protocol: " + (arguments.subprotocol or "")]
+    replaced = [line.partition(":")[0].lower() for line in given]
+    lines = [line for line in fields if line.partition(":")[0].lower() not in replaced] + given
+    for line in lines:
         if "\n" in line or not FIELD_LINES.fullmatch(line.encode("utf-8", "surrogateescape") + b"\r\n"):
-            raise ValueError("--header is written 'Name: value', not '%s'" % printable(line))
-    given = [line.partition(":")[::2] for line in arguments.header or ()]
-    names = [name.lower() for name, _ in given]
-    fields = [pair for pair in fields if pair[0].lower() not in names] + given
-    lines = "".join("%s: %s\r\n" % (name, value.strip()) for name, value in fields if value and value.strip())
-    if "\n" in (arguments.origin or "") + (arguments.subprotocol or ""):
-        raise ValueError("--origin and --subprotocol are one line each")
-    target = target.encode("utf-8", "surrogateescape")
-    target = re.sub(br"[^\x21-\x7e]", lambda match: b"%%%02X" % ord(match.group()), target)
-    return b"GET %s HTTP/1.1\r\n%s\r\n" % (target, lines.encode("utf-8", "surrogateescape"))
+            raise ValueError("a header field is written 'Name: value' in one line, not '%s'" % printable(line))
+    pairs = [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines)]
+    block = "".join("%s: %s\r\n" % pair for pair in pairs if pair[1])
+    target = re.sub(br"[^\x21-\x7e]", lambda match: b"%%%02X" % ord(match.group()),
+                    target.encode("utf-8", "surrogateescape"))
+    return b"GET %s HTTP/1.1\r\n%s\r\n" % (target, block.encode("utf-8", "surrogateescape"))
 
 
 def probe_context(verify, cafile=None):
@@ -5130,7 +5115,7 @@ class Probe:
         self.preface = b"PROXY UNKNOWN\r\n" if proxy_protocol else b""
         self.deadline = Deadline(min(arguments.timeout, LONGEST_WAIT))
         self.stream = self.response = self.word = None
-        self.opened = 0.0                # time.monotonic() of the 101, or when the silence began
+        self.since = 0.0                 # time.monotonic() of the 101, or when the silence began
 
     def run(self):
         """All steps up to the verdict -> self."""
@@ -5154,6 +5139,7 @@ class Probe:
         found, began = [], time.monotonic()
 
         def ask():
+            """Leave the addresses, or why there are none."""
             try:
                 found.append(self.server.addresses())
             except (OSError, UnicodeError) as error:
@@ -5264,16 +5250,15 @@ class Probe:
             say("body", printable(re.sub(b" +", b" ", body)[:400]).replace("\\x22", '"'))
         if status == 400 and re.search(br"(?i)HTTPS (port|server)|SSL-enabled|port speaks TLS", body):
             raise Verdict("tls_port")
-        word = ANSWERS.get(status, "other_answer")
-        if status == 426 and fields.get_all(b"sec-websocket-version"):
-            word = "wrong_version"
         reason = printable(fields.get(b"x-wsgate-reason") or b"")
-        raise Verdict(word if reason in VERDICTS else reason or word, like=word)
+        if status == 426 and not reason and fields.get_all(b"sec-websocket-version"):
+            raise Verdict("wrong_version")
+        raise refusal(status, reason)
 
     def use_frames(self):
         """The socket is open: echoes or silence if asked for, else one ping; then an orderly Close."""
         asked = self.arguments
-        self.opened = time.monotonic()
+        self.since = time.monotonic()
         try:
             if asked.count or asked.message is not None:
                 self.echo(asked.count or 1, (asked.message or "wsgate").encode("utf-8", "surrogateescape"))
@@ -5284,12 +5269,12 @@ class Probe:
                 self.idle(min(asked.idle, LONGEST_WAIT))
             deadline = Deadline(1)
             self.stream.write_all(close_frame(1000, "", masked=True), deadline)
-            answered = any(deadline.left() and opcode == CLOSE for opcode, _ in read_frames(self.stream, deadline))
+            answered = any(opcode == CLOSE for opcode, _ in read_frames(self.stream, deadline))
             say("close", "its Close came back" if answered else "it ended without a Close frame")
         except TimedOut:
             say("close", "no Close came back")
         except OSError as error:
-            raise self.cut("the connection broke: %s" % explain(error))
+            raise Verdict("cut", how="the connection broke: %s" % explain(error))
 
     def echo(self, count, payload):
         """Round trips of one message."""
@@ -5305,11 +5290,11 @@ class Probe:
 
     def round_trip(self, opcode, payload, deadline):
         """Send a frame and wait for the same payload -> milliseconds, None if it does not come."""
-        mask, length, began = os.urandom(4), bytearray(frame_length(len(payload))), time.monotonic()
-        length[0] |= 0x80
+        mask, began = os.urandom(4), time.monotonic()
         answers = (PONG,) if opcode == PING else (TEXT, BINARY, CONTINUATION)
         try:
-            self.stream.write_all(bytes((0x80 | opcode,)) + length + mask + apply_mask(payload, mask), deadline)
+            frame = frame_head(opcode, len(payload), True) + mask + apply_mask(payload, mask)
+            self.stream.write_all(frame, deadline)
             for answer, data in self.frames(deadline):
                 if answer in answers and data == payload:
                     return (time.monotonic() - began) * 1000
@@ -5320,18 +5305,17 @@ class Probe:
 
     def idle(self, seconds):
         """Say and answer nothing for so long."""
-        self.opened = time.monotonic()
+        self.since = time.monotonic()
         try:
             for opcode, _ in self.frames(Deadline(seconds)):
                 if opcode == PING:
-                    say("idle", "a ping after %.1f s, not answered" % (time.monotonic() - self.opened))
+                    say("idle", "a ping after %.1f s, not answered" % (time.monotonic() - self.since))
         except TimedOut:
             say("idle", "survived %g s of silence" % seconds)
 
     def frames(self, deadline):
         """read_frames, but a Close or the end of the connection is a Verdict."""
         for opcode, payload in read_frames(self.stream, deadline):
-            deadline.left()  # a flood must not go on for ever either
             if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
                 raise Verdict("garbage", error="opcode %d in a frame" % opcode)
             if opcode == CLOSE:
@@ -5339,17 +5323,10 @@ class Probe:
                 reason = printable(payload[2:])
                 said = re.fullmatch("backend_said_([0-9]{3})", reason)
                 if said or reason in REASONS:  # reject_with = close
-                    raise Verdict(reason, like=ANSWERS.get(int(said.group(1)), "other_answer") if said else None)
-                raise self.cut("the other side sent Close %d %s" % (code, reason or "without a reason"))
+                    raise refusal(int(said.group(1)) if said else 0, reason)
+                raise Verdict("cut", how="the other side sent Close %d %s" % (code, reason or "without a reason"))
             yield opcode, payload
-        raise self.cut("the other side ended the connection without a Close frame (1006 in browsers)")
-
-    def cut(self, how):
-        """-> the Verdict for a socket that did not stay open, and what may help."""
-        seconds = time.monotonic() - self.opened
-        advice = ("raise the idle timeout on the way, or have one side ping more often (wsgate: ping_interval)"
-                  if self.arguments.idle else "see the server's log")
-        return Verdict("cut", seconds=seconds, how=how, advice=advice)
+        raise Verdict("cut", how="the other side ended the connection without a Close frame (1006 in browsers)")
 
     def tell(self, verdict):
         """The verdict, and what to do."""
@@ -5359,14 +5336,20 @@ class Probe:
                  "host": self.sent.get(b"host") or "missing", "origin": self.sent.get(b"origin") or "not sent",
                  "location": fields.get(b"location") or "nowhere"}
         facts = {name: printable(value) for name, value in facts.items()}
-        facts.update(timeout=self.arguments.timeout, status=self.response.status if self.response else 0)
-        facts.update(verdict.facts)
-        happened, advice = [table[word] for word in (self.word, verdict.facts.get("like"))
-                            for table in (REASONS, VERDICTS) if word in table][0]
+        facts.update(timeout=self.arguments.timeout, status=self.response.status if self.response else 0,
+                     seconds=time.monotonic() - self.since, **verdict.facts)
+        sentences = dict(VERDICTS, **REASONS)
+        happened, advice = sentences.get(self.word) or sentences[verdict.like]
         say("verdict", "%s: %s" % (self.word, happened % facts))
         if advice:
             say("to do", advice % facts)
         say("")
+
+
+def refusal(status, reason):
+    """The verdict on an answer that is not 101: the gate's own word if there is one, else the folklore."""
+    word = ANSWERS.get(status, "other_answer")
+    return Verdict(word if not reason or reason in VERDICTS else reason, like=word)
 
 
 def explain(error):
