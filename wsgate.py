@@ -3881,11 +3881,18 @@ LONGEST_HEADER = 14
 
 
 def make_frame(opcode, payload, masked):
-    """A final frame of at most 125 bytes of payload -> bytes. masked: towards the backend (RFC 6455 5.3)."""
+    """A final frame -> bytes. masked: towards the backend (RFC 6455 5.3)."""
+    length, bit = len(payload), 0x80 if masked else 0
+    if length < 126:
+        head = bytes((0x80 | opcode, bit | length))
+    elif length < 1 << 16:
+        head = struct.pack("!BBH", 0x80 | opcode, bit | 126, length)
+    else:
+        head = struct.pack("!BBQ", 0x80 | opcode, bit | 127, length)
     if not masked:
-        return bytes((0x80 | opcode, len(payload))) + payload
+        return head + payload
     mask = os.urandom(4)
-    return bytes((0x80 | opcode, 0x80 | len(payload))) + mask + apply_mask(payload, mask)
+    return head + mask + apply_mask(payload, mask)
 
 
 def close_frame(code, reason, masked):
@@ -4875,18 +4882,9 @@ class DemoConnection(socketserver.BaseRequestHandler):
             if payload == b"head":
                 payload = head.strip()
             answer = PONG if opcode == PING else opcode
-            stream.write_all(frame_head(answer, len(payload), False) + payload, deadline)
+            stream.write_all(make_frame(answer, payload, masked=False), deadline)
             if opcode == CLOSE:
                 return stream.linger()
-
-
-def frame_head(opcode, length, masked):
-    """The header of a final frame of any length, up to its mask."""
-    bit = 0x80 if masked else 0
-    if length < 126:
-        return bytes((0x80 | opcode, bit | length))
-    wide = length >= 1 << 16
-    return struct.pack("!BBQ" if wide else "!BBH", 0x80 | opcode, bit | (127 if wide else 126), length)
 
 
 def read_frames(stream, deadline):
@@ -5290,11 +5288,10 @@ class Probe:
 
     def round_trip(self, opcode, payload, deadline):
         """Send a frame and wait for the same payload -> milliseconds, None if it does not come."""
-        mask, began = os.urandom(4), time.monotonic()
+        began = time.monotonic()
         answers = (PONG,) if opcode == PING else (TEXT, BINARY, CONTINUATION)
         try:
-            frame = frame_head(opcode, len(payload), True) + mask + apply_mask(payload, mask)
-            self.stream.write_all(frame, deadline)
+            self.stream.write_all(make_frame(opcode, payload, masked=True), deadline)
             for answer, data in self.frames(deadline):
                 if answer in answers and data == payload:
                     return (time.monotonic() - began) * 1000
