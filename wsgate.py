@@ -4892,10 +4892,9 @@ def read_frames(stream, deadline):
     while True:
         deadline.left()  # a flood must not go on for ever either
         data = stream.buffer
-        short = data[1] & 0x7F if len(data) > 1 else 0
-        header = (2 if short < 126 else 4 if short == 126 else 10) + (4 if len(data) > 1 and data[1] & 0x80 else 0)
-        if len(data) >= max(2, header):
-            length = short if short < 126 else struct.unpack_from("!H" if short == 126 else "!Q", data, 2)[0]
+        header = header_length(data) if len(data) > 1 else 2
+        if len(data) >= header:
+            length = payload_length(data)
             if length > 1 << 20:
                 return
             if len(data) >= header + length:
