@@ -453,6 +453,8 @@ def running(ini, tmp_path):
     try:
         yield here
     finally:
+        with contextlib.suppress(AssertionError):  # a gate that still has connections looks again only after 50 ms
+            eventually(lambda: not gate.connections, 15 * MS)
         here.signal("SIGTERM")
         thread.join(5000 * MS)
         for logger, handler in handlers:
@@ -1166,6 +1168,18 @@ def test_log_level_and_off_are_obeyed(tmp_path):
         assert not wsgate.access_log.isEnabledFor(logging.INFO) and len(lines_in(path)) == 1
 
 
+def test_lines_for_syslog_begin_with_the_name_of_the_program(tmp_path):
+    with own_logging(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as syslogd:
+        syslogd.bind(("127.0.0.1", 0))
+        syslogd.settimeout(5000 * MS)
+        where = "syslog:127.0.0.1:%d" % syslogd.getsockname()[1]
+        wsgate.setup_logging(load_text(tmp_path, SERVER + "access_log = %s\nerror_log = %s\n" % (where, where)).server)
+        wsgate.access_log.info("GET /")
+        wsgate.log.warning("beware")
+        lines = [syslogd.recv(4096).rstrip(b"\0").decode() for _ in range(2)]
+    assert lines[0] == "<30>wsgate: GET /" and re.fullmatch("<28>wsgate: [-0-9]+ [:,0-9]+ WARNING beware", lines[1])
+
+
 # ---------------------------------------------------------------- Command line
 
 
@@ -1204,9 +1218,10 @@ def test_t_says_everything_that_is_wrong_and_fails(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [("--nonsense",), ("-s", "nonsense"), ("-c",), ("file.ini",)])
-def test_misuse_is_exit_status_2(arguments):
-    status, output = run_program(*arguments)
-    assert status == 2 and output.startswith("usage: wsgate.py") and "Traceback" not in output
+def test_misuse_is_exit_status_2(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        wsgate.main(arguments)
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("usage: wsgate.py")
 
 
 def test_without_any_wsgate_ini_it_says_so_and_what_to_do(tmp_path):
@@ -1225,8 +1240,7 @@ def test_a_wsgate_ini_here_is_taken_before_the_one_beside_the_program(tmp_path):
     assert "wsgate.ini:3: [server] here: unknown key" in run_program("-t", cwd=str(tmp_path))[1]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_two_options_are_enough_to_serve_and_a_signal_ends_it_within_a_second(name):
+def test_two_options_are_enough_to_serve_and_a_signal_ends_it_within_a_second():
     with ScriptedBackend() as backend, process("--listen", "127.0.0.1:0", "--backend", backend.where) as child:
         port = port_of(child)
         client = connect(port).send(handshake())
@@ -1237,7 +1251,7 @@ def test_two_options_are_enough_to_serve_and_a_signal_ends_it_within_a_second(na
         client.send(frame(1, b"hello", b"mask"))
         assert read_frame(peer) == (1, b"hello")
         begun = time.monotonic()
-        child.send_signal(getattr(signal, name))
+        child.send_signal(signal.SIGTERM)
         eventually(lambda: not listening(port), 700 * MS)
         assert read_frame(client)[0] == 8
         eventually(lambda: child.poll() is not None)
@@ -1287,16 +1301,9 @@ def test_s_stop_ends_the_gate_of_the_pid_file(tmp_path):
     assert status == 1 and "gate.pid" in line
 
 
-def test_s_needs_a_pid_and_a_process_that_lives(tmp_path):
+def test_s_needs_a_pid_in_the_configuration(tmp_path):
     load_text(tmp_path, SERVER)
     assert run_program("-s", "reload", cwd=str(tmp_path)) == (1, "wsgate: -s needs pid = FILE in [server]\n")
-    load_text(tmp_path, SERVER + "pid = gate.pid\n")
-    for text in ("%d\n" % (1 << 22 | 1), ""):
-        with open(os.path.join(str(tmp_path), "gate.pid"), "w") as file:
-            file.write(text)
-        status, output = run_program("-s", "reload", cwd=str(tmp_path))
-        line, = only_lines(output)
-        assert status == 1 and "gate.pid" in line
 
 
 def test_the_demo_has_a_page_and_a_socket_that_echoes():
@@ -2530,7 +2537,7 @@ def improper_head(head):
 
 
 def test_no_bytes_of_either_side_confuse_the_gate(tmp_path):
-    seconds = float(os.environ.get("FUZZ_SECONDS", "3"))
+    seconds = float(os.environ.get("FUZZ_SECONDS", "2"))
     seed = int(os.environ.get("FUZZ_SEED", "1"))
     wrong, counts = [], [0, 0]
 
@@ -3068,10 +3075,10 @@ def test_a_reset_is_noticed_while_the_tunnel_is_stalled(tmp_path, monkeypatch, f
 def test_a_tunnel_is_closed_after_idle_timeout_and_any_byte_either_way_starts_it_afresh(tmp_path):
     http = ["%s = %s" % (name, ini_ms(100)) for name in ("client_header_timeout", "keepalive_timeout")]
     with tunnel(tmp_path, "idle_timeout = " + ini_ms(300), *http) as (gate, client, server):
-        for sender, other in ((client, server), (server, client)) * 2:
+        for sender, other in ((client, server), (server, client)):
             sender.send(b"x")
             other.read(1)
-            assert client.silent(180 * MS)  # 720 ms altogether
+            assert client.silent(180 * MS)  # 360 ms altogether
         with lasting(300, 1300):
             client.send(b"x")
             server.read(1)
@@ -3545,8 +3552,9 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("what", sorted(ENDINGS))
-def test_the_end_of_a_tunnel_is_told_by_a_close_frame_where_one_may_stand(tmp_path, what):
+def test_the_end_of_a_tunnel_is_told_by_a_close_frame_where_one_may_stand(tmp_path, monkeypatch, what):
     """In three tunnels: between frames, inside a frame going up, inside one going down: after half a frame no Close."""
+    monkeypatch.setattr(wsgate, "BUSY", 100 * MS)
     at_client, at_backend, logged = ENDINGS[what]
     idle = "idle_timeout = " + ini_ms(300 if what == "idle" else 60000)
     with nothing_left(), gate_and_backend(tmp_path, None, idle) as (gate, backend):
@@ -3637,7 +3645,9 @@ def test_too_large_a_message_ends_the_tunnel_and_is_not_passed_on(tmp_path, who,
         assert "reason=max_message_size" in line and "close=gate:" in line
 
 
-def test_the_gate_ends_with_its_close_frame_and_lets_go_though_the_peers_do_nothing(tmp_path):
+def test_the_gate_ends_with_its_close_frame_and_lets_go_though_the_peers_do_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(wsgate, "LINGER", 1000 * MS)
+    monkeypatch.setattr(wsgate.Tunnel.finish, "__defaults__", (1000 * MS,))  # its `seconds`: LINGER
     with nothing_left(), gate_and_backend(tmp_path, None, "idle_timeout = " + ini_ms(200)) as (gate, backend):
         with lasting(200, 1300):
             idle, left = gate.tunnel(backend), gate.tunnel(backend)
@@ -3645,9 +3655,9 @@ def test_the_gate_ends_with_its_close_frame_and_lets_go_though_the_peers_do_noth
             assert closing_code(left[0], False) == 1014
             assert closing_code(idle[0], False) == 1001
             assert closing_code(idle[1], True) == 1001
-        assert len(gate.gate.connections) == 2  # it reads on for a moment
-        with lasting(0, 3000):
-            eventually(lambda: not gate.gate.connections)
+        with lasting(400, 1600):  # it reads on for a moment
+            eventually(lambda: len(gate.gate.connections) < 2)
+        eventually(lambda: not gate.gate.connections, 1600 * MS)
         gate.line("reason=idle_timeout")
         gate.line("reason=backend_gone")
         for peer in idle + left:
@@ -4488,6 +4498,17 @@ def test_a_changed_certificate_is_taken_and_a_broken_one_is_not(tmp_path, tls):
         old.close()
 
 
+@pytest.mark.skipif(not hasattr(ssl, "OP_NO_RENEGOTIATION"), reason="this Python has no such option")
+def test_no_client_of_a_tls_port_may_negotiate_again(tmp_path, tls):
+    ini = tls_ini(tls, "return = 200") + "[location other.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
+    with running(ini, tmp_path) as gate, contextlib.closing(tls_connect(gate, tls)) as peer:
+        assert peer.send(request()).response().status == 200
+        connection, = gate.gate.connections
+        contexts = gate.gate.config.certificates.contexts.values()
+        assert connection.stream.sock.context in contexts and len(contexts) > 1
+        assert all(context.options & ssl.OP_NO_RENEGOTIATION for context in contexts)
+
+
 def test_a_key_of_another_certificate_is_a_configuration_error(tmp_path, tls):
     error = config_error(tmp_path, tls_ini(tls, "return = 200", "ssl_certificate_key = " + tls.client))
     assert "ssl_certificate" in error and "not the key of this certificate" in error
@@ -4631,6 +4652,19 @@ def test_a_tunnel_over_tls_changes_no_byte_though_both_sides_stall(tmp_path, tls
             assert "up=%d/" % len(sizes) in line and "down=%d/" % len(sizes) in line
 
 
+def test_what_tls_has_decrypted_and_nobody_has_read_is_not_left_until_more_comes(tmp_path, tls, monkeypatch):
+    """Smaller reads than TLS records: poll() says nothing of the rest of a record."""
+    monkeypatch.setattr(wsgate, "SMALL_READ", 1000)
+    monkeypatch.setattr(wsgate, "BIG_READ", 2000)
+    with ScriptedBackend(service, tls=tls_backend(tls)) as backend:
+        ini = tls_ini(tls, "proxy_pass = https://" + backend.where, "proxy_ssl_trusted_certificate = " + tls.ca)
+        with running(ini, tmp_path) as gate, contextlib.closing(tls_connect(gate, tls).send(handshake())) as client:
+            assert client.response().status == 101
+            for size in (900, 9000, 1000):  # one record each
+                client.send(frame(2, b"x" * size, b"abcd"))
+                assert read_frame(client) == (2, b"x" * size)
+
+
 def test_a_tunnel_over_tls_ends_with_close_notify_on_both_sides(tmp_path, tls):
     seen = []
 
@@ -4756,13 +4790,14 @@ def test_a_bad_file_changes_nothing_and_the_log_says_why(tmp_path, broken, said)
         assert gate.ask(request()).body == b"old" and len(gate.gate.listeners) == 1
 
 
-def test_quit_spreads_the_ends_of_tunnels_over_drain_timeout_quiet_ones_first(tmp_path):
+def test_quit_spreads_the_ends_of_tunnels_over_drain_timeout_quiet_ones_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(wsgate, "BUSY", 100 * MS)
     window = 800 * MS
     with gate_and_backend(tmp_path, service, "drain_timeout = %dms" % (window * 1000)) as (gate, _):
         clients = [gate.connect().send(handshake()) for _ in range(20)]
         for peer in clients:
             assert peer.response().status == 101
-        assert clients[-1].silent(600 * MS)  # a tunnel that was busy just now looks up a little later
+        assert clients[-1].silent(150 * MS)  # a tunnel that was busy just now looks up a little later
         assert alive(clients[0])
         poll, ends, begun = select.poll(), [], time.monotonic()
         waiting = {peer.sock.fileno(): peer for peer in clients}
@@ -4825,7 +4860,8 @@ def test_a_gate_that_ends_before_its_last_peers_do_says_no_nonsense(tmp_path):
 
 @pytest.mark.parametrize("first, second", [
     ("SIGQUIT", "SIGQUIT"), ("SIGQUIT", "SIGTERM"), ("SIGTERM", None)])
-def test_a_second_quit_stops_as_term_does(tmp_path, first, second):
+def test_a_second_quit_stops_as_term_does(tmp_path, monkeypatch, first, second):
+    monkeypatch.setattr(wsgate, "BUSY", 100 * MS)
     with gate_and_backend(tmp_path, service, "drain_timeout = 60s") as (gate, _):
         client = gate.connect().send(handshake())
         assert client.response().status == 101
@@ -4891,10 +4927,35 @@ def test_the_process_obeys_reopen_reload_and_stop(tmp_path):
         peer.close()
 
 
+@needs_signals
+def test_a_second_ctrl_c_waits_for_nobody_and_one_more_on_the_way_out_prints_nothing(tmp_path):
+    def pid_file_is_read():
+        with contextlib.suppress(OSError):  # ENXIO until then
+            return os.open(child.pid_file, os.O_WRONLY | os.O_NONBLOCK)
+
+    with ScriptedBackend() as backend, program(tmp_path, "proxy_pass = http://" + backend.where) as child:
+        client = connect(child.port).send(request())
+        backend.peer().head()
+        os.unlink(child.pid_file)
+        os.mkfifo(child.pid_file)  # looking whose it is, the gate stops on its way out until somebody has written
+        child.send_signal(signal.SIGINT)
+        eventually(lambda: not listening(child.port))
+        with lasting(0, 600):  # a backend that does not answer would hold it up for a second
+            child.send_signal(signal.SIGINT)
+            writing = eventually(pid_file_is_read)
+        child.send_signal(signal.SIGINT)
+        os.write(writing, b"%d\n" % child.pid)
+        os.close(writing)
+        assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
+        eventually(lambda: child.said("stopped"))
+        assert not child.said("Traceback") and not child.said("Exception")
+        client.close()
+
+
 def test_a_signal_to_a_gate_that_does_not_run_is_an_error(tmp_path, capsys):
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
-    for text in ("%d\n" % done.pid, "", None):
+    for text in ("%d\n" % done.pid, "%d\n" % (1 << 22 | 1), "", None):
         if text is not None:
             written(tmp_path, "pid", text)
         else:
@@ -5125,6 +5186,11 @@ def is_deaf(peer):
     peer.ended()
 
 
+def is_deaf_until_the_close(peer):
+    while read_frame(peer)[0] != 8:
+        pass
+
+
 def says(line, *fields):
     """A script: an answer without a body."""
     return answer(b"\r\n".join((b"HTTP/1.1 " + line, b"Content-Length: 0") + fields) + b"\r\n\r\n")
@@ -5217,7 +5283,7 @@ def test_a_probe_measures_echoes_and_says_so_when_none_comes(capsys):
     with ScriptedBackend(opens()) as backend:
         result, _, report = probed(capsys, "ws://" + backend.where, "--count", "3", "--message", "x" * 200)
         assert result == 0 and re.search(r"3 of 3 came back: min [0-9.]+, median [0-9.]+, max [0-9.]+ ms", report)
-    with ScriptedBackend(opens(is_deaf)) as backend:
+    with ScriptedBackend(opens(is_deaf_until_the_close)) as backend:
         result, _, report = probed(capsys, "ws://" + backend.where, "--count", "1", "--timeout", "%dms" % (300000 * MS))
         assert result == 0 and "0 of 1 came back; perhaps this is no echo server" in report
 
@@ -5359,7 +5425,7 @@ def test_a_flood_of_wrong_passwords_costs_the_memory_of_a_few_hashes(tmp_path):
     with process("-c", str(tmp_path / "hash.ini")) as child:
         eventually(lambda: listening(port))
         wrong = request(b"GET", b"/", b"Authorization: Basic " + base64.b64encode(b"me:wrong"))
-        clients = [connect(port) for _ in range(40)]
+        clients = [connect(port) for _ in range(8 + 4 * (os.cpu_count() or 1))]
         for client in clients:
             client.send(wrong)
         assert {client.response().status for client in clients} == {401}
@@ -5402,7 +5468,7 @@ def test_bytes_that_are_no_frames_do_not_get_round_max_message_size(tmp_path):
         client.send(frame(2, b"unmasked, as some backends accept"))
         assert read_frame(client) == (8, b"\x03\xeabad_frames")
         assert peer.ended()
-        assert gate.line("gate:1002", "reason=bad_frames")
+        assert "close=gate:1002 reason=bad_frames" in line_of(gate, client, peer)
 
 
 def test_draining_does_not_wait_for_a_connection_that_became_idle_after_it_began(tmp_path):
@@ -5545,7 +5611,7 @@ def test_soak_leaves_threads_descriptors_and_memory_flat(tmp_path, tls):
         with process("-c", path, environ={"MALLOC_ARENA_MAX": "1"}) as child:  # one heap: its size says what is in use
             eventually(lambda: child.said("up to"))
             child.port, fresh = ports[1], taken_by(child.pid)
-            for share in (0.4, 0.3, 0.3):
+            for share in (0.4, 0.6):
                 end = time.monotonic() + share * float(os.environ.get("SOAK_SECONDS", "3"))
                 clients = [threading.Thread(target=client, args=(number * 10 ** 6, end)) for number in range(8)]
                 for step in (threading.Thread.start, threading.Thread.join):
@@ -5554,6 +5620,6 @@ def test_soak_leaves_threads_descriptors_and_memory_flat(tmp_path, tls):
                 assert not wrong
                 eventually(lambda: all(now <= before for now, before in zip(taken_by(child.pid)[:2], fresh)))
                 sizes.append(taken_by(child.pid)[2])
-            assert sizes[2] - sizes[0] < 3, sizes
+            assert sizes[1] - sizes[0] < 3, sizes
             os.kill(child.pid, signal.SIGTERM)
             assert child.wait(5000 * MS) == 0 and not child.said("internal error"), child.lines[-5:]
