@@ -4225,29 +4225,24 @@ class Record:
     def write_line(self, **fields):
         """A line of these fields and of those that each line has; those that are None are left out."""
         stamp = "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.time)), self.time % 1 * 1000)
-        fields.update(time=stamp, id=self.id, client=self.client, host=self.host, location=self.location,
-                      server=self.server, hs=None if self.handshake is None else round(self.handshake, 3))
-        access_log.info(Line((name, value) for name, value in fields.items() if value is not None))
+        access_log.info(Line(fields, time=stamp, id=self.id, client=self.client, host=self.host, server=self.server,
+                             location=self.location, hs=self.handshake and round(self.handshake, 3)))
 
 
-LINE = {  # the fields of an access log line in their order, and how each is written
-    "time": "%s", "id": "%s", "client": "%s", "host": "%s", "request": '"%s"', "status": "%s", "event": "%s",
-    "location": "%s", "server": "%s", "dur": "dur=%s", "hs": "hs=%s", "up": "up=%d/%dB", "down": "down=%d/%dB",
-    "close": "close=%s", "reason": "reason=%s", "failed": "failed=%s", "frames": "frames=%s", "note": 'note="%s"',
-    "rtt": "rtt=%s"}
+LINE = (  # the fields of an access log line in their order, and how each is written
+    ("time", "%s"), ("id", "%s"), ("client", "%s"), ("host", "%s"), ("request", '"%s"'), ("status", "%s"),
+    ("event", "%s"), ("location", "%s"), ("server", "%s"), ("dur", "dur=%s"), ("hs", "hs=%s"), ("up", "up=%d/%dB"),
+    ("down", "down=%d/%dB"), ("close", "close=%s"), ("reason", "reason=%s"), ("failed", "failed=%s"),
+    ("frames", "frames=%s"), ("note", 'note="%s"'), ("rtt", "rtt=%s"))
 
 
 class Line(dict):
     """The fields of an access log line, made into text or JSON by the formatter."""
 
     def __str__(self):
-        """In the order of LINE; each field is one word, or stands in quotes."""
-        words = []
-        for name, form in LINE.items():
-            if name in self:
-                word = form % self[name]
-                words.append(word if '"' in form else word.replace(" ", "\\x20"))
-        return " ".join(words)
+        """In the order of LINE; each field is one word, or stands in quotes. A location may be two words."""
+        self["location"] = self["location"].replace(" ", "\\x20")
+        return " ".join([form % self[name] for name, form in LINE if self.get(name) is not None])
 
 
 class JSONFormatter(logging.Formatter):
@@ -4255,7 +4250,7 @@ class JSONFormatter(logging.Formatter):
 
     def format(self, record):
         """A pair of counts becomes two fields, up_messages and up_bytes."""
-        fields = dict(record.msg)
+        fields = {name: value for name, value in record.msg.items() if value is not None}
         for name in ("up", "down"):
             if name in fields:
                 fields[name + "_messages"], fields[name + "_bytes"] = fields.pop(name)
