@@ -268,11 +268,13 @@ def parse_listen(text):
 
 
 def parse_networks(text):
-    """Addresses and CIDRs, or 'all' -> tuple of ip_network."""
+    """Addresses and CIDRs, 'all' or 'unix:' (who comes over a unix socket) -> tuple of ip_network and 'unix:'."""
     networks = []
     for word in parse_list(text):
         if word == "all":
             networks += [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")]
+        elif word == "unix:":
+            networks.append(word)
         else:
             try:
                 networks.append(ipaddress.ip_network(word))
@@ -333,6 +335,8 @@ def parse_set_headers(text):
             raise ValueError("'Name: value' is needed, not %r" % line.strip())
         if raw.lower() in GATE_FIELDS:
             raise ValueError("%s is set by wsgate itself, this line can go" % name.strip())
+        if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):
+            raise ValueError("a control character in the value of %s" % name.strip())
         headers.append((raw, Template(value.strip())))
     return tuple(headers)
 
@@ -556,20 +560,22 @@ class Config:
         return groups
 
 
-def load_config(path, overrides=None):
+def load_config(path, overrides=None, resolve=True):
     """The file at path (None: no file, all defaults) -> Config; raises ConfigError with every error.
 
     overrides: {key: text} for [server], from the command line.
+    resolve: warn of names that do not; it may take long, so not while connections wait to be accepted.
     """
-    return ConfigReader(path, overrides or {}).read()
+    return ConfigReader(path, overrides or {}, resolve).read()
 
 
 class ConfigReader:
     """Reads and checks one file; collects all errors before it gives up."""
 
-    def __init__(self, path, overrides):
+    def __init__(self, path, overrides, resolve=True):
         self.path = path
         self.overrides = overrides
+        self.resolve = resolve
         self.name = path or "command line"
         self.lines = {}      # (section, key or None) -> line number
         self.errors = []     # (line number, text)
@@ -630,6 +636,7 @@ class ConfigReader:
         parser = configparser.RawConfigParser(delimiters=("=",), strict=True, interpolation=None,
                                               empty_lines_in_values=True, default_section="")
         parser.optionxform = str
+        parser.SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # Python 3.6 ends it at the first ]: [location [::1]/]
         try:
             with open(self.path, encoding="utf-8-sig") as file:  # Notepad writes a BOM
                 text = file.read()
@@ -662,14 +669,14 @@ class ConfigReader:
     def number_lines(self, text):
         """Remember where each section and key stands; configparser does not."""
         section = None
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             header = re.match(r"\[(.+)\]", line)
-            key = re.match(r"([^\s#;=\[][^=]*?)\s*=", line)
+            key = re.match(r"\s*([^\s#;=\[][^=]*?)\s*=", line)
             if header:
                 section = " ".join(header.group(1).split())
                 self.lines[section, None] = number
             elif key:
-                self.lines[section, key.group(1)] = number
+                self.lines.setdefault((section, key.group(1)), number)
 
     def section(self, title, texts, keys, inherited=()):
         """{key: text} -> Settings with a value for every key of the table; None if a value is bad.
@@ -766,7 +773,7 @@ class ConfigReader:
     def check_resolves(self, title, address):
         """Warn of a name nobody knows yet; it is resolved again at every connect."""
         try:
-            address.path or socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
+            address.path or not self.resolve or socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
         except OSError:
             self.warn(title, "%s does not resolve now; it will be tried at every connect%s" % (
                 address.host, nearest(address.host, self.upstreams)))
@@ -798,8 +805,9 @@ class Gate:
         self.samples = collections.deque(maxlen=121)  # ten minutes of (time.monotonic(), *traffic())
         self.next_sample = 0.0                # time.monotonic() of the next one
         self.next_check = 0.0                 # time.monotonic() of the next look at the certificates
-        self.reopen_logs = lambda: None       # set by main
+        self.open_logs = lambda server: None  # set by main
         self.load = lambda: self.config       # the same, for reload
+        self.pid_file = None                  # where write_pid has written
         self.successor = None                 # the process that USR2 started, until it is ready
         self.selector = selectors.DefaultSelector()
         self.signals = collections.deque()
@@ -925,14 +933,41 @@ class Gate:
             return
         notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         try:
-            self.adopt(self.load())
-            self.reopen_logs()
+            config, old = self.load(), self.config
+            try:
+                self.open_logs(config.server)
+                self.write_pid(config.server.pid)
+                self.adopt(config)
+            except OSError:
+                self.open_logs(old.server)
+                self.write_pid(old.server.pid)
+                raise
             log.info("reloaded %s", self.config.path)
         except (ConfigError, OSError) as error:
             for line in str(error).splitlines():
                 log.error("reload: %s", line)
             log.error("reload: nothing was changed")
         notify("READY=1")
+
+    def write_pid(self, path):
+        """Write the process id where the configuration wants it (None: nowhere) and remove it from where it was."""
+        path = path and os.path.abspath(path)
+        if path == self.pid_file:
+            return
+        if path:
+            with open(path, "w") as file:
+                file.write("%d\n" % os.getpid())
+        self.remove_pid()
+        self.pid_file = path
+
+    def remove_pid(self):
+        """Remove the pid file, unless a successor has written its own."""
+        if self.pid_file:
+            with contextlib.suppress(OSError, ValueError):  # gone, or not to be removed by this user
+                with open(self.pid_file) as file:
+                    mine = int(file.read()) == os.getpid()
+                if mine:
+                    os.unlink(self.pid_file)
 
     def adopt(self, config):
         """Open the listeners that are new, then switch, then close those that went."""
@@ -964,7 +999,7 @@ class Gate:
     def reopen(self):
         """USR1: open the log files anew, after a rotation."""
         try:
-            self.reopen_logs()
+            self.open_logs(self.config.server)
         except OSError as error:
             log.error("logs cannot be reopened, going on with the old ones: %s", error)
 
@@ -1160,6 +1195,8 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self.socket.close()
                 self.socket = inherited
                 self.server_address = inherited.getsockname()
+                if not address.path:
+                    set_tcp_options(inherited)  # systemd does not, unless its unit says so
             else:
                 self.server_bind()
             self.server_activate()
@@ -1373,7 +1410,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def setup(self):
         self.gate = self.server.gate
-        self.listen = self.server.listen
+        self.listen, self.certificates = self.server.listen, self.gate.config.certificates
         self.stream = Stream(self.request)
         # The client as the gate knows it; a trusted proxy may correct the address later.
         # A client of a unix socket may have any name: text, bytes or none.
@@ -1399,6 +1436,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
                     self.served += 1
                 if self.lingers:
                     self.stream.linger()
+                elif self.stream.tls and self.tunnel is None:
+                    self.stream.end()  # close_notify (RFC 8446 6.1)
         except (ClientGone, TimedOut, OSError) as error:
             log.debug("%s: connection ended: %s", self.peer, error)
         finally:
@@ -1419,7 +1458,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             if source and self.gate.config.server.real_ip_header == "proxy_protocol":
                 self.peer, self.peer_port = self.client, _ = source
         if self.listen.ssl:
-            return self.begin_tls()
+            return self.certificates is not None and self.begin_tls()  # None: a reload takes TLS away just now
         return True
 
     def begin_tls(self):
@@ -1433,7 +1472,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 self.stream.linger()
             return False
         try:
-            self.stream.start_tls(self.gate.config.certificates.contexts[None], self.deadline, server_side=True)
+            self.stream.start_tls(self.certificates.contexts[None], self.deadline, server_side=True)
         except (OSError, ValueError) as error:
             log.info("%s: TLS handshake failed: %s", self.peer, getattr(error, "reason", None) or error)
             return False
@@ -1465,11 +1504,12 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def receive(self):
         """Wait for a request and parse its head -> whether there was one."""
-        if self.served and not self.stream.buffer:
+        if self.served:
             deadline = Deadline(self.gate.config.server.keepalive_timeout)
             alarm = self.gate.alarm  # before the state is looked at: Gate.end changes that first
-            if self.gate.state != "running" or not self.stream.fill(deadline, alarm, quiet=True, expected=False):
-                return False
+            while b"\r\n".startswith(self.stream.buffer):  # nothing, or the empty line that is ignored
+                if self.gate.state != "running" or not self.stream.fill(deadline, alarm, quiet=True, expected=False):
+                    return False
         self.config = self.gate.config
         server = self.config.server
         deadline = Deadline(server.client_header_timeout) if self.served else self.deadline
@@ -1608,7 +1648,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.answered = True
         if not self.backend.server.address.path:
             set_tcp_options(self.backend.stream.sock)
-        scan = protocol == b"websocket" and extensions_known(response)
+        # With a limit unknown extensions are scanned too: what turns out to be no frames ends the tunnel.
+        scan = protocol == b"websocket" and bool(self.location.max_message_size or extensions_known(response))
         self.tunnel = Tunnel(self, self.backend.stream, head, scan, extensions_used(response))
         self.record.tunnel_begins()
         return False
@@ -2056,7 +2097,7 @@ def parse_fields(block):
     if not FIELD_LINES.fullmatch(block):
         for line in block.split(b"\r\n"):
             if not FIELD_LINES.fullmatch(line + b"\r\n"):
-                raise ValueError("bad field line %s" % printable(line[:80]))
+                raise ValueError("bad field line %s" % printable(line.partition(b":")[0][:40]))  # no secrets
     fields = Headers([(name, value.strip(b" \t")) for name, value in FIELD_LINE.findall(block)])
     if len(fields) > FIELD_LIMIT:
         raise OverflowError("more than %d fields" % FIELD_LIMIT)
@@ -2337,7 +2378,7 @@ def make_answer(status, reason, body, fields, close, head_only):
     if not bodyless:
         lines += [b"Content-Type: text/plain; charset=utf-8", b"Content-Length: %d" % len(body)]
     if close:
-        lines.append(b"Connection: close")
+        lines.append(b"Connection: close, upgrade" if status == 426 else b"Connection: close")  # RFC 9110 7.8
     return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only or bodyless else body)
 
 
@@ -2410,6 +2451,8 @@ def split_target(request):
         if authority.lower() != request.authority.lower():
             raise HTTPError(400, "bad_request", "the address in the request line is not that of Host")
         target = request.target = b"/" + question + query + slash + rest if question else b"/" + rest
+        if request.method == b"OPTIONS" and not (slash or question):
+            target = request.target = b"*"  # RFC 9112 3.2.4
     if target == b"*":
         if request.method != b"OPTIONS":
             raise HTTPError(400, "bad_request", "* is for OPTIONS only")
@@ -2461,9 +2504,9 @@ def upgrade_wanted(message, location):
     if location.upgrade == "none" or message.method != b"GET":
         return None
     if (location.upgrade == "any" and asked and named and message.minor and not message.has_body()
-            and asked != [b"websocket"]):
+            and b"websocket" not in asked):
         hidden = any(name.partition(b"/")[0] in (b"h2c", b"h2", b"tls", b"http") for name in asked)
-        return None if hidden else fields.get(b"upgrade")
+        return None if hidden else b", ".join(fields.get_all(b"upgrade"))
     keys = fields.get_all(b"sec-websocket-key")
     if location.strict_handshake and keys and not (asked and named and message.minor):
         raise HTTPError(426, "upgrade_missing", UPGRADE_MISSING, ((b"Upgrade", b"websocket"),))
@@ -2491,6 +2534,9 @@ hop-by-hop, and a proxy in front of wsgate did not pass them on. In nginx the lo
 # ---------------------------------------------------------------------- Access
 
 
+FORWARDED_PORT = re.compile(r"^\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?$|^([0-9.]+):[0-9]{1,5}$")  # some proxies write it
+
+
 @functools.lru_cache(1024)
 def parse_ip(text):
     """An address -> ip_address, IPv4-mapped IPv6 as IPv4; None if it is none (a unix socket)."""
@@ -2506,7 +2552,9 @@ def trusted(networks, text):
     if not networks:
         return False
     address = parse_ip(text)
-    return address is not None and any(address in network for network in networks)
+    if address is None:
+        return text == "unix:" and text in networks
+    return any(network != "unix:" and address in network for network in networks)
 
 
 def real_client(server, peer, fields):
@@ -2519,7 +2567,7 @@ def real_client(server, peer, fields):
         named = [part.strip(b" \t") for value in fields.get_all(b"x-forwarded-for") for part in value.split(b",")]
     client = peer
     for part in reversed(named):  # from the right: the left end is what the client claims
-        address = parse_ip(part.decode("latin-1"))
+        address = parse_ip(FORWARDED_PORT.sub(r"\1\2", part.decode("latin-1")))
         if address is None:
             break
         client = str(address)
@@ -2530,8 +2578,9 @@ def real_client(server, peer, fields):
 
 def check_address(location, client):
     """allow and deny (ngx_http_access_module; deny wins)."""
-    denied = trusted(location.deny, client if parse_ip(client) else "0.0.0.0")  # a unix socket is denied by `all`
-    if denied or (location.allow and not trusted(location.allow, client)):
+    names = (client,) if parse_ip(client) else (client, "0.0.0.0")  # a unix socket is in `all` too
+    allowed, denied = (any(trusted(networks, each) for each in names) for networks in (location.allow, location.deny))
+    if denied or (location.allow and not allowed):
         raise HTTPError(403, "not_allowed", "this address may not connect")
 
 
@@ -3046,7 +3095,8 @@ def request_head_for_backend(connection, protocol):
     lines = [b"%s %s HTTP/1.1" % (message.method, location.rewrite(message))]
     lines += passed_fields(connection, location.withheld)
     if not message.authority and b"host" not in location.replaced:
-        lines.insert(1, b"Host: " + connection.backend.server.name.encode())  # HTTP/1.0 may come without
+        server = connection.backend.server  # HTTP/1.0 may come without
+        lines.insert(1, b"Host: " + (b"localhost" if server.address.path else server.name.encode()))
     if message.chunked:
         lines.append(b"Transfer-Encoding: chunked")
     if protocol:
@@ -3159,19 +3209,21 @@ def response_head_for_client(response, message, keep):
 
 def check_101(message, response, location, protocol):
     """A 101 must answer what was asked (RFC 6455 4.1), else the tunnel would be another's; raises BackendError."""
-    fields = response.fields
-    wrong = None
+    fields, wrong = response.fields, None
+    asked, answered = {name.strip() for name in (protocol or b"").lower().split(b",")}, fields.tokens(b"upgrade")
     if protocol is None:
         wrong = "101, and nobody asked for it"
-    elif fields.tokens(b"upgrade") != [protocol.lower()] or b"upgrade" not in fields.tokens(b"connection"):
+    elif not answered or not asked.issuperset(answered) or b"upgrade" not in fields.tokens(b"connection"):
         wrong = "101 without Upgrade: %s and Connection: upgrade" % printable(protocol)
     elif protocol == b"websocket" and location.strict_handshake:
-        chosen = fields.tokens(b"sec-websocket-protocol")
+        chosen = fields.get_all(b"sec-websocket-protocol")
+        offered = [name.strip(b" \t") for value in message.fields.get_all(b"sec-websocket-protocol")
+                   for name in value.split(b",")]
         if message.fields.get(b"sec-websocket-version") != b"13":
             wrong = "101 to a handshake of a version that is not 13"
         elif fields.get(b"sec-websocket-accept") != accept_for(handshake_key(message)):
             wrong = "101 with a Sec-WebSocket-Accept that does not answer the key: a cache in between?"
-        elif chosen and (len(chosen) > 1 or chosen[0] not in message.fields.tokens(b"sec-websocket-protocol")):
+        elif chosen and (len(chosen) > 1 or chosen[0] not in offered):
             wrong = "101 with a Sec-WebSocket-Protocol that was not offered"
     if wrong:
         raise BackendError(502, "backend_bad_101", wrong, sent=True)
@@ -3237,7 +3289,7 @@ class HTTPRelay:
     def final_response(self, interim):
         """Read heads up to the final one -> Response. interim: pass 1xx on to the client. Raises BackendError."""
         self.move_up()
-        for _ in range(INTERIM_LIMIT):
+        for _ in range(INTERIM_LIMIT + 1):
             response = parse_response_head(self.response_head())
             if response.status >= 200 or response.status == 101:
                 return response
@@ -3522,7 +3574,8 @@ class Flow:
         if self.discard or self.source.tls or self.sink.tls:
             return False
         scanner = self.scanner
-        return scanner is None or scanner.left >= SPLICE_LEAST or (scanner.large and scanner.control is None)
+        return scanner is None or scanner.left >= SPLICE_LEAST or (
+            scanner.large and scanner.control is None and not scanner.head and not scanner.held)
 
     def splice(self, now):
         """Move bulk from socket to pipe to socket; the kernel hands pages on and copies nothing.
@@ -3653,6 +3706,8 @@ class Tunnel:
         up.flush(now)
         down.flush(now)
         self.settle(now)
+        if self.gate.state != "running":  # the alarm has rung before this tunnel knew it
+            self.obey(now)
         wake = self.timers(now)
         while not self.over:
             events = poll.poll((wake - now) * 1000 if wake > now else 0)
@@ -4057,6 +4112,7 @@ class FrameScanner:
         self.begin(head, length, head[need - 4:need] if self.masked else b"", now)
         if self.too_big:
             self.left = int(split)  # the frame does not pass: this is a boundary, unless half its header has
+            return position
         return self.skip_alike(data, position, head[:need], need + length) if self.left else position
 
     def skip_alike(self, data, position, head, size):
@@ -4307,6 +4363,7 @@ def log_handler(where, stream):
     if where.startswith("syslog:"):
         host, _, port = where[7:].partition(":")
         handler = logging.handlers.SysLogHandler((host, int(port or 514)) if host else "/dev/log", facility="daemon")
+        handler.append_nul = False
         handler.ident = "wsgate: "  # the program's name; without it syslogd takes the id for the host
         return handler
     return logging.FileHandler(where, encoding="utf-8")
@@ -4317,18 +4374,19 @@ class StatusConnection(socketserver.BaseRequestHandler):
 
     def handle(self):
         """Read the request, answer it, close."""
-        stream, deadline, method = Stream(self.request), Deadline(5), None
+        stream, deadline, method, fields = Stream(self.request), Deadline(5), None, ()
         try:
             try:
                 message = parse_request_head(read_head(stream, SMALL_READ, deadline))
                 method = message.method
                 status, kind, text = self.page(self.server.gate, message)
             except HTTPError as error:
-                status, kind, text = error.status, "text/plain", "%s\n" % error.reason
+                status, kind, text, fields = error.status, "text/plain", "%s\n" % error.reason, error.fields
             body = text.encode()
             head = ("HTTP/1.1 %d %s\r\nContent-Type: %s; charset=utf-8\r\nContent-Length: %d\r\n"
-                    "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
+                    "Cache-Control: no-store\r\nConnection: close\r\n"
                     % (status, reason_phrase(status), kind, len(body))).encode()
+            head += b"".join(b"%s: %s\r\n" % pair for pair in fields) + b"\r\n"
             stream.write_all(head if method == b"HEAD" else head + body, deadline)
             stream.linger()
         except (OSError, EOFError, TimedOut):  # whoever asked has gone
@@ -4341,7 +4399,7 @@ class StatusConnection(socketserver.BaseRequestHandler):
         if self.client_address and not trusted(gate.config.server.status_allow, self.client_address[0]):
             raise HTTPError(403, "not_allowed")
         if message.method not in (b"GET", b"HEAD"):
-            raise HTTPError(405, "not_allowed")
+            raise HTTPError(405, "not_allowed", "", ((b"Allow", b"GET, HEAD"),))
         path, _, query = message.target.decode("ascii").partition("?")
         if path == "/healthz":
             return 200, "text/plain", "ok\n"
@@ -4644,13 +4702,10 @@ def run_gate(path, overrides, ready=None):
     setup_logging(config.server)
     threading.stack_size(256 * 1024)  # 10,000 threads of 8 MiB do not fit everywhere
     gate = Gate(config)
-    gate.load = lambda: load_config(path, overrides)
-    gate.reopen_logs = lambda: setup_logging(gate.config.server)
+    gate.load = lambda: load_config(path, overrides, resolve=False)
+    gate.open_logs = setup_logging
     gate.open(inherited_sockets())
-    pid_file = config.server.pid and os.path.abspath(config.server.pid)
-    if pid_file:
-        with open(pid_file, "w") as file:
-            file.write("%d\n" % os.getpid())
+    gate.write_pid(config.server.pid)
     if config.server.user:
         drop_privileges(config.server.user)
     gate.catch_signals()
@@ -4661,8 +4716,7 @@ def run_gate(path, overrides, ready=None):
         os.write(int(os.environ["WSGATE_READY"]), b"ready")
         os.close(int(os.environ.pop("WSGATE_READY")))
     gate.run()
-    if pid_file:
-        remove_pid_file(pid_file)
+    gate.remove_pid()
     log.info("stopped")
     logging.shutdown()
     if gate.connections:
@@ -4715,15 +4769,6 @@ def drop_privileges(user):
         raise OSError(errno.EPERM, "user = %s works only when started as root; take it out, or start as root" % user)
     if os.getuid() != entry.pw_uid or os.geteuid() == 0:
         raise OSError(errno.EPERM, "privileges could not be dropped to %s" % user)
-
-
-def remove_pid_file(path):
-    """Remove the pid file, unless a successor has written its own."""
-    with contextlib.suppress(OSError, ValueError):  # gone, or not to be removed by this user
-        with open(path) as file:
-            mine = int(file.read()) == os.getpid()
-        if mine:
-            os.unlink(path)
 
 
 SAMPLE = """\
