@@ -1228,8 +1228,7 @@ def test_a_wsgate_ini_here_is_taken_before_the_one_beside_the_program(tmp_path):
     assert "wsgate.ini:3: [server] here: unknown key" in run_program("-t", cwd=str(tmp_path))[1]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_two_options_are_enough_to_serve_and_a_signal_ends_it_within_a_second(name):
+def test_two_options_are_enough_to_serve_and_a_signal_ends_it_within_a_second():
     with ScriptedBackend() as backend, process("--listen", "127.0.0.1:0", "--backend", backend.where) as child:
         port = port_of(child)
         client = connect(port).send(handshake())
@@ -1240,7 +1239,7 @@ def test_two_options_are_enough_to_serve_and_a_signal_ends_it_within_a_second(na
         client.send(frame(1, b"hello", b"mask"))
         assert read_frame(peer) == (1, b"hello")
         begun = time.monotonic()
-        child.send_signal(getattr(signal, name))
+        child.send_signal(signal.SIGTERM)
         eventually(lambda: not listening(port), 700 * MS)
         assert read_frame(client)[0] == 8
         eventually(lambda: child.poll() is not None)
@@ -4892,10 +4891,35 @@ def test_the_process_obeys_reopen_reload_and_stop(tmp_path):
         peer.close()
 
 
+@needs_signals
+def test_a_second_ctrl_c_waits_for_nobody_and_one_more_on_the_way_out_prints_nothing(tmp_path):
+    def pid_file_is_read():
+        with contextlib.suppress(OSError):  # ENXIO until then
+            return os.open(child.pid_file, os.O_WRONLY | os.O_NONBLOCK)
+
+    with ScriptedBackend() as backend, program(tmp_path, "proxy_pass = http://" + backend.where) as child:
+        client = connect(child.port).send(request())
+        backend.peer().head()
+        os.unlink(child.pid_file)
+        os.mkfifo(child.pid_file)  # looking whose it is, the gate stops on its way out until somebody has written
+        child.send_signal(signal.SIGINT)
+        eventually(lambda: not listening(child.port))
+        with lasting(0, 600):  # a backend that does not answer would hold it up for a second
+            child.send_signal(signal.SIGINT)
+            writing = eventually(pid_file_is_read)
+        child.send_signal(signal.SIGINT)
+        os.write(writing, b"%d\n" % child.pid)
+        os.close(writing)
+        assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
+        eventually(lambda: child.said("stopped"))
+        assert not child.said("Traceback") and not child.said("Exception")
+        client.close()
+
+
 def test_a_signal_to_a_gate_that_does_not_run_is_an_error(tmp_path, capsys):
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
-    for text in ("%d\n" % done.pid, "", None):
+    for text in ("%d\n" % done.pid, "%d\n" % (1 << 22 | 1), "", None):
         if text is not None:
             written(tmp_path, "pid", text)
         else:
