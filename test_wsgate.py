@@ -1168,6 +1168,18 @@ def test_log_level_and_off_are_obeyed(tmp_path):
         assert not wsgate.access_log.isEnabledFor(logging.INFO) and len(lines_in(path)) == 1
 
 
+def test_lines_for_syslog_begin_with_the_name_of_the_program(tmp_path):
+    with own_logging(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as syslogd:
+        syslogd.bind(("127.0.0.1", 0))
+        syslogd.settimeout(5000 * MS)
+        where = "syslog:127.0.0.1:%d" % syslogd.getsockname()[1]
+        wsgate.setup_logging(load_text(tmp_path, SERVER + "access_log = %s\nerror_log = %s\n" % (where, where)).server)
+        wsgate.access_log.info("GET /")
+        wsgate.log.warning("beware")
+        lines = [syslogd.recv(4096).rstrip(b"\0").decode() for _ in range(2)]
+    assert lines[0] == "<30>wsgate: GET /" and re.fullmatch("<28>wsgate: [-0-9]+ [:,0-9]+ WARNING beware", lines[1])
+
+
 # ---------------------------------------------------------------- Command line
 
 
