@@ -4498,6 +4498,17 @@ def test_a_changed_certificate_is_taken_and_a_broken_one_is_not(tmp_path, tls):
         old.close()
 
 
+@pytest.mark.skipif(not hasattr(ssl, "OP_NO_RENEGOTIATION"), reason="this Python has no such option")
+def test_no_client_of_a_tls_port_may_negotiate_again(tmp_path, tls):
+    ini = tls_ini(tls, "return = 200") + "[location other.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
+    with running(ini, tmp_path) as gate, contextlib.closing(tls_connect(gate, tls)) as peer:
+        assert peer.send(request()).response().status == 200
+        connection, = gate.gate.connections
+        contexts = gate.gate.config.certificates.contexts.values()
+        assert connection.stream.sock.context in contexts and len(contexts) > 1
+        assert all(context.options & ssl.OP_NO_RENEGOTIATION for context in contexts)
+
+
 def test_a_key_of_another_certificate_is_a_configuration_error(tmp_path, tls):
     error = config_error(tmp_path, tls_ini(tls, "return = 200", "ssl_certificate_key = " + tls.client))
     assert "ssl_certificate" in error and "not the key of this certificate" in error
@@ -4639,6 +4650,19 @@ def test_a_tunnel_over_tls_changes_no_byte_though_both_sides_stall(tmp_path, tls
             line = gate.line("101 closed")
             assert received == [up] and backend.errors == []
             assert "up=%d/" % len(sizes) in line and "down=%d/" % len(sizes) in line
+
+
+def test_what_tls_has_decrypted_and_nobody_has_read_is_not_left_until_more_comes(tmp_path, tls, monkeypatch):
+    """Smaller reads than TLS records: poll() says nothing of the rest of a record."""
+    monkeypatch.setattr(wsgate, "SMALL_READ", 1000)
+    monkeypatch.setattr(wsgate, "BIG_READ", 2000)
+    with ScriptedBackend(service, tls=tls_backend(tls)) as backend:
+        ini = tls_ini(tls, "proxy_pass = https://" + backend.where, "proxy_ssl_trusted_certificate = " + tls.ca)
+        with running(ini, tmp_path) as gate, contextlib.closing(tls_connect(gate, tls).send(handshake())) as client:
+            assert client.response().status == 101
+            for size in (900, 9000, 1000):  # one record each
+                client.send(frame(2, b"x" * size, b"abcd"))
+                assert read_frame(client) == (2, b"x" * size)
 
 
 def test_a_tunnel_over_tls_ends_with_close_notify_on_both_sides(tmp_path, tls):
