@@ -5596,8 +5596,8 @@ def test_soak_leaves_threads_descriptors_and_memory_flat(tmp_path, tls):
         with process("-c", path, environ={"MALLOC_ARENA_MAX": "1"}) as child:  # one heap: its size says what is in use
             eventually(lambda: child.said("up to"))
             child.port, fresh = ports[1], taken_by(child.pid)
-            for share in (0.4, 0.6):
-                end = time.monotonic() + share * float(os.environ.get("SOAK_SECONDS", "3"))
+            for share in (0.25, 0.75):  # the first to warm up
+                end = time.monotonic() + share * float(os.environ.get("SOAK_SECONDS", "2.4"))
                 clients = [threading.Thread(target=client, args=(number * 10 ** 6, end)) for number in range(8)]
                 for step in (threading.Thread.start, threading.Thread.join):
                     for thread in clients:
