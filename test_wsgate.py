@@ -4877,6 +4877,18 @@ def test_a_second_quit_stops_as_term_does(tmp_path, monkeypatch, first, second):
         assert time.monotonic() - begun < 1500 * MS
 
 
+def test_a_tunnel_that_is_never_quiet_is_ended_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(wsgate, "BUSY", 100 * MS)  # it looks up now and then, and polls no alarm
+    with gate_and_backend(tmp_path, service) as (gate, _):
+        client = gate.connect().send(handshake())
+        assert client.response().status == 101
+        assert alive(client)
+        gate.signal("SIGTERM")
+        eventually(lambda: read_frame(client.send(frame(1, b"more", b"abcd"))) == (8, b"\x03\xe9stop"), 800 * MS)
+        client.close()
+        over(gate)
+
+
 @contextlib.contextmanager
 def program(tmp_path, *lines, **more):
     """The real process on a port of its own, once it listens -> Popen with .port, .path, .pid_file."""
