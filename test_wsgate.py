@@ -4877,6 +4877,18 @@ def test_a_second_quit_stops_as_term_does(tmp_path, monkeypatch, first, second):
         assert time.monotonic() - begun < 1500 * MS
 
 
+def test_a_tunnel_that_is_never_quiet_is_ended_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(wsgate, "BUSY", 100 * MS)  # it looks up now and then, and polls no alarm
+    with gate_and_backend(tmp_path, service) as (gate, _):
+        client = gate.connect().send(handshake())
+        assert client.response().status == 101
+        assert alive(client)
+        gate.signal("SIGTERM")
+        eventually(lambda: read_frame(client.send(frame(1, b"more", b"abcd"))) == (8, b"\x03\xe9stop"), 800 * MS)
+        client.close()
+        over(gate)
+
+
 @contextlib.contextmanager
 def program(tmp_path, *lines, **more):
     """The real process on a port of its own, once it listens -> Popen with .port, .path, .pid_file."""
@@ -5611,8 +5623,8 @@ def test_soak_leaves_threads_descriptors_and_memory_flat(tmp_path, tls):
         with process("-c", path, environ={"MALLOC_ARENA_MAX": "1"}) as child:  # one heap: its size says what is in use
             eventually(lambda: child.said("up to"))
             child.port, fresh = ports[1], taken_by(child.pid)
-            for share in (0.4, 0.6):
-                end = time.monotonic() + share * float(os.environ.get("SOAK_SECONDS", "3"))
+            for share in (0.25, 0.75):  # the first to warm up
+                end = time.monotonic() + share * float(os.environ.get("SOAK_SECONDS", "2.4"))
                 clients = [threading.Thread(target=client, args=(number * 10 ** 6, end)) for number in range(8)]
                 for step in (threading.Thread.start, threading.Thread.join):
                     for thread in clients:
