@@ -1635,7 +1635,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
             relay.pass_response(response_head_for_client(response, message, keep), body)
         except BackendError as error:  # too late for another answer: the client must see that this one is cut
             self.record.ended(error.reason)
-            self.stream.reset()
+            self.lingers = response.length is not None or (response.chunked and message.minor > 0)
+            if not self.lingers:  # it would take an orderly end for the end of the body
+                self.stream.reset()
             return False
         finally:
             self.record.up, self.record.down = (0, relay.sent_up), (0, relay.sent_down)
