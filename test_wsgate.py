@@ -4928,6 +4928,16 @@ needs_signals = pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="this 
 
 
 @needs_signals
+def test_a_tunnel_whose_peers_do_not_close_is_logged_before_the_drained_gate_has_gone(tmp_path):
+    with ScriptedBackend(service) as backend, program(tmp_path, "proxy_pass = http://" + backend.where,
+                                                      "drain_timeout = %dms" % (200 * MS * 1000)) as child:
+        with contextlib.closing(connect(child.port).send(handshake())) as client:
+            assert client.response().status == 101
+            control(child, "quit")
+            assert child.wait(5000 * MS) == 0 and eventually(lambda: child.said("reason=drain"))
+
+
+@needs_signals
 def test_the_process_obeys_reopen_reload_and_stop(tmp_path):
     log = str(tmp_path / "access.log")
     with program(tmp_path, "return = 200 old", "access_log = " + log) as child:

@@ -3857,7 +3857,8 @@ class Tunnel:
         if now >= idle_at:
             self.finish("idle_timeout", 1001, 1001, now)
         elif now >= self.end_at:
-            self.finish("drain", 1001, 1001, now)
+            left = self.gate.deadline - 0.2 - now  # so that the line of the log is written before the gate has gone
+            self.finish("drain", 1001, 1001, now, seconds=min(LINGER, max(0.1, left)))
         elif now >= stalled_at:
             self.finish("send_timeout", 1001, 1001, now)
         if self.deadline < math.inf:
