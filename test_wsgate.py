@@ -3253,6 +3253,19 @@ def test_the_scanner_knows_where_frames_end_and_counts_messages_however_the_byte
         assert scanner.messages == 8 and not scanner.lost and scanner.close is None
 
 
+@pytest.mark.parametrize("begun", [b"\x82", b"\x82\x7f\0\0\0", b"\x8a", b"\x8a\4ga"], ids=repr)
+def test_behind_bulk_no_splice_begins_inside_a_header_or_a_pong(begun):
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(contextlib.closing(end)) for end in socket.socketpair() + socket.socketpair()]
+        streams = [wsgate.Stream(end) for end in ends]
+        flow = wsgate.Flow(streams[0], streams[1], wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
+        flow.scanner.expect_pong(b"gate", 1.0)
+        flow.scanner.feed(frame(2, b"x" * wsgate.SPLICE_LEAST), 1.0)
+        assert flow.spliceable()
+        flow.scanner.feed(begun, 1.0)
+        assert not flow.spliceable()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("payload, close", [
     (b"", (1005, b"")),
