@@ -4890,6 +4890,22 @@ def test_a_second_quit_stops_as_term_does(tmp_path, monkeypatch, first, second):
         assert time.monotonic() - begun < 1500 * MS
 
 
+@pytest.mark.parametrize("name, reason", [("SIGQUIT", b"drain"), ("SIGTERM", b"stop")])
+def test_a_tunnel_whose_101_comes_behind_the_signal_is_ended_too(tmp_path, name, reason):
+    with gate_and_backend(tmp_path, None, "drain_timeout = " + ini_ms(800)) as (gate, backend):
+        client = gate.connect().send(handshake())
+        peer = backend.peer()
+        peer.head()
+        gate.signal(name)
+        eventually(lambda: not listening(gate.port))
+        with lasting(0, 700):
+            peer.send(switching())
+            assert client.response().status == 101
+            assert read_frame(client) == read_frame(peer) == (8, b"\x03\xe9" + reason)
+        assert "close=gate:1001 reason=" + reason.decode() in line_of(gate, client, peer)
+        over(gate)
+
+
 def test_a_tunnel_that_is_never_quiet_is_ended_too(tmp_path, monkeypatch):
     monkeypatch.setattr(wsgate, "BUSY", 100 * MS)  # it looks up now and then, and polls no alarm
     with gate_and_backend(tmp_path, service) as (gate, _):
