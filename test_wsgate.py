@@ -5019,6 +5019,24 @@ def successor_of(child):
 
 
 @needs_signals
+def test_a_reload_that_cannot_open_a_log_the_pid_file_or_a_listener_changes_nothing(tmp_path):
+    def ini(text, **values):
+        return "[server]\nreturn = 200 %s\n" % text + "".join("%s = %s\n" % pair for pair in sorted(values.items()))
+
+    log, pid, nowhere = [str(tmp_path / name) for name in ("access.log", "pid2", "no/folder")]
+    with ScriptedBackend() as other, program(tmp_path, "return = 200 old", "access_log = " + log) as child:
+        for count, (key, wrong) in enumerate((("access_log", nowhere), ("pid", nowhere), ("listen", other.where)), 1):
+            fresh = {"access_log": log + ".new", "pid": pid, "listen": "127.0.0.1:%d" % free_port()}
+            written(tmp_path, "gate.ini", ini("new", **dict(fresh, **{key: wrong})))
+            os.kill(child.pid, signal.SIGHUP)
+            eventually(lambda: sum("nothing was changed" in line for line in list(child.lines)) == count)
+            with contextlib.closing(connect(child.port).send(request(b"GET", b"/" + key.encode()))) as peer:
+                assert peer.response().body == b"old"
+            eventually(lambda: "/%s " % key in "\n".join(lines_in(log)))
+            assert pid_in(child) == child.pid and not os.path.exists(pid)
+
+
+@needs_signals
 def test_an_upgrade_replaces_the_process_and_nobody_is_refused(tmp_path):
     with ScriptedBackend(service) as backend:
         lines = "drain_timeout = %dms" % (300 * MS * 1000), "proxy_pass = http://" + backend.where
