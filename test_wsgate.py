@@ -3925,6 +3925,10 @@ def test_the_auth_service_is_asked_without_handshake_and_body(tmp_path):
      [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9", b"X-Forwarded-For: 10.0.0.1"], b"203.0.113.9"),
     ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1", [b"X-Forwarded-For: 6.6.6.6, rubbish, 10.0.0.1"], b"10.0.0.1"),
     ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: rubbish"], b"127.0.0.1"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: 203.0.113.9:51234"], b"203.0.113.9"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: [2001:db8::7]:443"], b"2001:db8::7"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: [2001:db8::7]"], b"2001:db8::7"),
+    ("X-Forwarded-For", "127.0.0.1 10.0.0.1", [b"X-Forwarded-For: 203.0.113.9:1, 10.0.0.1:2"], b"203.0.113.9"),
     ("X-Forwarded-For", "127.0.0.1", [b"X-Real-IP: 6.6.6.6"], b"127.0.0.1"),
     ("X-Forwarded-For", "10.0.0.0/8", [b"X-Forwarded-For: 6.6.6.6"], b"127.0.0.1"),
     ("X-Forwarded-For", "", [b"X-Forwarded-For: 6.6.6.6", b"X-Real-IP: 6.6.6.6"], b"127.0.0.1"),
@@ -3935,6 +3939,14 @@ def test_only_trusted_proxies_say_who_the_client_is(tmp_path, header, believed, 
     with running(ini, tmp_path) as gate:
         assert gate.ask(request(b"GET", b"/", *fields)).body == client
         assert gate.line(" %s gate.test " % client.decode())
+
+
+@pytest.mark.parametrize("named", [b"203.0.113.9", b"203.0.113.9:51234", b"[2001:db8::7]:443", b"[2001:db8::7]"])
+def test_who_is_named_with_a_port_is_not_taken_for_the_proxy_that_is_allowed(tmp_path, named):
+    lines = "set_real_ip_from = 127.0.0.1", "allow = 127.0.0.1"
+    with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
+        assert gate.ask(request(b"GET", b"/", b"X-Forwarded-For: " + named)).reason == "not_allowed"
+        assert not backend.peers
 
 
 def proxy_v2(command, family, data):
