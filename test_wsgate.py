@@ -5542,6 +5542,22 @@ def test_bytes_that_are_no_frames_do_not_get_round_max_message_size(tmp_path):
         assert "close=gate:1002 reason=bad_frames" in line_of(gate, client, peer)
 
 
+@pytest.mark.parametrize("data, code, reason", [
+    (frame(2, b"x" * 1025, b"abcd", rsv=4), 1009, b"max_message_size"), (b"these are no frames", 1002, b"bad_frames")])
+def test_an_extension_that_nobody_knows_does_not_get_round_max_message_size(tmp_path, data, code, reason):
+    with gate_and_backend(tmp_path, None, "max_message_size = 1k") as (gate, backend):
+        client = gate.connect().send(handshake(b"/", b"Sec-WebSocket-Extensions: x-unknown"))
+        peer = backend.peer()
+        peer.head()
+        peer.send(switching(b"Sec-WebSocket-Extensions: x-unknown"))
+        assert client.response().status == 101
+        fits = frame(2, b"x" * 1024, b"abcd", rsv=4)
+        client.send(fits, data)
+        assert peer.read(len(fits)) == fits
+        assert read_frame(client) == (8, struct.pack("!H", code) + reason)
+        assert "reason=" + reason.decode() in line_of(gate, client, peer)
+
+
 def test_draining_does_not_wait_for_a_connection_that_became_idle_after_it_began(tmp_path):
     with gate_and_backend(tmp_path, None, "drain_timeout = 20s") as (gate, backend):
         client = gate.connect().send(request())
