@@ -2342,6 +2342,19 @@ def test_the_second_head_has_its_own_time_and_a_silent_connection_is_closed_with
         client.close()
 
 
+def test_an_empty_line_behind_a_body_is_not_the_beginning_of_a_request(tmp_path):
+    lines = ["client_header_timeout = " + ini_time(100), "keepalive_timeout = " + ini_time(600)]
+    with gate_and_backend(tmp_path, answer(ok()), *lines) as (gate, _):
+        client = gate.connect()
+        for behind in (b"\r\n", b"\r", b""):
+            assert client.send(request(b"POST", body=b"hello"), behind).response().status == 200
+            assert client.silent(300 * MS)
+            client.send(b"\n" if behind == b"\r" else b"")
+        with takes_ms(200, 900):  # of keepalive_timeout
+            assert client.rest() == b""
+        client.close()
+
+
 def test_a_body_that_stops_is_408_and_one_that_drips_is_not(tmp_path):
     with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: 20"), *TIMES_200MS) as (_, client, peer, _):
         with takes_ms(300, 2000):
