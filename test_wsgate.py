@@ -1072,6 +1072,16 @@ def test_what_a_peer_sends_cannot_forge_a_line(tmp_path, raw):
         assert "\\" not in line or "\\x" in line
 
 
+@pytest.mark.parametrize("line", [
+    b"Authorization : Bearer SECRET", b"Authorization: Bearer SECRET\x01", b"Authorization Bearer SECRET",
+    b"Authorization: Bearer\r\n SECRET:", b"SECRET", b"X: y\nSECRET: z"])
+def test_what_a_malformed_field_line_says_is_not_told(tmp_path, line):
+    with running("[server]\nreturn = 204\n", tmp_path) as gate:
+        response = gate.ask(request(b"GET", b"/", line))
+        assert response.status == 400 and b"SECRET" not in response.head + response.body
+        assert "SECRET" not in gate.line(" 400 done")
+
+
 def test_a_client_that_goes_away_is_499_and_client_gone(tmp_path):
     with gate_and_backend(tmp_path) as (gate, backend):
         client = gate.connect().send(request(b"GET", b"/slow"))
@@ -3252,6 +3262,19 @@ def test_a_close_that_comes_in_pieces_behind_bulk_is_read_and_not_spliced():
         assert flow.scanner.close == (1000, b"bye")
 
 
+@pytest.mark.parametrize("begun", [b"\x82", b"\x82\x7f\0\0\0", b"\x8a", b"\x8a\4ga"], ids=repr)
+def test_behind_bulk_no_splice_begins_inside_a_header_or_a_pong(begun):
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(contextlib.closing(end)) for end in socket.socketpair() + socket.socketpair()]
+        streams = [wsgate.Stream(end) for end in ends]
+        flow = wsgate.Flow(streams[0], streams[1], wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
+        flow.scanner.expect_pong(b"gate", 1.0)
+        flow.scanner.feed(frame(2, b"x" * wsgate.SPLICE_LEAST), 1.0)
+        assert flow.spliceable()
+        flow.scanner.feed(begun, 1.0)
+        assert not flow.spliceable()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_scanner_knows_where_frames_end_and_counts_messages_however_the_bytes_come(masked):
     data, ends = wire(masked, (1, b"hello", True), (1, b"", True), (2, b"x" * 125, True), (2, b"y" * 126, True),
@@ -3264,19 +3287,6 @@ def test_the_scanner_knows_where_frames_end_and_counts_messages_however_the_byte
             position += len(piece)
             assert scanner.between() == (position in ends)
         assert scanner.messages == 8 and not scanner.lost and scanner.close is None
-
-
-@pytest.mark.parametrize("begun", [b"\x82", b"\x82\x7f\0\0\0", b"\x8a", b"\x8a\4ga"], ids=repr)
-def test_behind_bulk_no_splice_begins_inside_a_header_or_a_pong(begun):
-    with contextlib.ExitStack() as stack:
-        ends = [stack.enter_context(contextlib.closing(end)) for end in socket.socketpair() + socket.socketpair()]
-        streams = [wsgate.Stream(end) for end in ends]
-        flow = wsgate.Flow(streams[0], streams[1], wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
-        flow.scanner.expect_pong(b"gate", 1.0)
-        flow.scanner.feed(frame(2, b"x" * wsgate.SPLICE_LEAST), 1.0)
-        assert flow.spliceable()
-        flow.scanner.feed(begun, 1.0)
-        assert not flow.spliceable()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -4994,6 +5004,24 @@ def test_the_process_obeys_reopen_reload_and_stop(tmp_path):
 
 
 @needs_signals
+def test_a_reload_that_cannot_open_a_log_the_pid_file_or_a_listener_changes_nothing(tmp_path):
+    def ini(text, **values):
+        return "[server]\nreturn = 200 %s\n" % text + "".join("%s = %s\n" % pair for pair in sorted(values.items()))
+
+    log, pid, nowhere = [str(tmp_path / name) for name in ("access.log", "pid2", "no/folder")]
+    with ScriptedBackend() as other, program(tmp_path, "return = 200 old", "access_log = " + log) as child:
+        for count, (key, wrong) in enumerate((("access_log", nowhere), ("pid", nowhere), ("listen", other.where)), 1):
+            fresh = {"access_log": log + ".new", "pid": pid, "listen": "127.0.0.1:%d" % free_port()}
+            written(tmp_path, "gate.ini", ini("new", **dict(fresh, **{key: wrong})))
+            os.kill(child.pid, signal.SIGHUP)
+            eventually(lambda: sum("nothing was changed" in line for line in list(child.lines)) == count)
+            with contextlib.closing(connect(child.port).send(request(b"GET", b"/" + key.encode()))) as peer:
+                assert peer.response().body == b"old"
+            eventually(lambda: "/%s " % key in "\n".join(lines_in(log)))
+            assert pid_in(child) == child.pid and not os.path.exists(pid)
+
+
+@needs_signals
 def test_a_second_ctrl_c_waits_for_nobody_and_one_more_on_the_way_out_prints_nothing(tmp_path):
     def pid_file_is_read():
         with contextlib.suppress(OSError):  # ENXIO until then
@@ -5041,24 +5069,6 @@ def successor_of(child):
         for number in re.findall(r"upgrade: process (\d+) has taken over", "\n".join(child.lines)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(number), signal.SIGKILL)
-
-
-@needs_signals
-def test_a_reload_that_cannot_open_a_log_the_pid_file_or_a_listener_changes_nothing(tmp_path):
-    def ini(text, **values):
-        return "[server]\nreturn = 200 %s\n" % text + "".join("%s = %s\n" % pair for pair in sorted(values.items()))
-
-    log, pid, nowhere = [str(tmp_path / name) for name in ("access.log", "pid2", "no/folder")]
-    with ScriptedBackend() as other, program(tmp_path, "return = 200 old", "access_log = " + log) as child:
-        for count, (key, wrong) in enumerate((("access_log", nowhere), ("pid", nowhere), ("listen", other.where)), 1):
-            fresh = {"access_log": log + ".new", "pid": pid, "listen": "127.0.0.1:%d" % free_port()}
-            written(tmp_path, "gate.ini", ini("new", **dict(fresh, **{key: wrong})))
-            os.kill(child.pid, signal.SIGHUP)
-            eventually(lambda: sum("nothing was changed" in line for line in list(child.lines)) == count)
-            with contextlib.closing(connect(child.port).send(request(b"GET", b"/" + key.encode()))) as peer:
-                assert peer.response().body == b"old"
-            eventually(lambda: "/%s " % key in "\n".join(lines_in(log)))
-            assert pid_in(child) == child.pid and not os.path.exists(pid)
 
 
 @needs_signals

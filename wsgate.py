@@ -2097,7 +2097,8 @@ def parse_fields(block):
     if not FIELD_LINES.fullmatch(block):
         for line in block.split(b"\r\n"):
             if not FIELD_LINES.fullmatch(line + b"\r\n"):
-                raise ValueError("bad field line %s" % printable(line.partition(b":")[0][:40]))  # no secrets
+                name = re.match(br"([^\s:]+\s*:)?", line).group()[:40]  # and no more of it: it may be a secret
+                raise ValueError("bad field line %s" % printable(name or b"without a name"))
     fields = Headers([(name, value.strip(b" \t")) for name, value in FIELD_LINE.findall(block)])
     if len(fields) > FIELD_LIMIT:
         raise OverflowError("more than %d fields" % FIELD_LIMIT)
