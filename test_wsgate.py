@@ -2796,6 +2796,7 @@ def test_a_subprotocol_that_was_offered_is_chosen(tmp_path):
     ("upgrade = none", handshake(), 200, None),
     ("upgrade = any", asking(upgrade=b"Upgrade: other/2", key=b"", version=b""), 101, b"other/2"),
     ("upgrade = any", handshake(), 101, b"websocket"),
+    ("upgrade = any", asking(upgrade=b"Upgrade: other/2, WebSocket"), 101, b"websocket"),
     ("upgrade = any", asking(upgrade=b"Upgrade: h2c", key=b"", more=b"HTTP2-Settings: AAMA"), 200, None),
     ("upgrade = any", asking(upgrade=b"Upgrade: other/2, H2C", key=b""), 200, None),
     ("upgrade = any", asking(b"POST / HTTP/1.1", upgrade=b"Upgrade: other/2", key=b""), 200, None),
@@ -2820,6 +2821,34 @@ def test_the_location_says_what_may_be_upgraded(tmp_path, line, raw, status, rea
     with gate_and_backend(tmp_path, script, line) as (gate, _):
         assert gate.ask(raw).status == status
         assert field(heads[0], b"upgrade") == ([reaches] if reaches else [])
+
+
+LIST_OF_TWO = asking(upgrade=b"Upgrade: foo/1, bar", key=b"", version=b"")
+TWO_LINES = asking(upgrade=b"Upgrade: foo/1\r\nupgrade: bar", key=b"", version=b"")
+
+
+@pytest.mark.parametrize("raw, chosen, status", [
+    (LIST_OF_TWO, b"foo/1", 101), (LIST_OF_TWO, b"Bar", 101), (TWO_LINES, b"bar", 101), (LIST_OF_TWO, b"foo/1, bar", 101),
+    (LIST_OF_TWO, b"other", 502), (LIST_OF_TWO, b"foo/1, other", 502), (LIST_OF_TWO, b"", 502),
+])
+def test_of_several_protocols_that_are_asked_for_one_is_chosen(tmp_path, raw, chosen, status):
+    with gate_and_backend(tmp_path, None, "upgrade = any") as (gate, backend):
+        client = gate.connect().send(raw)
+        server = backend.peer()
+        assert field(server.head(), b"upgrade") == [b"foo/1, bar"]
+        server.send(b"HTTP/1.1 101 Go\r\nConnection: upgrade\r\nUpgrade: %s\r\n\r\nhello" % chosen)
+        response = client.response()
+        assert (response.status, response.reason) == (status, "" if status == 101 else "backend_bad_101")
+        if status == 101:
+            assert client.read(5) == b"hello" and server.silent(10 * MS)
+        client.close()
+        server.close()
+
+
+def test_a_websocket_handshake_is_checked_also_where_any_protocol_may_be_asked_for(tmp_path):
+    with gate_and_backend(tmp_path, None, "upgrade = any") as (gate, backend):
+        response = gate.ask(asking(upgrade=b"Upgrade: websocket, foo", key=b"Sec-WebSocket-Key: short"))
+        assert (response.status, response.reason) == (400, "bad_handshake") and not backend.peers
 
 
 REFUSALS = [
