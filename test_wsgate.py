@@ -4507,6 +4507,14 @@ def test_rubbish_behind_a_tls_handshake_ends_the_connection(tmp_path, tls, asked
         peer.close()
 
 
+def test_a_tls_connection_that_is_kept_alive_ends_with_close_notify(tmp_path, tls):
+    with running(tls_ini(tls, "return = 200", "keepalive_timeout = " + ini_ms(200)), tmp_path) as gate:
+        with contextlib.closing(tls_connect(gate, tls)) as peer:
+            assert peer.send(request()).response().status == 200
+            with lasting(150, 1000):
+                assert peer.sock.recv(1) == b""  # without a close_notify this raises
+
+
 def test_a_stalled_tls_handshake_is_cut_in_time_and_delays_nobody(tmp_path, tls):
     with running(tls_ini(tls, "return = 200", "client_header_timeout = %dms" % (400 * MS * 1000)), tmp_path) as gate:
         begun = time.monotonic()
