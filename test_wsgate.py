@@ -574,6 +574,7 @@ def location_of(config, name="/"):
     ("client_header_size", "512", 512), ("client_header_size", "16k", 16384), ("client_header_size", "1m", 1 << 20),
     ("client_header_size", "1G", 1 << 30), ("max_connections", "auto", None), ("max_connections", "7", 7),
     ("set_real_ip_from", "10.0.0.0/8, ::1\n  192.0.2.1", ["10.0.0.0/8", "::1/128", "192.0.2.1/32"]),
+    ("set_real_ip_from", "unix: ::1", ["unix:", "::1/128"]),
     ("status_allow", "all", ["0.0.0.0/0", "::/0"]), ("ssl_protocols", "TLSv1.2,TLSv1.3", ("TLSv1.2", "TLSv1.3")),
     ("log_format", "json", "json"), ("pid", "", None), ("pid", "/run/wsgate %d.pid", "/run/wsgate %d.pid"),
 ])
@@ -3829,7 +3830,8 @@ def test_refusals_come_in_one_order_and_leave_the_backend_alone(tmp_path, raw):
     ("::ffff:127.0.0.1", "127.0.0.0/8", True), ("::ffff:128.0.0.1", "127.0.0.0/8", False),
     ("2001:db8::1", "2001:db8::/32 10.0.0.0/8", True), ("2001:db9::1", "2001:db8::/32", False),
     ("fe80::1%eth0", "fe80::/10", True), ("10.1.1.1", "all", True), ("::1", "all", True), ("::1", "", False),
-    ("unix:", "all", False), ("nonsense", "all", False)])
+    ("unix:", "all", False), ("nonsense", "all", False), ("unix:", "10.0.0.1 unix:", True), ("unix:", "10.0.0.1", False),
+    ("nonsense", "unix:", False), ("10.0.0.1", "unix:", False), ("10.0.0.1", "unix: 10.0.0.1", True)])
 def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
     assert wsgate.trusted(wsgate.parse_networks(networks), address) is expected
 
@@ -3837,7 +3839,10 @@ def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
 @pytest.mark.parametrize("allow, deny, address, passes", [
     ("", "", "10.0.0.1", True), ("10.0.0.0/8", "", "10.0.0.1", True), ("10.0.0.0/8", "", "11.0.0.1", False),
     ("10.0.0.0/8", "10.0.0.1", "10.0.0.1", False), ("", "10.0.0.1", "10.0.0.2", True),
-    ("", "10.0.0.1", "::ffff:10.0.0.1", False), ("10.0.0.0/8", "", "::ffff:10.0.0.1", True), ("", "all", "::1", False)])
+    ("", "10.0.0.1", "::ffff:10.0.0.1", False), ("10.0.0.0/8", "", "::ffff:10.0.0.1", True), ("", "all", "::1", False),
+    ("unix:", "", "unix:", True), ("all", "", "unix:", True), ("10.0.0.0/8", "", "unix:", False), ("", "", "unix:", True),
+    ("", "all", "unix:", False), ("all", "unix:", "unix:", False), ("unix:", "", "10.0.0.1", False),
+    ("", "unix:", "10.0.0.1", True)])
 def test_deny_wins_and_allow_refuses_all_others(allow, deny, address, passes):
     rules = wsgate.Settings({"allow": wsgate.parse_networks(allow), "deny": wsgate.parse_networks(deny)})
     with contextlib.ExitStack() as stack:
@@ -4326,6 +4331,22 @@ def test_unix_sockets_on_both_sides_and_a_stale_one_is_replaced(tmp_path):
             peer.close()
             assert gate.line("101 closed", " unix: ", " %s " % backend.where)
     assert not os.path.exists(front)
+
+
+@needs_unix
+@pytest.mark.parametrize("flag, lines, before, client", [
+    (" proxy_protocol", ("set_real_ip_from = unix:", "real_ip_header = proxy_protocol"),
+     b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", b"203.0.113.9"),
+    (" proxy_protocol", ("set_real_ip_from = 127.0.0.1", "real_ip_header = proxy_protocol"),
+     b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", None),
+    ("", ("set_real_ip_from = unix:",), b"", b"6.6.6.6"), ("", ("set_real_ip_from = 127.0.0.1",), b"", b"unix:"),
+])
+def test_who_comes_over_a_unix_socket_can_be_trusted(tmp_path, flag, lines, before, client):
+    path = str(tmp_path / "front")
+    ini = "[server]\nlisten = unix:%s%s\nreturn = 200 $remote_addr\n%s\n" % (path, flag, "\n".join(lines))
+    with running(ini, tmp_path), contextlib.closing(unix_peer(path)) as peer:
+        peer.send(before, request(b"GET", b"/", b"X-Forwarded-For: 6.6.6.6"))
+        assert peer.ended() if client is None else peer.response().body == client
 
 
 @needs_unix
