@@ -5197,6 +5197,8 @@ def test_systemd_hands_over_a_socket_and_is_told_how_it_goes(tmp_path):
         with process(before=as_systemd_does) as child:
             assert hears("READY=1")
             assert early.response().body == b"activated"
+            for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_KEEPALIVE)):
+                assert listener.getsockopt(*option)  # the same socket: connections have what it has
             os.kill(child.pid, signal.SIGHUP)
             assert re.match(r"RELOADING=1\nMONOTONIC_USEC=\d+$", hears("RELOADING=1"))
             assert hears("READY=1")
