@@ -4604,6 +4604,22 @@ def test_a_changed_certificate_is_taken_and_a_broken_one_is_not(tmp_path, tls):
         old.close()
 
 
+def test_a_connection_from_before_a_reload_that_took_tls_away_is_served_by_tls_or_closed(tmp_path, tls):
+    with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
+        sock = socket.create_connection(("127.0.0.1", gate.port), 5000 * MS)
+        eventually(lambda: gate.gate.connections)
+        certificates = gate.gate.config.certificates
+        gate.gate.config.certificates = None  # the switch is half done: still a listener with TLS
+        with contextlib.closing(gate.connect()) as peer:
+            assert peer.rest() == b""
+        gate.gate.config.certificates = certificates
+        reload(gate, "[server]\nreturn = 200 new\n")
+        assert gate.ask(request()).body == b"new"
+        context = ssl.create_default_context(cafile=tls.ca)
+        with contextlib.closing(Peer(context.wrap_socket(sock, server_hostname="gate.test"))) as peer:
+            assert peer.send(request()).response().body == b"new"
+
+
 @pytest.mark.skipif(not hasattr(ssl, "OP_NO_RENEGOTIATION"), reason="this Python has no such option")
 def test_no_client_of_a_tls_port_may_negotiate_again(tmp_path, tls):
     ini = tls_ini(tls, "return = 200") + "[location other.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
