@@ -5096,6 +5096,19 @@ def test_a_reload_that_cannot_open_a_log_the_pid_file_or_a_listener_changes_noth
 
 
 @needs_signals
+def test_a_reload_moves_the_pid_file_and_s_finds_the_gate_by_it(tmp_path):
+    with program(tmp_path, "return = 200") as child:
+        old, child.pid_file = child.pid_file, str(tmp_path / "pid2")
+        written(tmp_path, "gate.ini", "[server]\nreturn = 200\nlisten = 127.0.0.1:%d\npid = %s\n" % (
+            child.port, child.pid_file))
+        os.kill(child.pid, signal.SIGHUP)
+        eventually(lambda: child.said("reloaded"))
+        assert pid_in(child) == child.pid and not os.path.exists(old)
+        control(child, "stop")
+        assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
+
+
+@needs_signals
 def test_a_second_ctrl_c_waits_for_nobody_and_one_more_on_the_way_out_prints_nothing(tmp_path):
     def pid_file_is_read():
         with contextlib.suppress(OSError):  # ENXIO until then
