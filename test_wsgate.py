@@ -3371,6 +3371,17 @@ def test_a_burst_of_frames_of_one_size_in_one_piece_is_counted(masked, size):
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [101, 201])
+def test_in_a_burst_of_frames_too_large_nothing_may_stand_behind_half_a_header(masked, size):
+    one = frame(2, b"x" * size, b"\x82\x05ab" if masked else None)
+    for half in range(len(one) - size):
+        scanner = wsgate.FrameScanner(masked, False, 100, 0.0)
+        assert scanner.feed(one[:half], 1.0) == one[:half]
+        assert scanner.feed(one[half:] + one * 3, 1.0) == b""
+        assert scanner.too_big and scanner.between() == (half == 0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_bursts_of_mixed_frames_are_counted_like_single_ones(masked, seed):
     rng = random.Random(seed)
