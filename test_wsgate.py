@@ -2060,6 +2060,12 @@ def test_the_backend_of_a_request_without_host_gets_its_own_name_for_one(tmp_pat
         assert not field(head, b"x-forwarded-host") and head.startswith(b"GET / HTTP/1.1\r\n")
 
 
+def test_the_backend_on_a_unix_socket_of_a_request_without_host_is_localhost(tmp_path):
+    with ScriptedBackend(lambda peer: peer.send(ok(peer.head())), path=str(tmp_path / "back")) as backend:
+        with running(simple(backend), tmp_path) as gate:
+            assert field(gate.ask(b"GET / HTTP/1.0\r\n\r\n").body, b"host") == [b"localhost"]
+
+
 # -------------------------------------------------------------------- Relaying
 
 
