@@ -2751,6 +2751,7 @@ def test_a_broken_handshake_is_refused_with_an_explanation_and_no_backend_sees_i
         assert (response.status, response.reason) == (status, reason) and text in response.body
         assert response.get(b"sec-websocket-version") == (b"13" if (status, reason) == (426, "bad_handshake") else None)
         assert response.get(b"upgrade") == (b"websocket" if status == 426 else None)
+        assert response.get(b"connection") == (b"close, upgrade" if status == 426 else b"close")
         assert client.ended() and not backend.peers
         client.close()
         line = gate.line(" %d done" % status)
