@@ -826,7 +826,7 @@ def test_every_key_has_a_meaning_and_a_default_that_parses(table):
 # ---------------------------------------------------------------------- Routes
 
 ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "host.test/chat/", "= host.test/exact",
-          "*.test/", "*.sub.test/", "/caf\u00e9/", "/a+b/", "/x%2Fy/"]
+          "*.test/", "*.sub.test/", "[::1]/v6", "/caf\u00e9/", "/a+b/", "/x%2Fy/"]
 
 
 @pytest.mark.parametrize("host, path, name", [
@@ -840,6 +840,7 @@ ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "hos
     ("any", "/%63hat/x", "/chat"), ("any", "//chat///x", "/chat"), ("any", "/chat%2Fdeep%2Fx", "/"),
     ("any", "/chat%2fdeep", "/"), ("any", "/chat/%64eep//x", "/chat/deep/"), ("any", "/chat?/chat/deep/", "/chat"),
     ("any", "/caf%C3%A9/x", "/caf\u00e9/"), ("any", "/caf%E9/x", "/"), ("any", "/a%2Bb/", "/a+b/"),
+    ("[::1]", "/v6", "[::1]/v6"), ("[::1]:80", "/v6/x", "[::1]/v6"), ("[::1]", "/v", "/"),
     ("any", "/x%2Fy/", "/x%2Fy/"), ("any", "/x%2fy/", "/x%2Fy/"), ("any", "/x/y/", "/"),
 ])
 def test_the_most_special_location_takes_a_request(tmp_path, host, path, name):
