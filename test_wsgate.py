@@ -5306,7 +5306,9 @@ def with_status(tmp_path, backend, *lines):
 
         def ask(path, method=b"GET"):
             with contextlib.closing(connect(port)) as peer:
-                return peer.send(request(method, path)).response(method)
+                answer_ = peer.send(request(method, path)).response(method)
+                assert peer.rest() == b""
+                return answer_
 
         yield gate, ask
 
@@ -5347,11 +5349,13 @@ def test_the_status_pages_tell_of_traffic(tmp_path):
 
 @pytest.mark.parametrize("path, method, status, body", [
     (b"/healthz", b"GET", 200, b"ok\n"), (b"/readyz", b"GET", 200, b"ready\n"), (b"/healthz", b"HEAD", 200, b""),
-    (b"/nothing", b"GET", 404, b"not_found\n"), (b"/", b"POST", 405, b"not_allowed\n")])
+    (b"/nothing", b"GET", 404, b"not_found\n"), (b"/nothing", b"HEAD", 404, b""),
+    (b"/", b"POST", 405, b"not_allowed\n")])
 def test_the_status_listener_answers_by_path(tmp_path, path, method, status, body):
     with ScriptedBackend() as backend, with_status(tmp_path, backend) as (_, ask):
         answer_ = ask(path, method)
         assert (answer_.status, answer_.body) == (status, body)
+        assert answer_.get(b"allow") == (b"GET, HEAD" if status == 405 else None)
 
 
 def test_the_status_listener_is_only_for_those_named(tmp_path):
