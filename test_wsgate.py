@@ -1803,7 +1803,7 @@ BAD_ANSWER_HEADS = (
     (b"HTTP/1.10 200 OK\r\n\r\n", "version 1.10"),
     (b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", "bare LF everywhere"),
     (b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "chunked in an answer of HTTP/1.0"),
-    (b"HTTP/1.1 103 Early Hints\r\n\r\n" * 40 + b"HTTP/1.1 200 OK\r\n\r\n", "40 interim answers"),
+    (b"HTTP/1.1 103 Early Hints\r\n\r\n" * 33 + b"HTTP/1.1 200 OK\r\n\r\n", "33 interim answers"),
     (b"HTTP/1.1 101 OK\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "101 unasked for", "502 backend_bad_101"),
     (b"", "nothing", "502 backend_closed"))
 
@@ -2207,6 +2207,14 @@ def test_interim_answers_pass_and_the_body_is_sent_when_the_backend_wants_it(tmp
         assert peer.read(5) == b"hello"
         peer.send(ok())
         assert client.response().body == b"ok"
+
+
+def test_as_many_as_32_interim_answers_pass(tmp_path):
+    hints = b"HTTP/1.1 103 Early Hints\r\n\r\n"
+    with gate_and_backend(tmp_path, answer(hints * 32, ok())) as (gate, _):
+        client = gate.connect().send(request())
+        assert [client.head() for _ in range(32)] == [hints] * 32 and client.response().body == b"ok"
+        client.close()
 
 
 def test_a_backend_that_does_not_want_the_body_says_so_instead_of_100(tmp_path):
