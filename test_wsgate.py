@@ -915,9 +915,11 @@ def test_the_bytes_of_a_target_reach_the_backend_unchanged(tmp_path):
 def test_absolute_form_goes_on_in_origin_form_and_the_star_of_options_stays(tmp_path):
     absolute = {b"http://gate.test": b"/", b"http://gate.test/": b"/", b"HTTP://Gate.test/a//b?c//d": b"/a//b?c//d",
                 b"https://gate.test?a=b": b"/?a=b", b"http://gate.test?back=/home/x": b"/?back=/home/x"}
-    raw = [request(b"GET", target) for target in absolute] + [request(b"OPTIONS", b"*")]
+    options = {b"*": b"*", b"/": b"/", b"http://gate.test": b"*", b"http://gate.test/": b"/",
+               b"http://gate.test?a": b"/?a"}
+    raw = [request(b"GET", target) for target in absolute] + [request(b"OPTIONS", target) for target in options]
     ini = "[server]\n[location /]\nproxy_pass = http://BACKEND\n"
-    assert targets_at_backend(tmp_path, ini, raw) == list(absolute.values()) + [b"*"]
+    assert targets_at_backend(tmp_path, ini, raw) == list(absolute.values()) + list(options.values())
 
 
 @pytest.mark.parametrize("location, uri, targets", [
