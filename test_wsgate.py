@@ -2794,6 +2794,7 @@ UNASKED = request()
     (handshake(), switching(b"Sec-WebSocket-Protocol: chat")),
     (handshake(b"/", b"Sec-WebSocket-Protocol: chat, v2"), switching(b"Sec-WebSocket-Protocol: v3")),
     (handshake(b"/", b"Sec-WebSocket-Protocol: chat, v2"), switching(b"Sec-WebSocket-Protocol: chat, v2")),
+    (handshake(b"/", b"Sec-WebSocket-Protocol: a"), switching(b"Sec-WebSocket-Protocol: A")),
     (asking(version=b"Sec-WebSocket-Version: 8"), switching()),
     (UNASKED, switching()),
     (request(b"POST", b"/", b"Upgrade: websocket", b"Connection: Upgrade", body=b"abc"), switching()),
