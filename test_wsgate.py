@@ -5146,6 +5146,32 @@ def test_a_reload_moves_the_pid_file_and_s_finds_the_gate_by_it(tmp_path):
         assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
 
 
+TELL_WHO_IS_ASKED_FOR = """
+import socket
+def asked(host, *more, real=socket.getaddrinfo, **options):
+    print("asked for", host)
+    return real(host, *more, **options)
+socket.getaddrinfo = asked
+"""
+
+
+@needs_signals
+def test_a_reload_asks_no_name_server(tmp_path):
+    written(tmp_path, "sitecustomize.py", TELL_WHO_IS_ASKED_FOR)
+    # The name of an interface that is not there: no name server is really asked.
+    with program(tmp_path, "proxy_pass = http://[fe80::1%nosuch0]:9", environ={"PYTHONPATH": str(tmp_path)}) as child:
+        assert child.said("asked for fe80::1%nosuch0") and child.said("does not resolve now")
+        with open(child.path) as file:
+            ini = file.read()
+        written(tmp_path, "gate.ini", ini.replace("fe80::1", "fe80::2"))
+        os.kill(child.pid, signal.SIGHUP)
+        eventually(lambda: child.said("reloaded"))
+        assert not child.said("asked for fe80::2")
+        with contextlib.closing(connect(child.port).send(request())) as peer:
+            assert peer.response().reason == "backend_unresolved"
+        eventually(lambda: child.said("asked for fe80::2"))
+
+
 @needs_signals
 def test_a_second_ctrl_c_waits_for_nobody_and_one_more_on_the_way_out_prints_nothing(tmp_path):
     def pid_file_is_read():
