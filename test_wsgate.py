@@ -574,6 +574,7 @@ def location_of(config, name="/"):
     ("client_header_size", "512", 512), ("client_header_size", "16k", 16384), ("client_header_size", "1m", 1 << 20),
     ("client_header_size", "1G", 1 << 30), ("max_connections", "auto", None), ("max_connections", "7", 7),
     ("set_real_ip_from", "10.0.0.0/8, ::1\n  192.0.2.1", ["10.0.0.0/8", "::1/128", "192.0.2.1/32"]),
+    ("set_real_ip_from", "unix: ::1", ["unix:", "::1/128"]),
     ("status_allow", "all", ["0.0.0.0/0", "::/0"]), ("ssl_protocols", "TLSv1.2,TLSv1.3", ("TLSv1.2", "TLSv1.3")),
     ("log_format", "json", "json"), ("pid", "", None), ("pid", "/run/wsgate %d.pid", "/run/wsgate %d.pid"),
 ])
@@ -644,6 +645,8 @@ BAD_CONFIGURATIONS = [
     (SERVER + "proxy_set_header = X-A", ":3:", "'Name: value' is needed, not 'X-A'"),
     (SERVER + "proxy_set_header = X A: b", ":3:", "'Name: value' is needed"),
     (SERVER + "proxy_set_header = X-A: $hots", ":3:", "unknown variable $hots, did you mean 'host'?"),
+    (SERVER + "proxy_set_header = X-A: a\x01b", ":3:", "a control character in the value of X-A"),
+    (SERVER + "proxy_set_header = X-A: a\x7f", ":3:", "a control character in the value of X-A"),
     (SERVER + "proxy_set_header = Connection: close", ":3:", "Connection is set by wsgate itself"),
     ("[server]\nproxy_pass = ftp://a", ":2: [server] proxy_pass:", "http://host:port"),
     ("[server]\nproxy_pass = 127.0.0.1:80", ":2:", "http://host:port"),
@@ -671,6 +674,12 @@ BAD_CONFIGURATIONS = [
     (SERVER + "[upstream u]\nserver =\n  a:1\n  a:2 wieght=2", ":4: [upstream u] server:", "unknown 'wieght=2'"),
     (SERVER + "[upstream u]\nserver = a:1 weight=0", ":4:", "weight must be at least 1"),
     (SERVER + "[upstream u]\nserver = a:1\nbalance = random", ":5: [upstream u] balance:", "least_conn"),
+    ("[server]\n  " + PASS + "  proxy_pas = x", "wsgate.ini:3: [server] proxy_pas: unknown key"),
+    ("[server]\n  " + PASS + "  [location /a]\n    x = 1", "wsgate.ini:4: [location /a] x: unknown key"),
+    (SERVER + "\x0c\nproxy_pas = x", "wsgate.ini:4: [server] proxy_pas: unknown key"),
+    (SERVER + "# a\u2028b\x1cc\x85\nproxy_pas = x", "wsgate.ini:4: [server] proxy_pas: unknown key"),
+    ("[server]\nlisten = x\nreturn = 200 some text\n  listen = is more of it", "wsgate.ini:2: [server] listen:"),
+    ("[server]\nreturn = 200 some text\n  [location /a]\nlisten = x", "wsgate.ini:4: [server] listen:"),
     (PASS, "wsgate.ini:1: a [section] must stand before proxy_pass = http://127.0.0.1:9"),
     (SERVER + "nonsense", "wsgate.ini:3: neither [section] nor key = value: nonsense"),
     ("[server]\n", "wsgate.ini: nothing to do", "proxy_pass"),
@@ -817,7 +826,7 @@ def test_every_key_has_a_meaning_and_a_default_that_parses(table):
 # ---------------------------------------------------------------------- Routes
 
 ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "host.test/chat/", "= host.test/exact",
-          "*.test/", "*.sub.test/", "/caf\u00e9/", "/a+b/", "/x%2Fy/"]
+          "*.test/", "*.sub.test/", "[::1]/v6", "/caf\u00e9/", "/a+b/", "/x%2Fy/"]
 
 
 @pytest.mark.parametrize("host, path, name", [
@@ -831,6 +840,7 @@ ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "hos
     ("any", "/%63hat/x", "/chat"), ("any", "//chat///x", "/chat"), ("any", "/chat%2Fdeep%2Fx", "/"),
     ("any", "/chat%2fdeep", "/"), ("any", "/chat/%64eep//x", "/chat/deep/"), ("any", "/chat?/chat/deep/", "/chat"),
     ("any", "/caf%C3%A9/x", "/caf\u00e9/"), ("any", "/caf%E9/x", "/"), ("any", "/a%2Bb/", "/a+b/"),
+    ("[::1]", "/v6", "[::1]/v6"), ("[::1]:80", "/v6/x", "[::1]/v6"), ("[::1]", "/v", "/"),
     ("any", "/x%2Fy/", "/x%2Fy/"), ("any", "/x%2fy/", "/x%2Fy/"), ("any", "/x/y/", "/"),
 ])
 def test_the_most_special_location_takes_a_request(tmp_path, host, path, name):
@@ -905,9 +915,11 @@ def test_the_bytes_of_a_target_reach_the_backend_unchanged(tmp_path):
 def test_absolute_form_goes_on_in_origin_form_and_the_star_of_options_stays(tmp_path):
     absolute = {b"http://gate.test": b"/", b"http://gate.test/": b"/", b"HTTP://Gate.test/a//b?c//d": b"/a//b?c//d",
                 b"https://gate.test?a=b": b"/?a=b", b"http://gate.test?back=/home/x": b"/?back=/home/x"}
-    raw = [request(b"GET", target) for target in absolute] + [request(b"OPTIONS", b"*")]
+    options = {b"*": b"*", b"/": b"/", b"http://gate.test": b"*", b"http://gate.test/": b"/",
+               b"http://gate.test?a": b"/?a"}
+    raw = [request(b"GET", target) for target in absolute] + [request(b"OPTIONS", target) for target in options]
     ini = "[server]\n[location /]\nproxy_pass = http://BACKEND\n"
-    assert targets_at_backend(tmp_path, ini, raw) == list(absolute.values()) + [b"*"]
+    assert targets_at_backend(tmp_path, ini, raw) == list(absolute.values()) + list(options.values())
 
 
 @pytest.mark.parametrize("location, uri, targets", [
@@ -1072,6 +1084,16 @@ def test_what_a_peer_sends_cannot_forge_a_line(tmp_path, raw):
         assert "\\" not in line or "\\x" in line
 
 
+@pytest.mark.parametrize("line", [
+    b"Authorization : Bearer SECRET", b"Authorization: Bearer SECRET\x01", b"Authorization Bearer SECRET",
+    b"Authorization: Bearer\r\n SECRET:", b"SECRET", b"X: y\nSECRET: z"])
+def test_what_a_malformed_field_line_says_is_not_told(tmp_path, line):
+    with running("[server]\nreturn = 204\n", tmp_path) as gate:
+        response = gate.ask(request(b"GET", b"/", line))
+        assert response.status == 400 and b"SECRET" not in response.head + response.body
+        assert "SECRET" not in gate.line(" 400 done")
+
+
 def test_a_client_that_goes_away_is_499_and_client_gone(tmp_path):
     with gate_and_backend(tmp_path) as (gate, backend):
         client = gate.connect().send(request(b"GET", b"/slow"))
@@ -1176,7 +1198,7 @@ def test_lines_for_syslog_begin_with_the_name_of_the_program(tmp_path):
         wsgate.setup_logging(load_text(tmp_path, SERVER + "access_log = %s\nerror_log = %s\n" % (where, where)).server)
         wsgate.access_log.info("GET /")
         wsgate.log.warning("beware")
-        lines = [syslogd.recv(4096).rstrip(b"\0").decode() for _ in range(2)]
+        lines = [syslogd.recv(4096).decode() for _ in range(2)]  # and no NUL at their ends
     assert lines[0] == "<30>wsgate: GET /" and re.fullmatch("<28>wsgate: [-0-9]+ [:,0-9]+ WARNING beware", lines[1])
 
 
@@ -1783,7 +1805,7 @@ BAD_ANSWER_HEADS = (
     (b"HTTP/1.10 200 OK\r\n\r\n", "version 1.10"),
     (b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", "bare LF everywhere"),
     (b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "chunked in an answer of HTTP/1.0"),
-    (b"HTTP/1.1 103 Early Hints\r\n\r\n" * 40 + b"HTTP/1.1 200 OK\r\n\r\n", "40 interim answers"),
+    (b"HTTP/1.1 103 Early Hints\r\n\r\n" * 33 + b"HTTP/1.1 200 OK\r\n\r\n", "33 interim answers"),
     (b"HTTP/1.1 101 OK\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "101 unasked for", "502 backend_bad_101"),
     (b"", "nothing", "502 backend_closed"))
 
@@ -2043,6 +2065,12 @@ def test_the_backend_of_a_request_without_host_gets_its_own_name_for_one(tmp_pat
         assert not field(head, b"x-forwarded-host") and head.startswith(b"GET / HTTP/1.1\r\n")
 
 
+def test_the_backend_on_a_unix_socket_of_a_request_without_host_is_localhost(tmp_path):
+    with ScriptedBackend(lambda peer: peer.send(ok(peer.head())), path=str(tmp_path / "back")) as backend:
+        with running(simple(backend), tmp_path) as gate:
+            assert field(gate.ask(b"GET / HTTP/1.0\r\n\r\n").body, b"host") == [b"localhost"]
+
+
 # -------------------------------------------------------------------- Relaying
 
 
@@ -2181,6 +2209,14 @@ def test_interim_answers_pass_and_the_body_is_sent_when_the_backend_wants_it(tmp
         assert peer.read(5) == b"hello"
         peer.send(ok())
         assert client.response().body == b"ok"
+
+
+def test_as_many_as_32_interim_answers_pass(tmp_path):
+    hints = b"HTTP/1.1 103 Early Hints\r\n\r\n"
+    with gate_and_backend(tmp_path, answer(hints * 32, ok())) as (gate, _):
+        client = gate.connect().send(request())
+        assert [client.head() for _ in range(32)] == [hints] * 32 and client.response().body == b"ok"
+        client.close()
 
 
 def test_a_backend_that_does_not_want_the_body_says_so_instead_of_100(tmp_path):
@@ -2339,6 +2375,19 @@ def test_the_second_head_has_its_own_time_and_a_silent_connection_is_closed_with
         client.close()
         client = gate.connect()
         with takes_ms(180, 700):
+            assert client.rest() == b""
+        client.close()
+
+
+def test_an_empty_line_behind_a_body_is_not_the_beginning_of_a_request(tmp_path):
+    lines = ["client_header_timeout = " + ini_time(60), "keepalive_timeout = " + ini_time(400)]
+    with gate_and_backend(tmp_path, answer(ok()), *lines) as (gate, _):
+        client = gate.connect()
+        for behind in (b"\r\n", b"\r", b""):
+            assert client.send(request(b"POST", body=b"hello"), behind).response().status == 200
+            assert client.silent(150 * MS)
+            client.send(b"\n" if behind == b"\r" else b"")
+        with takes_ms(150, 900):  # of keepalive_timeout
             assert client.rest() == b""
         client.close()
 
@@ -2726,6 +2775,7 @@ def test_a_broken_handshake_is_refused_with_an_explanation_and_no_backend_sees_i
         assert (response.status, response.reason) == (status, reason) and text in response.body
         assert response.get(b"sec-websocket-version") == (b"13" if (status, reason) == (426, "bad_handshake") else None)
         assert response.get(b"upgrade") == (b"websocket" if status == 426 else None)
+        assert response.get(b"connection") == (b"close, upgrade" if status == 426 else b"close")
         assert client.ended() and not backend.peers
         client.close()
         line = gate.line(" %d done" % status)
@@ -2755,6 +2805,7 @@ UNASKED = request()
     (handshake(), switching(b"Sec-WebSocket-Protocol: chat")),
     (handshake(b"/", b"Sec-WebSocket-Protocol: chat, v2"), switching(b"Sec-WebSocket-Protocol: v3")),
     (handshake(b"/", b"Sec-WebSocket-Protocol: chat, v2"), switching(b"Sec-WebSocket-Protocol: chat, v2")),
+    (handshake(b"/", b"Sec-WebSocket-Protocol: a"), switching(b"Sec-WebSocket-Protocol: A")),
     (asking(version=b"Sec-WebSocket-Version: 8"), switching()),
     (UNASKED, switching()),
     (request(b"POST", b"/", b"Upgrade: websocket", b"Connection: Upgrade", body=b"abc"), switching()),
@@ -2784,6 +2835,7 @@ def test_a_subprotocol_that_was_offered_is_chosen(tmp_path):
     ("upgrade = none", handshake(), 200, None),
     ("upgrade = any", asking(upgrade=b"Upgrade: other/2", key=b"", version=b""), 101, b"other/2"),
     ("upgrade = any", handshake(), 101, b"websocket"),
+    ("upgrade = any", asking(upgrade=b"Upgrade: other/2, WebSocket"), 101, b"websocket"),
     ("upgrade = any", asking(upgrade=b"Upgrade: h2c", key=b"", more=b"HTTP2-Settings: AAMA"), 200, None),
     ("upgrade = any", asking(upgrade=b"Upgrade: other/2, H2C", key=b""), 200, None),
     ("upgrade = any", asking(b"POST / HTTP/1.1", upgrade=b"Upgrade: other/2", key=b""), 200, None),
@@ -2808,6 +2860,35 @@ def test_the_location_says_what_may_be_upgraded(tmp_path, line, raw, status, rea
     with gate_and_backend(tmp_path, script, line) as (gate, _):
         assert gate.ask(raw).status == status
         assert field(heads[0], b"upgrade") == ([reaches] if reaches else [])
+
+
+LIST_OF_TWO = asking(upgrade=b"Upgrade: foo/1, bar", key=b"", version=b"")
+TWO_LINES = asking(upgrade=b"Upgrade: foo/1\r\nupgrade: bar", key=b"", version=b"")
+
+
+@pytest.mark.parametrize("raw, chosen, status", [
+    (LIST_OF_TWO, b"foo/1", 101), (LIST_OF_TWO, b"Bar", 101), (TWO_LINES, b"bar", 101),
+    (LIST_OF_TWO, b"foo/1, bar", 101), (LIST_OF_TWO, b"other", 502), (LIST_OF_TWO, b"foo/1, other", 502),
+    (LIST_OF_TWO, b"", 502),
+])
+def test_of_several_protocols_that_are_asked_for_one_is_chosen(tmp_path, raw, chosen, status):
+    with gate_and_backend(tmp_path, None, "upgrade = any") as (gate, backend):
+        client = gate.connect().send(raw)
+        server = backend.peer()
+        assert field(server.head(), b"upgrade") == [b"foo/1, bar"]
+        server.send(b"HTTP/1.1 101 Go\r\nConnection: upgrade\r\nUpgrade: %s\r\n\r\nhello" % chosen)
+        response = client.response()
+        assert (response.status, response.reason) == (status, "" if status == 101 else "backend_bad_101")
+        if status == 101:
+            assert client.read(5) == b"hello" and server.silent(10 * MS)
+        client.close()
+        server.close()
+
+
+def test_a_websocket_handshake_is_checked_also_where_any_protocol_may_be_asked_for(tmp_path):
+    with gate_and_backend(tmp_path, None, "upgrade = any") as (gate, backend):
+        response = gate.ask(asking(upgrade=b"Upgrade: websocket, foo", key=b"Sec-WebSocket-Key: short"))
+        assert (response.status, response.reason) == (400, "bad_handshake") and not backend.peers
 
 
 REFUSALS = [
@@ -3250,6 +3331,19 @@ def test_a_close_that_comes_in_pieces_behind_bulk_is_read_and_not_spliced():
         assert flow.scanner.close == (1000, b"bye")
 
 
+@pytest.mark.parametrize("begun", [b"\x82", b"\x82\x7f\0\0\0", b"\x8a", b"\x8a\4ga"], ids=repr)
+def test_behind_bulk_no_splice_begins_inside_a_header_or_a_pong(begun):
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(contextlib.closing(end)) for end in socket.socketpair() + socket.socketpair()]
+        streams = [wsgate.Stream(end) for end in ends]
+        flow = wsgate.Flow(streams[0], streams[1], wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
+        flow.scanner.expect_pong(b"gate", 1.0)
+        flow.scanner.feed(frame(2, b"x" * wsgate.SPLICE_LEAST), 1.0)
+        assert flow.spliceable()
+        flow.scanner.feed(begun, 1.0)
+        assert not flow.spliceable()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_scanner_knows_where_frames_end_and_counts_messages_however_the_bytes_come(masked):
     data, ends = wire(masked, (1, b"hello", True), (1, b"", True), (2, b"x" * 125, True), (2, b"y" * 126, True),
@@ -3313,6 +3407,17 @@ def test_a_burst_of_frames_of_one_size_in_one_piece_is_counted(masked, size):
         assert (scanner.messages >= count) and not scanner.between()
         scanner = scan([one * count + frame(8, b"\x03\xe8", b"abcd" if masked else None) + one[:1]], masked)
         assert scanner.messages == count and scanner.close == (1000, b"") and not scanner.between()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [101, 201])
+def test_in_a_burst_of_frames_too_large_nothing_may_stand_behind_half_a_header(masked, size):
+    one = frame(2, b"x" * size, b"\x82\x05ab" if masked else None)
+    for half in range(len(one) - size):
+        scanner = wsgate.FrameScanner(masked, False, 100, 0.0)
+        assert scanner.feed(one[:half], 1.0) == one[:half]
+        assert scanner.feed(one[half:] + one * 3, 1.0) == b""
+        assert scanner.too_big and scanner.between() == (half == 0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -3775,7 +3880,9 @@ def test_refusals_come_in_one_order_and_leave_the_backend_alone(tmp_path, raw):
     ("::ffff:127.0.0.1", "127.0.0.0/8", True), ("::ffff:128.0.0.1", "127.0.0.0/8", False),
     ("2001:db8::1", "2001:db8::/32 10.0.0.0/8", True), ("2001:db9::1", "2001:db8::/32", False),
     ("fe80::1%eth0", "fe80::/10", True), ("10.1.1.1", "all", True), ("::1", "all", True), ("::1", "", False),
-    ("unix:", "all", False), ("nonsense", "all", False)])
+    ("unix:", "all", False), ("nonsense", "all", False), ("unix:", "10.0.0.1 unix:", True),
+    ("unix:", "10.0.0.1", False), ("nonsense", "unix:", False), ("10.0.0.1", "unix:", False),
+    ("10.0.0.1", "unix: 10.0.0.1", True)])
 def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
     assert wsgate.trusted(wsgate.parse_networks(networks), address) is expected
 
@@ -3783,7 +3890,10 @@ def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
 @pytest.mark.parametrize("allow, deny, address, passes", [
     ("", "", "10.0.0.1", True), ("10.0.0.0/8", "", "10.0.0.1", True), ("10.0.0.0/8", "", "11.0.0.1", False),
     ("10.0.0.0/8", "10.0.0.1", "10.0.0.1", False), ("", "10.0.0.1", "10.0.0.2", True),
-    ("", "10.0.0.1", "::ffff:10.0.0.1", False), ("10.0.0.0/8", "", "::ffff:10.0.0.1", True), ("", "all", "::1", False)])
+    ("", "10.0.0.1", "::ffff:10.0.0.1", False), ("10.0.0.0/8", "", "::ffff:10.0.0.1", True), ("", "all", "::1", False),
+    ("unix:", "", "unix:", True), ("all", "", "unix:", True), ("10.0.0.0/8", "", "unix:", False),
+    ("", "", "unix:", True), ("", "all", "unix:", False), ("all", "unix:", "unix:", False),
+    ("unix:", "", "10.0.0.1", False), ("", "unix:", "10.0.0.1", True)])
 def test_deny_wins_and_allow_refuses_all_others(allow, deny, address, passes):
     rules = wsgate.Settings({"allow": wsgate.parse_networks(allow), "deny": wsgate.parse_networks(deny)})
     with contextlib.ExitStack() as stack:
@@ -3923,6 +4033,10 @@ def test_the_auth_service_is_asked_without_handshake_and_body(tmp_path):
      [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9", b"X-Forwarded-For: 10.0.0.1"], b"203.0.113.9"),
     ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1", [b"X-Forwarded-For: 6.6.6.6, rubbish, 10.0.0.1"], b"10.0.0.1"),
     ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: rubbish"], b"127.0.0.1"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: 203.0.113.9:51234"], b"203.0.113.9"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: [2001:db8::7]:443"], b"2001:db8::7"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: [2001:db8::7]"], b"2001:db8::7"),
+    ("X-Forwarded-For", "127.0.0.1 10.0.0.1", [b"X-Forwarded-For: 203.0.113.9:1, 10.0.0.1:2"], b"203.0.113.9"),
     ("X-Forwarded-For", "127.0.0.1", [b"X-Real-IP: 6.6.6.6"], b"127.0.0.1"),
     ("X-Forwarded-For", "10.0.0.0/8", [b"X-Forwarded-For: 6.6.6.6"], b"127.0.0.1"),
     ("X-Forwarded-For", "", [b"X-Forwarded-For: 6.6.6.6", b"X-Real-IP: 6.6.6.6"], b"127.0.0.1"),
@@ -3933,6 +4047,14 @@ def test_only_trusted_proxies_say_who_the_client_is(tmp_path, header, believed, 
     with running(ini, tmp_path) as gate:
         assert gate.ask(request(b"GET", b"/", *fields)).body == client
         assert gate.line(" %s gate.test " % client.decode())
+
+
+@pytest.mark.parametrize("named", [b"203.0.113.9", b"203.0.113.9:51234", b"[2001:db8::7]:443", b"[2001:db8::7]"])
+def test_who_is_named_with_a_port_is_not_taken_for_the_proxy_that_is_allowed(tmp_path, named):
+    lines = "set_real_ip_from = 127.0.0.1", "allow = 127.0.0.1"
+    with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
+        assert gate.ask(request(b"GET", b"/", b"X-Forwarded-For: " + named)).reason == "not_allowed"
+        assert not backend.peers
 
 
 def proxy_v2(command, family, data):
@@ -4263,6 +4385,22 @@ def test_unix_sockets_on_both_sides_and_a_stale_one_is_replaced(tmp_path):
 
 
 @needs_unix
+@pytest.mark.parametrize("flag, lines, before, client", [
+    (" proxy_protocol", ("set_real_ip_from = unix:", "real_ip_header = proxy_protocol"),
+     b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", b"203.0.113.9"),
+    (" proxy_protocol", ("set_real_ip_from = 127.0.0.1", "real_ip_header = proxy_protocol"),
+     b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", None),
+    ("", ("set_real_ip_from = unix:",), b"", b"6.6.6.6"), ("", ("set_real_ip_from = 127.0.0.1",), b"", b"unix:"),
+])
+def test_who_comes_over_a_unix_socket_can_be_trusted(tmp_path, flag, lines, before, client):
+    path = str(tmp_path / "front")
+    ini = "[server]\nlisten = unix:%s%s\nreturn = 200 $remote_addr\n%s\n" % (path, flag, "\n".join(lines))
+    with running(ini, tmp_path), contextlib.closing(unix_peer(path)) as peer:
+        peer.send(before, request(b"GET", b"/", b"X-Forwarded-For: 6.6.6.6"))
+        assert peer.ended() if client is None else peer.response().body == client
+
+
+@needs_unix
 def test_a_unix_socket_that_answers_is_not_taken_away(tmp_path):
     with ScriptedBackend(service, path=str(tmp_path / "front")) as owner:
         with pytest.raises(OSError, match="another program"):
@@ -4441,6 +4579,14 @@ def test_rubbish_behind_a_tls_handshake_ends_the_connection(tmp_path, tls, asked
         peer.close()
 
 
+def test_a_tls_connection_that_is_kept_alive_ends_with_close_notify(tmp_path, tls):
+    with running(tls_ini(tls, "return = 200", "keepalive_timeout = " + ini_ms(200)), tmp_path) as gate:
+        with contextlib.closing(tls_connect(gate, tls)) as peer:
+            assert peer.send(request()).response().status == 200
+            with lasting(150, 1000):
+                assert peer.sock.recv(1) == b""  # without a close_notify this raises
+
+
 def test_a_stalled_tls_handshake_is_cut_in_time_and_delays_nobody(tmp_path, tls):
     with running(tls_ini(tls, "return = 200", "client_header_timeout = %dms" % (400 * MS * 1000)), tmp_path) as gate:
         begun = time.monotonic()
@@ -4507,6 +4653,22 @@ def test_a_changed_certificate_is_taken_and_a_broken_one_is_not(tmp_path, tls):
             assert "new certificate not taken" in gate.errors[-1]
         assert old.send(request()).response().status == 200
         old.close()
+
+
+def test_a_connection_from_before_a_reload_that_took_tls_away_is_served_by_tls_or_closed(tmp_path, tls):
+    with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
+        sock = socket.create_connection(("127.0.0.1", gate.port), 5000 * MS)
+        eventually(lambda: gate.gate.connections)
+        certificates = gate.gate.config.certificates
+        gate.gate.config.certificates = None  # the switch is half done: still a listener with TLS
+        with contextlib.closing(gate.connect()) as peer:
+            assert peer.rest() == b""
+        gate.gate.config.certificates = certificates
+        reload(gate, "[server]\nreturn = 200 new\n")
+        assert gate.ask(request()).body == b"new"
+        context = ssl.create_default_context(cafile=tls.ca)
+        with contextlib.closing(Peer(context.wrap_socket(sock, server_hostname="gate.test"))) as peer:
+            assert peer.send(request()).response().body == b"new"
 
 
 @pytest.mark.skipif(not hasattr(ssl, "OP_NO_RENEGOTIATION"), reason="this Python has no such option")
@@ -4888,6 +5050,22 @@ def test_a_second_quit_stops_as_term_does(tmp_path, monkeypatch, first, second):
         assert time.monotonic() - begun < 1500 * MS
 
 
+@pytest.mark.parametrize("name, reason", [("SIGQUIT", b"drain"), ("SIGTERM", b"stop")])
+def test_a_tunnel_whose_101_comes_behind_the_signal_is_ended_too(tmp_path, name, reason):
+    with gate_and_backend(tmp_path, None, "drain_timeout = " + ini_ms(800)) as (gate, backend):
+        client = gate.connect().send(handshake())
+        peer = backend.peer()
+        peer.head()
+        gate.signal(name)
+        eventually(lambda: not listening(gate.port))
+        with lasting(0, 700):
+            peer.send(switching())
+            assert client.response().status == 101
+            assert read_frame(client) == read_frame(peer) == (8, b"\x03\xe9" + reason)
+        assert "close=gate:1001 reason=" + reason.decode() in line_of(gate, client, peer)
+        over(gate)
+
+
 def test_a_tunnel_that_is_never_quiet_is_ended_too(tmp_path, monkeypatch):
     monkeypatch.setattr(wsgate, "BUSY", 100 * MS)  # it looks up now and then, and polls no alarm
     with gate_and_backend(tmp_path, service) as (gate, _):
@@ -4958,6 +5136,63 @@ def test_the_process_obeys_reopen_reload_and_stop(tmp_path):
         assert child.wait(5000 * MS) == 0 and child.said("stopped")
         assert not os.path.exists(child.pid_file)
         peer.close()
+
+
+@needs_signals
+def test_a_reload_that_cannot_open_a_log_the_pid_file_or_a_listener_changes_nothing(tmp_path):
+    def ini(text, **values):
+        return "[server]\nreturn = 200 %s\n" % text + "".join("%s = %s\n" % pair for pair in sorted(values.items()))
+
+    log, pid, nowhere = [str(tmp_path / name) for name in ("access.log", "pid2", "no/folder")]
+    with ScriptedBackend() as other, program(tmp_path, "return = 200 old", "access_log = " + log) as child:
+        for count, (key, wrong) in enumerate((("access_log", nowhere), ("pid", nowhere), ("listen", other.where)), 1):
+            fresh = {"access_log": log + ".new", "pid": pid, "listen": "127.0.0.1:%d" % free_port()}
+            written(tmp_path, "gate.ini", ini("new", **dict(fresh, **{key: wrong})))
+            os.kill(child.pid, signal.SIGHUP)
+            eventually(lambda: sum("nothing was changed" in line for line in list(child.lines)) == count)
+            with contextlib.closing(connect(child.port).send(request(b"GET", b"/" + key.encode()))) as peer:
+                assert peer.response().body == b"old"
+            eventually(lambda: "/%s " % key in "\n".join(lines_in(log)))
+            assert pid_in(child) == child.pid and not os.path.exists(pid)
+
+
+@needs_signals
+def test_a_reload_moves_the_pid_file_and_s_finds_the_gate_by_it(tmp_path):
+    with program(tmp_path, "return = 200") as child:
+        old, child.pid_file = child.pid_file, str(tmp_path / "pid2")
+        written(tmp_path, "gate.ini", "[server]\nreturn = 200\nlisten = 127.0.0.1:%d\npid = %s\n" % (
+            child.port, child.pid_file))
+        os.kill(child.pid, signal.SIGHUP)
+        eventually(lambda: child.said("reloaded"))
+        assert pid_in(child) == child.pid and not os.path.exists(old)
+        control(child, "stop")
+        assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
+
+
+TELL_WHO_IS_ASKED_FOR = """
+import socket
+def asked(host, *more, real=socket.getaddrinfo, **options):
+    print("asked for", host)
+    return real(host, *more, **options)
+socket.getaddrinfo = asked
+"""
+
+
+@needs_signals
+def test_a_reload_asks_no_name_server(tmp_path):
+    written(tmp_path, "sitecustomize.py", TELL_WHO_IS_ASKED_FOR)
+    # The name of an interface that is not there: no name server is really asked.
+    with program(tmp_path, "proxy_pass = http://[fe80::1%nosuch0]:9", environ={"PYTHONPATH": str(tmp_path)}) as child:
+        assert child.said("asked for fe80::1%nosuch0") and child.said("does not resolve now")
+        with open(child.path) as file:
+            ini = file.read()
+        written(tmp_path, "gate.ini", ini.replace("fe80::1", "fe80::2"))
+        os.kill(child.pid, signal.SIGHUP)
+        eventually(lambda: child.said("reloaded"))
+        assert not child.said("asked for fe80::2")
+        with contextlib.closing(connect(child.port).send(request())) as peer:
+            assert peer.response().reason == "backend_unresolved"
+        eventually(lambda: child.said("asked for fe80::2"))
 
 
 @needs_signals
@@ -5078,6 +5313,8 @@ def test_systemd_hands_over_a_socket_and_is_told_how_it_goes(tmp_path):
         with process(before=as_systemd_does) as child:
             assert hears("READY=1")
             assert early.response().body == b"activated"
+            for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_KEEPALIVE)):
+                assert listener.getsockopt(*option)  # the same socket: connections have what it has
             os.kill(child.pid, signal.SIGHUP)
             assert re.match(r"RELOADING=1\nMONOTONIC_USEC=\d+$", hears("RELOADING=1"))
             assert hears("READY=1")
@@ -5129,7 +5366,9 @@ def with_status(tmp_path, backend, *lines):
 
         def ask(path, method=b"GET"):
             with contextlib.closing(connect(port)) as peer:
-                return peer.send(request(method, path)).response(method)
+                answer_ = peer.send(request(method, path)).response(method)
+                assert peer.rest() == b""
+                return answer_
 
         yield gate, ask
 
@@ -5170,11 +5409,13 @@ def test_the_status_pages_tell_of_traffic(tmp_path):
 
 @pytest.mark.parametrize("path, method, status, body", [
     (b"/healthz", b"GET", 200, b"ok\n"), (b"/readyz", b"GET", 200, b"ready\n"), (b"/healthz", b"HEAD", 200, b""),
-    (b"/nothing", b"GET", 404, b"not_found\n"), (b"/", b"POST", 405, b"not_allowed\n")])
+    (b"/nothing", b"GET", 404, b"not_found\n"), (b"/nothing", b"HEAD", 404, b""),
+    (b"/", b"POST", 405, b"not_allowed\n")])
 def test_the_status_listener_answers_by_path(tmp_path, path, method, status, body):
     with ScriptedBackend() as backend, with_status(tmp_path, backend) as (_, ask):
         answer_ = ask(path, method)
         assert (answer_.status, answer_.body) == (status, body)
+        assert answer_.get(b"allow") == (b"GET, HEAD" if status == 405 else None)
 
 
 def test_the_status_listener_is_only_for_those_named(tmp_path):
@@ -5502,6 +5743,22 @@ def test_bytes_that_are_no_frames_do_not_get_round_max_message_size(tmp_path):
         assert read_frame(client) == (8, b"\x03\xeabad_frames")
         assert peer.ended()
         assert "close=gate:1002 reason=bad_frames" in line_of(gate, client, peer)
+
+
+@pytest.mark.parametrize("data, code, reason", [
+    (frame(2, b"x" * 1025, b"abcd", rsv=4), 1009, b"max_message_size"), (b"these are no frames", 1002, b"bad_frames")])
+def test_an_extension_that_nobody_knows_does_not_get_round_max_message_size(tmp_path, data, code, reason):
+    with gate_and_backend(tmp_path, None, "max_message_size = 1k") as (gate, backend):
+        client = gate.connect().send(handshake(b"/", b"Sec-WebSocket-Extensions: x-unknown"))
+        peer = backend.peer()
+        peer.head()
+        peer.send(switching(b"Sec-WebSocket-Extensions: x-unknown"))
+        assert client.response().status == 101
+        fits = frame(2, b"x" * 1024, b"abcd", rsv=4)
+        client.send(fits, data)
+        assert peer.read(len(fits)) == fits
+        assert read_frame(client) == (8, struct.pack("!H", code) + reason)
+        assert "reason=" + reason.decode() in line_of(gate, client, peer)
 
 
 def test_draining_does_not_wait_for_a_connection_that_became_idle_after_it_began(tmp_path):

@@ -668,15 +668,17 @@ class ConfigReader:
 
     def number_lines(self, text):
         """Remember where each section and key stands; configparser does not."""
-        section = None
+        section, indent = None, math.inf  # of the last key: what stands further right belongs to its value
         for number, line in enumerate(text.split("\n"), 1):
-            header = re.match(r"\[(.+)\]", line)
+            begin = re.match(r"\s*", line).end()
+            header = re.match(r"\s*\[(.+)\]", line)
             key = re.match(r"\s*([^\s#;=\[][^=]*?)\s*=", line)
-            if header:
-                section = " ".join(header.group(1).split())
+            if header and begin <= indent:
+                section, indent = " ".join(header.group(1).split()), math.inf
                 self.lines[section, None] = number
-            elif key:
-                self.lines.setdefault((section, key.group(1)), number)
+            elif key and begin <= indent:
+                indent = begin
+                self.lines[section, key.group(1)] = number
 
     def section(self, title, texts, keys, inherited=()):
         """{key: text} -> Settings with a value for every key of the table; None if a value is bad.
@@ -2099,7 +2101,8 @@ def parse_fields(block):
     if not FIELD_LINES.fullmatch(block):
         for line in block.split(b"\r\n"):
             if not FIELD_LINES.fullmatch(line + b"\r\n"):
-                raise ValueError("bad field line %s" % printable(line.partition(b":")[0][:40]))  # no secrets
+                name = re.match(br"([^\s:]+\s*:)?", line).group()[:40]  # and no more of it: it may be a secret
+                raise ValueError("bad field line %s" % printable(name or b"without a name"))
     fields = Headers([(name, value.strip(b" \t")) for name, value in FIELD_LINE.findall(block)])
     if len(fields) > FIELD_LIMIT:
         raise OverflowError("more than %d fields" % FIELD_LIMIT)
