@@ -575,8 +575,8 @@ def location_of(config, name="/"):
     ("client_header_size", "1G", 1 << 30), ("max_connections", "auto", None), ("max_connections", "7", 7),
     ("set_real_ip_from", "10.0.0.0/8, ::1\n  192.0.2.1", ["10.0.0.0/8", "::1/128", "192.0.2.1/32"]),
     ("set_real_ip_from", "unix: ::1", ["unix:", "::1/128"]),
-    ("status_allow", "all", ["0.0.0.0/0", "::/0"]), ("ssl_protocols", "TLSv1.2,TLSv1.3", ("TLSv1.2", "TLSv1.3")),
-    ("log_format", "json", "json"), ("pid", "", None), ("pid", "/run/wsgate %d.pid", "/run/wsgate %d.pid"),
+    ("status_allow", "all", ["0.0.0.0/0", "::/0", "unix:"]),
+    ("ssl_protocols", "TLSv1.2,TLSv1.3", ("TLSv1.2", "TLSv1.3")), ("log_format", "json", "json"), ("pid", "", None), ("pid", "/run/wsgate %d.pid", "/run/wsgate %d.pid"),
 ])
 def test_values_of_the_server_section_mean_what_they_say(tmp_path, key, text, value):
     read = getattr(load_text(tmp_path, "[server]\n%s%s = %s\n" % (PASS, key, text)).server, key)
@@ -3880,7 +3880,7 @@ def test_refusals_come_in_one_order_and_leave_the_backend_alone(tmp_path, raw):
     ("::ffff:127.0.0.1", "127.0.0.0/8", True), ("::ffff:128.0.0.1", "127.0.0.0/8", False),
     ("2001:db8::1", "2001:db8::/32 10.0.0.0/8", True), ("2001:db9::1", "2001:db8::/32", False),
     ("fe80::1%eth0", "fe80::/10", True), ("10.1.1.1", "all", True), ("::1", "all", True), ("::1", "", False),
-    ("unix:", "all", False), ("nonsense", "all", False), ("unix:", "10.0.0.1 unix:", True),
+    ("unix:", "all", True), ("nonsense", "all", False), ("unix:", "10.0.0.1 unix:", True),
     ("unix:", "10.0.0.1", False), ("nonsense", "unix:", False), ("10.0.0.1", "unix:", False),
     ("10.0.0.1", "unix: 10.0.0.1", True)])
 def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):

@@ -272,7 +272,7 @@ def parse_networks(text):
     networks = []
     for word in parse_list(text):
         if word == "all":
-            networks += [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")]
+            networks += [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"), "unix:"]
         elif word == "unix:":
             networks.append(word)
         else:
@@ -2553,12 +2553,12 @@ def parse_ip(text):
 
 
 def trusted(networks, text):
-    """Whether an address (as text) lies in one of these networks."""
+    """Whether an address (as text, or 'unix:') lies in one of these networks."""
     if not networks:
         return False
     address = parse_ip(text)
     if address is None:
-        return text == "unix:" and text in networks
+        return text in networks
     return any(network != "unix:" and address in network for network in networks)
 
 
@@ -2583,9 +2583,7 @@ def real_client(server, peer, fields):
 
 def check_address(location, client):
     """allow and deny (ngx_http_access_module; deny wins)."""
-    names = (client,) if parse_ip(client) else (client, "0.0.0.0")  # a unix socket is in `all` too
-    allowed, denied = (any(trusted(networks, each) for each in names) for networks in (location.allow, location.deny))
-    if denied or (location.allow and not allowed):
+    if trusted(location.deny, client) or (location.allow and not trusted(location.allow, client)):
         raise HTTPError(403, "not_allowed", "this address may not connect")
 
 
