@@ -5116,6 +5116,22 @@ def test_a_tunnel_whose_peers_do_not_close_is_logged_before_the_drained_gate_has
             assert child.wait(5000 * MS) == 0 and eventually(lambda: child.said("reason=drain"))
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+                    reason="there is one processor only")
+@pytest.mark.parametrize("value", ["auto", "off", "number"])
+def test_the_gate_stays_on_one_processor_unless_told_otherwise(tmp_path, value):
+    allowed = os.sched_getaffinity(0)
+    line = "worker_cpu_affinity = %s" % (max(allowed) if value == "number" else value)
+    with program(tmp_path, "return = 200", line) as child, contextlib.closing(connect(child.port)) as peer:
+        assert peer.send(request()).response().status == 200
+        tasks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % child.pid)]
+        assert len(tasks) > 1  # the connection's thread too
+        if value == "auto":
+            assert tasks == [{sorted(allowed)[child.pid % len(allowed)]}] * len(tasks)
+        else:
+            assert tasks == [allowed if value == "off" else {max(allowed)}] * len(tasks)
+
+
 @needs_signals
 def test_the_process_obeys_reopen_reload_and_stop(tmp_path):
     log = str(tmp_path / "access.log")
