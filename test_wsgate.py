@@ -576,7 +576,8 @@ def location_of(config, name="/"):
     ("set_real_ip_from", "10.0.0.0/8, ::1\n  192.0.2.1", ["10.0.0.0/8", "::1/128", "192.0.2.1/32"]),
     ("set_real_ip_from", "unix: ::1", ["unix:", "::1/128"]),
     ("status_allow", "all", ["0.0.0.0/0", "::/0", "unix:"]),
-    ("ssl_protocols", "TLSv1.2,TLSv1.3", ("TLSv1.2", "TLSv1.3")), ("log_format", "json", "json"), ("pid", "", None), ("pid", "/run/wsgate %d.pid", "/run/wsgate %d.pid"),
+    ("ssl_protocols", "TLSv1.2,TLSv1.3", ("TLSv1.2", "TLSv1.3")),
+    ("log_format", "json", "json"), ("pid", "", None), ("pid", "/run/wsgate %d.pid", "/run/wsgate %d.pid"),
 ])
 def test_values_of_the_server_section_mean_what_they_say(tmp_path, key, text, value):
     read = getattr(load_text(tmp_path, "[server]\n%s%s = %s\n" % (PASS, key, text)).server, key)
@@ -621,6 +622,7 @@ SERVER = "[server]\n" + PASS  # two lines
 
 BAD_CONFIGURATIONS = [
     # What the file says, then marks of its only error.
+    (SERVER + "worker_cpu_affinity = one", ":3:", "a whole number is needed"),
     (SERVER + "client_body_timeout = 5 s", "wsgate.ini:3: [server] client_body_timeout: '5 s': a time is needed"),
     (SERVER + "client_body_timeout = -5", ":3:", "a time is needed"),
     (SERVER + "client_body_timeout = 0", ":3:", "a time above 0 is needed"),
@@ -5104,6 +5106,13 @@ def pid_in(child):
 
 
 needs_signals = pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="this system has no such signals")
+
+
+@pytest.mark.skipif(not wsgate.ALLOWED_PROCESSORS, reason="this system has no affinity")
+def test_a_processor_that_is_not_there_is_an_error_with_those_that_are(tmp_path):
+    error, = errors_of(tmp_path, SERVER + "worker_cpu_affinity = 999999999\n")
+    assert error.endswith("this process may use processor %s" % ", ".join(
+        map(str, sorted(os.sched_getaffinity(0)))))
 
 
 @needs_signals

@@ -187,7 +187,12 @@ def parse_count_or_auto(text):
 
 def parse_affinity(text):
     """'auto', 'off' or the number of a processor -> 'auto', None or int."""
-    return text if text == "auto" else None if text == "off" else parse_count(text)
+    if text in ("auto", "off"):
+        return text if text == "auto" else None
+    number = parse_count(text)
+    if ALLOWED_PROCESSORS and number not in ALLOWED_PROCESSORS:
+        raise ValueError("this process may use processor %s" % ", ".join(map(str, sorted(ALLOWED_PROCESSORS))))
+    return number
 
 
 def parse_flag(text):
@@ -416,7 +421,8 @@ SERVER_KEYS = {
     "send_timeout": Key(parse_timeout, "60s", "a client that takes no byte for so long is closed"),
     "max_connections": Key(parse_count_or_auto, "auto", "above it 503; auto = what descriptors and threads allow"),
     "max_connections_per_ip": Key(parse_count, "0", "above it 429, by the real client address; 0 = no limit"),
-    "set_real_ip_from": Key(parse_networks, "", "CIDRs (or unix:) of trusted proxies: only they may say who the client is"),
+    "set_real_ip_from": Key(parse_networks, "",
+                            "CIDRs (or unix:) of trusted proxies: only they may say who the client is"),
     "real_ip_header": Key(one_of("X-Forwarded-For", "X-Real-IP", "proxy_protocol"), "X-Forwarded-For",
                           "where trusted proxies say it: X-Forwarded-For, X-Real-IP or proxy_protocol"),
     "drain_timeout": Key(parse_seconds, "30s", "time over which QUIT ends the tunnels"),
@@ -609,8 +615,9 @@ class ConfigReader:
             if not any((each.host, each.path, each.exact) == (None, "/", False) for each in self.locations):
                 self.read_location("location /", {}, defaults)
         if not self.errors and not self.locations:
-            self.errors.append((0, "%s: nothing to do: a [location /] with proxy_pass = http://host:port is needed%s" % (
-                self.name, "" if self.path else ", or --backend http://host:port; --demo tries it out")))
+            advice = "" if self.path else ", or --backend http://host:port; --demo tries it out"
+            self.errors.append((0, "%s: nothing to do: a [location /] with proxy_pass = http://host:port is needed%s"
+                                % (self.name, advice)))
         self.raise_errors()
         config = Config(self.path, server, self.locations, list(self.upstreams.values()), self.warnings)
         if any(listen.ssl for listen in server.listen):
@@ -3370,7 +3377,8 @@ class HTTPRelay:
         """-> (time.monotonic() at which to give up, what was awaited: for late())"""
         deadlines = [(self.gone_at, "client_gone")]
         if reading_answer and (self.down_body or (self.up_body.done and not self.up_pending)):
-            deadlines.append((max(self.down_moved, self.up_moved) + self.location.proxy_read_timeout, "backend_timeout"))
+            moved = max(self.down_moved, self.up_moved)
+            deadlines.append((moved + self.location.proxy_read_timeout, "backend_timeout"))
         if self.up_pending:
             deadlines.append((self.up_moved + self.location.proxy_send_timeout, "backend_timeout"))
         if reading_body:
