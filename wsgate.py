@@ -8,22 +8,31 @@ backend answers 101, and closes the tunnel when no byte passed for a while.
 
 The file reads from top to bottom as a connection lives:
 
-    Errors              HTTPError ends an exchange, BackendError tries another server
-    Configuration       load_config: wsgate.ini -> one frozen Config, from tables of keys
-    Listening           Gate.run accepts, obeys signals, reloads, drains;
-                        Listener gives each connection a thread
-    One connection      ClientConnection.handle: begin (PROXY protocol, TLS), then
-                        serve for each request: admit, connect, forward, log
-    Reading a head      Stream and Deadline: bytes within a time; read_head
-    HTTP/1.1 messages   parse_request_head, parse_response_head, ChunkedBody
-    Routes              Config.route, split_target, Location.rewrite
-    Access              who may pass: addresses, origins, passwords, auth_request
-    Upstreams           Upstream.pick and their health; Server.connect
-    Forwarding heads    request_head_for_backend, response_head_for_client, check_101
-    Relaying            HTTPRelay moves two bodies at once; Tunnel two Flows of bytes
-    WebSocket frames    FrameScanner follows boundaries; make_frame, close_frame
-    Access log, status  Record and its line; the status page
-    Command line        main, the demo, the probe
+    Errors                HTTPError ends an exchange, BackendError tries another server
+    Configuration: values parse_*: the text of a value -> what it means
+    Configuration: keys   SERVER_KEYS, LOCATION_KEYS, UPSTREAM_KEYS: the reference
+    Configuration: file   load_config: wsgate.ini -> one frozen Config, by a ConfigReader
+    The process           run_gate: from a configuration to a running Gate
+    The gate              Gate.run accepts, obeys signals, reloads, drains, upgrades
+    Listening             Listener gives each connection a thread, from Workers
+    One connection        ClientConnection.handle: begin (PROXY protocol, TLS), then
+                          serve for each request: admit, connect, forward, log
+    Streams               Stream and Deadline: bytes within a time; read_proxy_header
+    TLS                   CertificateStore for clients, backend_context for backends
+    HTTP/1.1 messages     read_head, parse_request_head, parse_response_head, ChunkedBody
+    Routing               split_target, Location.matches, Location.rewrite
+    Access control        who may pass: addresses, origins, passwords
+    Upstreams             Upstream.pick and their health; Server.connect
+    Forwarding            request_head_for_backend, response_head_for_client
+    The upgrade           upgrade_wanted and check_101: the handshake, both ways
+    Relaying              HTTPRelay moves two bodies at once; a Flow is one way of a tunnel
+    The tunnel            Tunnel: two Flows after a 101
+    WebSocket frames      FrameScanner follows boundaries; make_frame, close_frame
+    Access log            Record and its line
+    Status                StatusConnection: the status page
+    Command line          main and what its options do
+    Demo                  demo: a gate, an echo backend and a page
+    Probe                 probe: one handshake, explained
 
 Three rules hold everywhere. An exchange that cannot go on raises HTTPError.
 Only ClientConnection answers a client, ends it and logs it. Threads share the Gate
@@ -86,7 +95,8 @@ VERSION = "1.0"
 
 log = logging.getLogger("wsgate")
 
-# ---------------------------------------------------------------------- Errors
+
+# ----------------------------------------------------------------------- Errors
 
 
 class ConfigError(Exception):
@@ -133,20 +143,16 @@ class TimedOut(Exception):
     """A wait came to the end of its Deadline."""
 
 
-# --------------------------------------------------------------- Configuration
-#
-# One table per kind of section. It parses, it is the reference that wsgate.ini
-# repeats (a test compares the two), and a key that is not in it is an error.
+# -------------------------------------------------------- Configuration: values
 
-Key = collections.namedtuple("Key", "parse default meaning")
 Address = collections.namedtuple("Address", "host port path")  # path: of a unix socket
 Listen = collections.namedtuple("Listen", "address ssl proxy_protocol reuseport")
 Target = collections.namedtuple("Target", "tls where uri")  # a parsed proxy_pass
 Return = collections.namedtuple("Return", "status text")
 
 TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
-REDIRECTS = (301, 302, 303, 307, 308)
 SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+REDIRECTS = (301, 302, 303, 307, 308)
 
 
 def parse_seconds(text):
@@ -406,6 +412,40 @@ def parse_servers(text):
     return servers
 
 
+class Template:
+    """Text with $variables, compiled once (proxy_set_header, return)."""
+
+    VARIABLES = {  # Request -> bytes; $http_NAME is a field of the request
+        "host": lambda request: request.host.encode(),
+        "remote_addr": lambda request: request.connection.client.encode(),
+        "scheme": lambda request: b"https" if request.connection.stream.tls else b"http",
+        "request_uri": lambda request: request.target,
+        "server_port": lambda request: b"%d" % request.connection.port(),
+        "proxy_add_x_forwarded_for": lambda request: forwarded_for(request.connection),
+    }
+
+    def __init__(self, text):
+        self.parts = re.split(r"\$\{?(\w+)\}?", text)  # text, name, text, name, ..., text
+        for name in self.parts[1::2]:
+            if name not in self.VARIABLES and not name.startswith("http_"):
+                raise ValueError("unknown variable $%s%s" % (name, nearest(name, self.VARIABLES)))
+
+    def render(self, request):
+        """-> bytes, with what this request gives for the variables."""
+        parts = [part.encode() for part in self.parts]
+        for place, name in list(enumerate(self.parts))[1::2]:
+            parts[place] = (self.VARIABLES[name](request) if name in self.VARIABLES else
+                            b", ".join(request.fields.get_all(name[5:].replace("_", "-").encode())))
+        return b"".join(parts)
+
+
+# ---------------------------------------------------------- Configuration: keys
+#
+# One table per kind of section. It parses, it is the reference that wsgate.ini
+# repeats (a test compares the two), and a key that is not in it is an error.
+
+Key = collections.namedtuple("Key", "parse default meaning")
+
 SERVER_KEYS = {
     "listen": Key(parse_listen, "127.0.0.1:8080",
                   "host:port, [v6]:port, :port, port or unix:/path, one a line; after it ssl, proxy_protocol,"
@@ -481,96 +521,7 @@ UPSTREAM_KEYS = {
 }
 
 
-class Settings:
-    """The values of one section as attributes, named by their keys; never changed after it is made."""
-
-    def __init__(self, values):
-        self.__dict__.update(values)
-
-    def __setattr__(self, name, value):
-        raise AttributeError("the configuration is frozen")
-
-
-class Template:
-    """Text with $variables, compiled once (proxy_set_header, return)."""
-
-    VARIABLES = {  # Request -> bytes; $http_NAME is a field of the request
-        "host": lambda request: request.host.encode(),
-        "remote_addr": lambda request: request.connection.client.encode(),
-        "scheme": lambda request: b"https" if request.connection.stream.tls else b"http",
-        "request_uri": lambda request: request.target,
-        "server_port": lambda request: b"%d" % request.connection.port(),
-        "proxy_add_x_forwarded_for": lambda request: forwarded_for(request.connection),
-    }
-
-    def __init__(self, text):
-        self.parts = re.split(r"\$\{?(\w+)\}?", text)  # text, name, text, name, ..., text
-        for name in self.parts[1::2]:
-            if name not in self.VARIABLES and not name.startswith("http_"):
-                raise ValueError("unknown variable $%s%s" % (name, nearest(name, self.VARIABLES)))
-
-    def render(self, request):
-        """-> bytes, with what this request gives for the variables."""
-        parts = [part.encode() for part in self.parts]
-        for place, name in list(enumerate(self.parts))[1::2]:
-            parts[place] = (self.VARIABLES[name](request) if name in self.VARIABLES else
-                            b", ".join(request.fields.get_all(name[5:].replace("_", "-").encode())))
-        return b"".join(parts)
-
-
-def nearest(word, words):
-    """', did you mean ...' for the known word that looks most like this one, or ''."""
-    close = difflib.get_close_matches(word, list(words), 1)
-    return ", did you mean %r?" % close[0] if close else ""
-
-
-class Config:
-    """One configuration, whole and checked. A reload makes a new one; tunnels keep theirs.
-
-    server: Settings. locations: list of Location. upstreams: list of Upstream.
-    certificates: a CertificateStore, if a listener has TLS. warnings: lines for -t and the log.
-    """
-
-    def __init__(self, path, server, locations, upstreams, warnings):
-        self.path = path
-        self.server = server
-        self.locations = locations
-        self.upstreams = upstreams
-        self.warnings = warnings
-        self.certificates = None
-        # {host: {exact path or None: Location | [Location by falling length]}}
-        self.by_host = {}
-        for location in sorted(locations, key=lambda each: -len(each.path)):
-            exact, prefixes = self.by_host.setdefault(location.host, ({}, []))
-            if location.exact:
-                exact[location.path] = location
-            else:
-                prefixes.append(location)
-
-    def route(self, host, path):
-        """The Location for a host name and a decoded path, or None.
-
-        Host exact, then the longest *.suffix, then locations without a host; among
-        these the exact path, then the longest prefix (nginx: server_name, location).
-        """
-        for group in self.hosts_for(host):
-            exact, prefixes = self.by_host[group]
-            if path in exact:
-                return exact[path]
-            for location in prefixes:
-                if location.matches(path):
-                    return location
-        return None
-
-    def hosts_for(self, host):
-        """The hosts of locations that cover this host name, the most special one first."""
-        groups = [host] if host in self.by_host else []
-        if len(self.by_host) > 1:
-            groups += sorted((name for name in self.by_host
-                              if name and name.startswith("*.") and host.endswith(name[1:])), key=len, reverse=True)
-        if None in self.by_host:
-            groups.append(None)
-        return groups
+# ---------------------------------------------------------- Configuration: file
 
 
 def load_config(path, overrides=None, resolve=True):
@@ -795,7 +746,192 @@ class ConfigReader:
                 address.host, nearest(address.host, self.upstreams)))
 
 
-# ------------------------------------------------------------------- Listening
+def nearest(word, words):
+    """', did you mean ...' for the known word that looks most like this one, or ''."""
+    close = difflib.get_close_matches(word, list(words), 1)
+    return ", did you mean %r?" % close[0] if close else ""
+
+
+class Settings:
+    """The values of one section as attributes, named by their keys; never changed after it is made."""
+
+    def __init__(self, values):
+        self.__dict__.update(values)
+
+    def __setattr__(self, name, value):
+        raise AttributeError("the configuration is frozen")
+
+
+class Config:
+    """One configuration, whole and checked. A reload makes a new one; tunnels keep theirs.
+
+    server: Settings. locations: list of Location. upstreams: list of Upstream.
+    certificates: a CertificateStore, if a listener has TLS. warnings: lines for -t and the log.
+    """
+
+    def __init__(self, path, server, locations, upstreams, warnings):
+        self.path = path
+        self.server = server
+        self.locations = locations
+        self.upstreams = upstreams
+        self.warnings = warnings
+        self.certificates = None
+        # {host: {exact path or None: Location | [Location by falling length]}}
+        self.by_host = {}
+        for location in sorted(locations, key=lambda each: -len(each.path)):
+            exact, prefixes = self.by_host.setdefault(location.host, ({}, []))
+            if location.exact:
+                exact[location.path] = location
+            else:
+                prefixes.append(location)
+
+    def route(self, host, path):
+        """The Location for a host name and a decoded path, or None.
+
+        Host exact, then the longest *.suffix, then locations without a host; among
+        these the exact path, then the longest prefix (nginx: server_name, location).
+        """
+        for group in self.hosts_for(host):
+            exact, prefixes = self.by_host[group]
+            if path in exact:
+                return exact[path]
+            for location in prefixes:
+                if location.matches(path):
+                    return location
+        return None
+
+    def hosts_for(self, host):
+        """The hosts of locations that cover this host name, the most special one first."""
+        groups = [host] if host in self.by_host else []
+        if len(self.by_host) > 1:
+            groups += sorted((name for name in self.by_host
+                              if name and name.startswith("*.") and host.endswith(name[1:])), key=len, reverse=True)
+        if None in self.by_host:
+            groups.append(None)
+        return groups
+
+
+# ------------------------------------------------------------------ The process
+
+
+def run_gate(path, overrides, ready=None):
+    """Start the gate and run it to its end -> exit status. ready: called with the Gate once it listens."""
+    config = load_config(path, overrides)
+    setup_logging(config.server)
+    stay_on_one_processor(config.server.worker_cpu_affinity)
+    threading.stack_size(256 * 1024)  # 10,000 threads of 8 MiB do not fit everywhere
+    gate = Gate(config)
+    gate.load = lambda: load_config(path, overrides, resolve=False)
+    gate.open_logs = setup_logging
+    gate.open(inherited_sockets())
+    gate.write_pid(config.server.pid)
+    if config.server.user:
+        drop_privileges(config.server.user)
+    gate.catch_signals()
+    announce(config, gate)
+    if ready:
+        ready(gate)
+    if os.environ.get("WSGATE_READY"):
+        os.write(int(os.environ["WSGATE_READY"]), b"ready")
+        os.close(int(os.environ.pop("WSGATE_READY")))
+    gate.run()
+    gate.remove_pid()
+    log.info("stopped")
+    logging.shutdown()
+    if gate.connections:
+        os._exit(0)  # threads that did not end in time must not keep the process
+    return 0
+
+
+def announce(config, gate):
+    """Say in the log what runs here, and where."""
+    log.info("wsgate %s, Python %s, %s", VERSION, sys.version.split()[0], config.path or "no configuration file")
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    for listener in gate.listeners:
+        client_port = listener.RequestHandlerClass is ClientConnection
+        log.info("%s %s", "listening on" if client_port else "status page", listener.url() + (
+            " and every other address" if listener.listen.address.host in ("0.0.0.0", "::") else ""))
+    for location in config.locations:
+        target = location.proxy_pass
+        log.info("[location %s] -> %s", location.name, "%s://%s%s" % (
+            "https" if target.tls else "http", target.where, target.uri or "") if target else
+            "return %d" % location.return_.status)
+    log.info("up to %d connections (%s)", gate.capacity, gate.capacity_reason)
+
+
+def inherited_sockets():
+    """Listening sockets from a predecessor (USR2) or from systemd (sd_listen_fds(3)) -> {address text: socket}."""
+    descriptors = [int(pair.rpartition("=")[2]) for pair in os.environ.pop("WSGATE_SOCKETS", "").split()]
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        descriptors += range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
+    found = {}
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+        sock = socket.socket(fileno=descriptor)
+        name = sock.getsockname()
+        address = Address(None, None, name) if isinstance(name, str) else Address(name[0], name[1], None)
+        found[show_address(address)] = sock
+    return found
+
+
+def drop_privileges(user):
+    """Become this user, with its groups, for good; started as anybody else this must fail."""
+    entry = pwd.getpwnam(user)
+    if os.getuid() == entry.pw_uid:
+        return
+    try:
+        os.initgroups(user, entry.pw_gid)
+        os.setgid(entry.pw_gid)
+        os.setuid(entry.pw_uid)
+    except PermissionError:
+        raise OSError(errno.EPERM, "user = %s works only when started as root; take it out, or start as root" % user)
+    if os.getuid() != entry.pw_uid or os.geteuid() == 0:
+        raise OSError(errno.EPERM, "privileges could not be dropped to %s" % user)
+
+
+def stay_on_one_processor(wanted):
+    """Keep this thread, and those that it starts, on one processor; does nothing where it cannot be done.
+
+    Only one thread at a time runs Python. Where two processors hand its lock to and fro, 100 busy
+    tunnels cost three times as much and get a third of the throughput.
+    wanted: worker_cpu_affinity. auto spreads gates by their process ids.
+    """
+    if wanted is None or not hasattr(os, "sched_setaffinity"):
+        return
+    if wanted == "auto":
+        allowed = sorted(ALLOWED_PROCESSORS)
+        if not getattr(sys, "_is_gil_enabled", lambda: True)():
+            return  # free-threaded Python has no such lock
+        wanted = allowed[os.getpid() % len(allowed)]
+    try:
+        os.sched_setaffinity(0, {wanted})
+    except OSError as error:
+        log.warning("worker_cpu_affinity: processor %d cannot be had: %s", wanted, error.strerror)
+
+
+def use_all_processors():
+    """Undo stay_on_one_processor for this thread and what it starts."""
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, ALLOWED_PROCESSORS)
+
+
+ALLOWED_PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+
+
+def notify(message):
+    """Tell systemd (sd_notify(3)); without systemd nothing happens."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
+        except OSError as error:  # or no descriptor is left for it
+            log.warning("systemd cannot be told %r: %s", message, error)
+
+
+# --------------------------------------------------------------------- The gate
 
 
 class Gate:
@@ -1143,47 +1279,45 @@ class Alarm:
         self.writer.close()
 
 
-class Workers:
-    """Threads for connections. One whose connection has ended waits a moment for another: starting one costs more."""
+def capacity(configured):
+    """max_connections and why -> (int, text). auto: what descriptors and threads allow.
 
-    KEEP = 1.0  # seconds
+    A connection takes two descriptors and a thread; a share is kept back for those
+    that are refused politely, for logs and for the pipes of bulk transfers.
+    """
+    if configured is not None:
+        return configured, "configured"
+    limits = [(10000, "default")]
+    if resource:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # macOS says "unlimited" and takes less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        if soft != resource.RLIM_INFINITY:
+            limits = [(max(8, (soft - 48 - min(64, soft // 8)) // 2), "%d descriptors" % soft)]
+        processes = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        if processes != resource.RLIM_INFINITY and os.getuid():
+            limits.append((max(8, processes - 64), "%d processes and threads of this user" % processes))
+    for path in thread_limit_files():
+        with contextlib.suppress(OSError, ValueError), open(path) as file:  # not there, or "max"
+            limits.append((max(8, int(file.read()) * 9 // 10 - 16), path))
+    return min(limits)
 
-    def __init__(self):
-        self.idle = []  # [lock, job] of threads that wait; list.append and list.pop need no lock
-        self.lock = threading.Lock()
-        self.busy = 0   # threads that have a connection, or are about to; guarded by lock
 
-    def count(self, change):
-        with self.lock:
-            self.busy += change
+def thread_limit_files():
+    """Files of Linux that say how many threads there may be (the last is systemd's TasksMax)."""
+    paths = ["/proc/sys/kernel/threads-max"]
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/cgroup") as file:  # no Linux, or no cgroups
+        for line in file:
+            controllers, path = line.rstrip("\n").split(":", 2)[1:]
+            if not controllers:
+                paths.append("/sys/fs/cgroup%s/pids.max" % path)
+            elif "pids" in controllers.split(","):
+                paths.append("/sys/fs/cgroup/pids%s/pids.max" % path)
+    return paths
 
-    def run(self, *job):
-        """Let a thread serve a connection, job = (Listener, socket, address); RuntimeError: there can be none."""
-        try:
-            worker = self.idle.pop()
-        except IndexError:
-            _thread.start_new_thread(self.work, job)
-        else:
-            worker[1] = job
-            worker[0].release()
-        self.count(1)
 
-    def work(self, listener, request, address):
-        """The life of a thread."""
-        worker = [_thread.allocate_lock(), None]
-        worker[0].acquire()
-        while True:
-            listener.process_request_thread(request, address)
-            self.count(-1)
-            worker[1] = listener = request = address = None
-            self.idle.append(worker)
-            if not worker[0].acquire(timeout=self.KEEP):
-                try:
-                    self.idle.remove(worker)
-                    return
-                except ValueError:  # it was given a job in this very moment
-                    worker[0].acquire()
-            listener, request, address = worker[1]
+# -------------------------------------------------------------------- Listening
 
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -1310,6 +1444,17 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         log.exception("internal error on a connection from %s", client_address)
 
 
+BIND_ERRORS = {  # what to do about a listening socket that cannot be opened
+    errno.EADDRINUSE: "another program listens there already (ss -ltnp shows which)",
+    errno.EACCES: "not allowed; ports below 1024 need root (then set user =) or CAP_NET_BIND_SERVICE, "
+                  "unix sockets a folder that this user may write",
+    errno.EADDRNOTAVAIL: "this machine has no such address",
+}
+
+EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # of descriptors or memory
+POLITE = 16  # connections above max_connections that are heard before they are refused
+
+
 def wanted_listeners(server):
     """-> {(class that serves its connections, Address): Listen}"""
     wanted = {(ClientConnection, listen.address): listen for listen in server.listen}
@@ -1325,16 +1470,6 @@ def take_inherited(inherited, address):
         return inherited.pop(text)
     alike = [key for key in inherited if not address.path and key.endswith(":%d" % address.port)]
     return inherited.pop(alike[0]) if len(alike) == 1 else None
-
-
-EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # of descriptors or memory
-
-BIND_ERRORS = {  # what to do about a listening socket that cannot be opened
-    errno.EADDRINUSE: "another program listens there already (ss -ltnp shows which)",
-    errno.EACCES: "not allowed; ports below 1024 need root (then set user =) or CAP_NET_BIND_SERVICE, "
-                  "unix sockets a folder that this user may write",
-    errno.EADDRNOTAVAIL: "this machine has no such address",
-}
 
 
 def remove_stale_socket(path):
@@ -1354,45 +1489,10 @@ def remove_stale_socket(path):
             pass
 
 
-POLITE = 16  # connections above max_connections that are heard before they are refused
-
-
-def capacity(configured):
-    """max_connections and why -> (int, text). auto: what descriptors and threads allow.
-
-    A connection takes two descriptors and a thread; a share is kept back for those
-    that are refused politely, for logs and for the pipes of bulk transfers.
-    """
-    if configured is not None:
-        return configured, "configured"
-    limits = [(10000, "default")]
-    if resource:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # macOS says "unlimited" and takes less
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-        if soft != resource.RLIM_INFINITY:
-            limits = [(max(8, (soft - 48 - min(64, soft // 8)) // 2), "%d descriptors" % soft)]
-        processes = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-        if processes != resource.RLIM_INFINITY and os.getuid():
-            limits.append((max(8, processes - 64), "%d processes and threads of this user" % processes))
-    for path in thread_limit_files():
-        with contextlib.suppress(OSError, ValueError), open(path) as file:  # not there, or "max"
-            limits.append((max(8, int(file.read()) * 9 // 10 - 16), path))
-    return min(limits)
-
-
-def thread_limit_files():
-    """Files of Linux that say how many threads there may be (the last is systemd's TasksMax)."""
-    paths = ["/proc/sys/kernel/threads-max"]
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/cgroup") as file:  # no Linux, or no cgroups
-        for line in file:
-            controllers, path = line.rstrip("\n").split(":", 2)[1:]
-            if not controllers:
-                paths.append("/sys/fs/cgroup%s/pids.max" % path)
-            elif "pids" in controllers.split(","):
-                paths.append("/sys/fs/cgroup/pids%s/pids.max" % path)
-    return paths
+def set_tcp_options(sock):
+    """No delay for small frames; keep-alive finds peers whose cable was pulled."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def retry_after():
@@ -1400,24 +1500,50 @@ def retry_after():
     return ((b"Retry-After", b"%d" % random.randint(1, 5)),)
 
 
-def set_tcp_options(sock):
-    """No delay for small frames; keep-alive finds peers whose cable was pulled."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+class Workers:
+    """Threads for connections. One whose connection has ended waits a moment for another: starting one costs more."""
 
+    KEEP = 1.0  # seconds
 
-def notify(message):
-    """Tell systemd (sd_notify(3)); without systemd nothing happens."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if path:
+    def __init__(self):
+        self.idle = []  # [lock, job] of threads that wait; list.append and list.pop need no lock
+        self.lock = threading.Lock()
+        self.busy = 0   # threads that have a connection, or are about to; guarded by lock
+
+    def count(self, change):
+        with self.lock:
+            self.busy += change
+
+    def run(self, *job):
+        """Let a thread serve a connection, job = (Listener, socket, address); RuntimeError: there can be none."""
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
-        except OSError as error:  # or no descriptor is left for it
-            log.warning("systemd cannot be told %r: %s", message, error)
+            worker = self.idle.pop()
+        except IndexError:
+            _thread.start_new_thread(self.work, job)
+        else:
+            worker[1] = job
+            worker[0].release()
+        self.count(1)
+
+    def work(self, listener, request, address):
+        """The life of a thread."""
+        worker = [_thread.allocate_lock(), None]
+        worker[0].acquire()
+        while True:
+            listener.process_request_thread(request, address)
+            self.count(-1)
+            worker[1] = listener = request = address = None
+            self.idle.append(worker)
+            if not worker[0].acquire(timeout=self.KEEP):
+                try:
+                    self.idle.remove(worker)
+                    return
+                except ValueError:  # it was given a job in this very moment
+                    worker[0].acquire()
+            listener, request, address = worker[1]
 
 
-# -------------------------------------------------------------- One connection
+# --------------------------------------------------------------- One connection
 
 
 class ClientConnection(socketserver.BaseRequestHandler):
@@ -1748,64 +1874,16 @@ class ClientConnection(socketserver.BaseRequestHandler):
             self.record.write()
 
 
-# -------------------------------------------------------------- Reading a head
+# ---------------------------------------------------------------------- Streams
 
-
-class SelectPoll:
-    """select.poll() for systems without it (Windows, where select() has no limit on descriptor numbers)."""
-
-    def __init__(self):
-        self.events = {}
-
-    def register(self, fd, events):
-        self.events[fd if isinstance(fd, int) else fd.fileno()] = events
-
-    def unregister(self, fd):
-        del self.events[fd if isinstance(fd, int) else fd.fileno()]
-
-    def poll(self, milliseconds=None):
-        """-> [(descriptor, events)]"""
-        reading = [fd for fd, events in self.events.items() if events & POLLIN]
-        writing = [fd for fd, events in self.events.items() if events & POLLOUT]
-        if not reading and not writing:
-            time.sleep((milliseconds or 0) / 1000)
-            return []
-        seconds = None if milliseconds is None else milliseconds / 1000
-        readable, writable, broken = select.select(reading, writing, reading + writing, seconds)
-        ready = collections.Counter({fd: POLLIN for fd in readable})
-        for fd in writable:
-            ready[fd] |= POLLOUT
-        for fd in broken:
-            ready[fd] |= POLLERR
-        return list(ready.items())
-
-
+SMALL_READ = 16 * 1024    # for frames and heads
+BIG_READ = 128 * 1024     # once a stream has shown that it is bulk
+LINGER = 2.0              # seconds to read on behind the last byte sent
 POLLIN = getattr(select, "POLLIN", 1)
 POLLOUT = getattr(select, "POLLOUT", 4)
 POLLERR = getattr(select, "POLLERR", 8)
 POLLHUP = getattr(select, "POLLHUP", 16)
 POLLRDHUP = getattr(select, "POLLRDHUP", 0)  # Linux: the peer has closed, though its bytes are still unread
-Poll = getattr(select, "poll", SelectPoll)
-
-SMALL_READ = 16 * 1024    # for frames and heads
-BIG_READ = 128 * 1024     # once a stream has shown that it is bulk
-LINGER = 2.0              # seconds to read on behind the last byte sent
-
-
-class Deadline:
-    """A point in time that all waits of one phase share: dripping bytes does not move it."""
-
-    __slots__ = ("at",)
-
-    def __init__(self, seconds):
-        self.at = time.monotonic() + seconds
-
-    def left(self):
-        """Seconds until it passes; raises TimedOut when it has."""
-        left = self.at - time.monotonic()
-        if left <= 0:
-            raise TimedOut("timed out")
-        return left
 
 
 class Stream:
@@ -1956,40 +2034,52 @@ class Stream:
             pass
 
 
-def read_head(stream, limit, deadline):
-    """Read up to and including the empty line -> the head; what follows stays in stream.buffer.
+class Deadline:
+    """A point in time that all waits of one phase share: dripping bytes does not move it."""
 
-    Raises HTTPError 400, 414, 431; TimedOut; EOFError.
-    """
-    while True:
-        head = take_head(stream, limit)
-        if head is not None:
-            return head
-        if not stream.fill(deadline):
-            raise EOFError
+    __slots__ = ("at",)
+
+    def __init__(self, seconds):
+        self.at = time.monotonic() + seconds
+
+    def left(self):
+        """Seconds until it passes; raises TimedOut when it has."""
+        left = self.at - time.monotonic()
+        if left <= 0:
+            raise TimedOut("timed out")
+        return left
 
 
-def take_head(stream, limit):
-    """Take a head out of stream.buffer -> bytes, or None while it is incomplete. Raises HTTPError."""
-    data = stream.buffer
-    if data.startswith(b"\r\n"):  # one empty line before a request is ignored (RFC 9112 2.2)
-        data = data[2:]
-    end, line_end = data.find(b"\r\n\r\n"), data.find(b"\r\n")
-    known = line_end if line_end >= 0 else len(data) - 1  # its CR may be there
-    too_long = known > REQUEST_LINE_LIMIT
-    if end >= 0 and end + 4 <= limit and not too_long:
-        stream.buffer = data[end + 4:]
-        return data[:end + 4]
-    if data.startswith(b"\x16\x03"):
-        raise HTTPError(400, "tls_on_plain_port", "this port does not speak TLS: use http:// or ws://")
-    if BARE_LF.search(data, 0, end if end >= 0 else len(data)):
-        raise HTTPError(400, "bad_request", "a line must end with CRLF")
-    if too_long:
-        raise HTTPError(414, "uri_too_long", "the request line is longer than %d bytes" % REQUEST_LINE_LIMIT)
-    if len(data) > limit:
-        raise HTTPError(431, "head_too_large", "the head is larger than client_header_size, %d bytes" % limit)
-    return None
+class SelectPoll:
+    """select.poll() for systems without it (Windows, where select() has no limit on descriptor numbers)."""
 
+    def __init__(self):
+        self.events = {}
+
+    def register(self, fd, events):
+        self.events[fd if isinstance(fd, int) else fd.fileno()] = events
+
+    def unregister(self, fd):
+        del self.events[fd if isinstance(fd, int) else fd.fileno()]
+
+    def poll(self, milliseconds=None):
+        """-> [(descriptor, events)]"""
+        reading = [fd for fd, events in self.events.items() if events & POLLIN]
+        writing = [fd for fd, events in self.events.items() if events & POLLOUT]
+        if not reading and not writing:
+            time.sleep((milliseconds or 0) / 1000)
+            return []
+        seconds = None if milliseconds is None else milliseconds / 1000
+        readable, writable, broken = select.select(reading, writing, reading + writing, seconds)
+        ready = collections.Counter({fd: POLLIN for fd in readable})
+        for fd in writable:
+            ready[fd] |= POLLOUT
+        for fd in broken:
+            ready[fd] |= POLLERR
+        return list(ready.items())
+
+
+Poll = getattr(select, "poll", SelectPoll)
 
 # The PROXY protocol, as HAProxy's proxy-protocol.txt has it (sections 2.1 and 2.2).
 PROXY_V2 = b"\r\n\r\n\x00\r\nQUIT\n"
@@ -2055,7 +2145,120 @@ def parse_proxy_v2(command, family, data):
     return str(ipaddress.ip_address(data[:size])), struct.unpack_from("!H", data, 2 * size)[0]
 
 
-# ----------------------------------------- HTTP/1.1 messages (RFC 9110, RFC 9112)
+# -------------------------------------------------------------------------- TLS
+
+
+class CertificateStore:
+    """The contexts for TLS listeners, one for each certificate; made anew when a file changes."""
+
+    def __init__(self, config):
+        self.server = config.server
+        self.pairs = {None: (config.server.ssl_certificate, config.server.ssl_certificate_key)}
+        for location in config.locations:
+            pair = (location.ssl_certificate, location.ssl_certificate_key)
+            if location.host and pair[0] and pair != self.pairs[None]:
+                self.pairs.setdefault(location.host, pair)
+        if not self.pairs[None][0] and len(self.pairs) > 1:
+            self.pairs[None] = list(self.pairs.values())[1]
+        self.stamp = self.stamps()
+        self.contexts = self.load()  # a handshake begins with that of None
+
+    def stamps(self):
+        """What changes when a file changes."""
+        paths = [path for pair in self.pairs.values() for path in pair] + [self.server.ssl_client_certificate]
+        return [file_stamp(path) for path in paths if path]
+
+    def load(self):
+        """-> {host or None: SSLContext}; raises ValueError with what is wrong."""
+        contexts = {host: self.make_context(*pair) for host, pair in self.pairs.items()}
+
+        def choose(sock, name, context):
+            """Called in the handshake with the name that the client asks for (SNI)."""
+            name = (name or "").lower()
+            suffixes = ["*" + name[place:] for place, char in enumerate(name) if char == "."]
+            sock.context = next((contexts[each] for each in [name] + suffixes if each in contexts), context)
+
+        if hasattr(contexts[None], "sni_callback"):  # the older way prints a traceback for a name like "a..b"
+            contexts[None].sni_callback = choose
+        else:
+            contexts[None].set_servername_callback(choose)
+        return contexts
+
+    def make_context(self, certificate, key):
+        """The SSLContext of a listener with this certificate; raises ValueError with what is wrong."""
+        if not certificate:
+            raise ValueError("a listener with ssl needs ssl_certificate and ssl_certificate_key")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        set_protocols(context, self.server.ssl_protocols)
+        load_pair(context, certificate, key)
+        if self.server.ssl_client_certificate:
+            context.load_verify_locations(self.server.ssl_client_certificate)
+            context.verify_mode = ssl.CERT_REQUIRED
+        context.set_alpn_protocols(["http/1.1"])
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # Python 3.7
+        return context
+
+    def refresh(self):
+        """Take changed files; if they are broken, keep what is there and say so."""
+        try:
+            stamp = self.stamps()
+            if stamp != self.stamp:
+                self.stamp = stamp
+                self.contexts = self.load()
+                log.info("certificates were read again")
+        except (OSError, ValueError) as error:
+            log.error("new certificate not taken, going on with the old one: %s", error)
+
+
+def load_pair(context, certificate, key):
+    """Load a certificate chain and its key; raises ValueError that names the file."""
+    try:
+        context.load_cert_chain(certificate, key or certificate, password=lambda: "")
+    except ssl.SSLError as error:
+        why = ("is not the key of this certificate" if "MISMATCH" in str(error) else
+               "cannot be used (%s): PEM files are needed, first the certificate, then its key, without a password"
+               % (error.reason or error))
+        raise ValueError("%s with key %s: %s" % (certificate, key or certificate, why))
+    except OSError as error:
+        raise ValueError("%s or %s: %s" % (certificate, key or certificate, error.strerror))
+
+
+def set_protocols(context, names):
+    """Allow these versions of TLS and none between them (Python 3.6 has options for it alone)."""
+    if hasattr(ssl, "TLSVersion"):
+        versions = sorted(getattr(ssl.TLSVersion, name.replace(".", "_")) for name in names)
+        context.minimum_version, context.maximum_version = versions[0], versions[-1]
+    else:
+        for name in ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"):
+            if name not in names:
+                context.options |= getattr(ssl, "OP_NO_" + name.replace(".", "_"), 0)
+
+
+def backend_context(settings):
+    """The SSLContext for https:// backends of a location."""
+    try:
+        context = ssl.create_default_context(cafile=settings.proxy_ssl_trusted_certificate)
+    except ssl.SSLError as error:
+        raise ValueError("proxy_ssl_trusted_certificate: %s" % (error.reason or error))
+    if not settings.proxy_ssl_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if settings.proxy_ssl_certificate:
+        load_pair(context, settings.proxy_ssl_certificate, settings.proxy_ssl_certificate_key)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def distinguished_name(certificate):
+    """SSLSocket.getpeercert() -> the subject as text in the order of RFC 4514, or None."""
+    short = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C",
+             "localityName": "L", "stateOrProvinceName": "ST", "emailAddress": "emailAddress"}
+    parts = ["%s=%s" % (short.get(name, name), re.sub(r'([,+"\\<>;=])', r"\\\1", value))
+             for group in certificate.get("subject", ()) for name, value in group]
+    return re.sub("[\\x00-\\x1f\\x7f]", lambda char: "\\%02X" % ord(char.group()), ",".join(reversed(parts))) or None
+
+
+# --------------------------------------- HTTP/1.1 messages (RFC 9110, RFC 9112)
 #
 # Refuse rather than repair: two parsers that repair differently are how requests
 # are smuggled. Every pattern is used with fullmatch, on bytes, and cannot backtrack
@@ -2071,58 +2274,45 @@ CHUNK_LINE = re.compile(br"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)
 BARE_LF = re.compile(br"(?<!\r)\n|\x00")
 PLAIN = re.compile(r"[ !#-\[\]-~]*")                                    # text that needs no escape in a log
 LENGTH = re.compile(br"[0-9]{1,18}")                                     # RFC 9110 8.6, within 64 bits
-HANDSHAKE_KEY = re.compile(br"[A-Za-z0-9+/]{21}[AQgw]==")                # RFC 6455 4.1: 16 bytes in base64
-VERSION_NUMBER = re.compile(br"[0-9]{1,3}")                              # RFC 6455 4.1
 REQUEST_LINE_LIMIT = 8192
 FIELD_LIMIT = 100          # fields in a head
 CHUNK_LINE_LIMIT = 4096
 INTERIM_LIMIT = 32         # 1xx answers before the final one
 
 
-class Headers(list):
-    """Header fields as they came: (name, value) pairs of bytes in their order, found in any case."""
+def read_head(stream, limit, deadline):
+    """Read up to and including the empty line -> the head; what follows stays in stream.buffer.
 
-    def __init__(self, pairs=()):
-        super().__init__(pairs)
-        self.index = index = {}
-        self.lists = {}  # what tokens() has taken apart, by name
-        for name, value in self:
-            name = name.lower()
-            if name in index:
-                index[name].append(value)
-            else:
-                index[name] = [value]
-
-    def get_all(self, name):
-        """The values of all fields of this lower-case name, in order."""
-        return self.index.get(name, ())
-
-    def get(self, name):
-        """The value of the only field of this lower-case name; None if there is none or more than one."""
-        values = self.index.get(name, ())
-        return values[0] if len(values) == 1 else None
-
-    def tokens(self, name):
-        """The comma-separated elements of all fields of this name, in lower case (RFC 9110 5.6.1)."""
-        if name not in self.index:
-            return []
-        if name not in self.lists:
-            parts = [part.strip(b" \t") for part in b",".join(self.index[name]).lower().split(b",")]
-            self.lists[name] = [part for part in parts if part]
-        return self.lists[name]
+    Raises HTTPError 400, 414, 431; TimedOut; EOFError.
+    """
+    while True:
+        head = take_head(stream, limit)
+        if head is not None:
+            return head
+        if not stream.fill(deadline):
+            raise EOFError
 
 
-def parse_fields(block):
-    """The lines between start line and empty line -> Headers; raises ValueError, OverflowError for too many."""
-    if not FIELD_LINES.fullmatch(block):
-        for line in block.split(b"\r\n"):
-            if not FIELD_LINES.fullmatch(line + b"\r\n"):
-                name = re.match(br"([^\s:]+\s*:)?", line).group()[:40]  # and no more of it: it may be a secret
-                raise ValueError("bad field line %s" % printable(name or b"without a name"))
-    fields = Headers([(name, value.strip(b" \t")) for name, value in FIELD_LINE.findall(block)])
-    if len(fields) > FIELD_LIMIT:
-        raise OverflowError("more than %d fields" % FIELD_LIMIT)
-    return fields
+def take_head(stream, limit):
+    """Take a head out of stream.buffer -> bytes, or None while it is incomplete. Raises HTTPError."""
+    data = stream.buffer
+    if data.startswith(b"\r\n"):  # one empty line before a request is ignored (RFC 9112 2.2)
+        data = data[2:]
+    end, line_end = data.find(b"\r\n\r\n"), data.find(b"\r\n")
+    known = line_end if line_end >= 0 else len(data) - 1  # its CR may be there
+    too_long = known > REQUEST_LINE_LIMIT
+    if end >= 0 and end + 4 <= limit and not too_long:
+        stream.buffer = data[end + 4:]
+        return data[:end + 4]
+    if data.startswith(b"\x16\x03"):
+        raise HTTPError(400, "tls_on_plain_port", "this port does not speak TLS: use http:// or ws://")
+    if BARE_LF.search(data, 0, end if end >= 0 else len(data)):
+        raise HTTPError(400, "bad_request", "a line must end with CRLF")
+    if too_long:
+        raise HTTPError(414, "uri_too_long", "the request line is longer than %d bytes" % REQUEST_LINE_LIMIT)
+    if len(data) > limit:
+        raise HTTPError(431, "head_too_large", "the head is larger than client_header_size, %d bytes" % limit)
+    return None
 
 
 class Request:
@@ -2250,6 +2440,52 @@ def parse_response_head(head):
     except (ValueError, OverflowError) as error:
         raise BackendError(502, "backend_bad_answer", str(error), sent=True, retry=False)
     return response
+
+
+def parse_fields(block):
+    """The lines between start line and empty line -> Headers; raises ValueError, OverflowError for too many."""
+    if not FIELD_LINES.fullmatch(block):
+        for line in block.split(b"\r\n"):
+            if not FIELD_LINES.fullmatch(line + b"\r\n"):
+                name = re.match(br"([^\s:]+\s*:)?", line).group()[:40]  # and no more of it: it may be a secret
+                raise ValueError("bad field line %s" % printable(name or b"without a name"))
+    fields = Headers([(name, value.strip(b" \t")) for name, value in FIELD_LINE.findall(block)])
+    if len(fields) > FIELD_LIMIT:
+        raise OverflowError("more than %d fields" % FIELD_LIMIT)
+    return fields
+
+
+class Headers(list):
+    """Header fields as they came: (name, value) pairs of bytes in their order, found in any case."""
+
+    def __init__(self, pairs=()):
+        super().__init__(pairs)
+        self.index = index = {}
+        self.lists = {}  # what tokens() has taken apart, by name
+        for name, value in self:
+            name = name.lower()
+            if name in index:
+                index[name].append(value)
+            else:
+                index[name] = [value]
+
+    def get_all(self, name):
+        """The values of all fields of this lower-case name, in order."""
+        return self.index.get(name, ())
+
+    def get(self, name):
+        """The value of the only field of this lower-case name; None if there is none or more than one."""
+        values = self.index.get(name, ())
+        return values[0] if len(values) == 1 else None
+
+    def tokens(self, name):
+        """The comma-separated elements of all fields of this name, in lower case (RFC 9110 5.6.1)."""
+        if name not in self.index:
+            return []
+        if name not in self.lists:
+            parts = [part.strip(b" \t") for part in b",".join(self.index[name]).lower().split(b",")]
+            self.lists[name] = [part for part in parts if part]
+        return self.lists[name]
 
 
 class NoBody:
@@ -2420,7 +2656,7 @@ def printable(data):
                    "\\x%02x" % ord(char) if ord(char) < 256 else "\\u%04x" % ord(char) for char in text)
 
 
-# ---------------------------------------------------------------------- Routes
+# ---------------------------------------------------------------------- Routing
 
 
 class Location:
@@ -2513,49 +2749,28 @@ def raw_length(raw, prefix):
     return length
 
 
-def upgrade_wanted(message, location):
-    """The protocol to ask the backend for, as bytes, or None for plain HTTP; raises HTTPError for a broken handshake.
-
-    RFC 6455 4.2.1, RFC 9110 7.8. Only a proper handshake may become a tunnel: whatever else
-    asks for an upgrade goes on as plain HTTP, without it.
-    """
-    fields = message.fields
-    asked = fields.tokens(b"upgrade")
-    named = b"upgrade" in fields.tokens(b"connection")
-    if location.upgrade == "none" or message.method != b"GET":
-        return None
-    if (location.upgrade == "any" and asked and named and message.minor and not message.has_body()
-            and b"websocket" not in asked):
-        hidden = any(name.partition(b"/")[0] in (b"h2c", b"h2", b"tls", b"http") for name in asked)
-        return None if hidden else b", ".join(fields.get_all(b"upgrade"))
-    keys = fields.get_all(b"sec-websocket-key")
-    if location.strict_handshake and keys and not (asked and named and message.minor):
-        raise HTTPError(426, "upgrade_missing", UPGRADE_MISSING, ((b"Upgrade", b"websocket"),))
-    if b"websocket" not in asked or not named or not message.minor:
-        return None
-    if message.has_body():
-        raise HTTPError(400, "bad_handshake", "a WebSocket handshake has no body")
-    if location.strict_handshake:
-        if handshake_key(message) is None:
-            raise HTTPError(400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64")
-        if not VERSION_NUMBER.fullmatch(fields.get(b"sec-websocket-version") or b""):
-            raise HTTPError(426, "bad_handshake", "Sec-WebSocket-Version: 13 is needed",
-                            ((b"Sec-WebSocket-Version", b"13"), (b"Upgrade", b"websocket")))
-    return b"websocket"
-
-
-UPGRADE_MISSING = """\
-This WebSocket handshake lost its "Upgrade: websocket" or "Connection: upgrade" on the way: both are
-hop-by-hop, and a proxy in front of wsgate did not pass them on. In nginx the location needs
-    proxy_http_version 1.1;
-    proxy_set_header Upgrade $http_upgrade;
-    proxy_set_header Connection "upgrade";"""
-
-
-# ---------------------------------------------------------------------- Access
-
+# --------------------------------------------------------------- Access control
 
 FORWARDED_PORT = re.compile(r"^\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?$|^([0-9.]+):[0-9]{1,5}$")  # some proxies write it
+
+
+def real_client(server, peer, fields):
+    """The client's address as text: the peer, or whom a trusted proxy names."""
+    if server.real_ip_header == "proxy_protocol" or not trusted(server.set_real_ip_from, peer):
+        return peer
+    if server.real_ip_header == "X-Real-IP":
+        named = [fields.get(b"x-real-ip") or b""]
+    else:
+        named = [part.strip(b" \t") for value in fields.get_all(b"x-forwarded-for") for part in value.split(b",")]
+    client = peer
+    for part in reversed(named):  # from the right: the left end is what the client claims
+        address = parse_ip(FORWARDED_PORT.sub(r"\1\2", part.decode("latin-1")))
+        if address is None:
+            break
+        client = str(address)
+        if not trusted(server.set_real_ip_from, client):
+            break
+    return client
 
 
 @functools.lru_cache(1024)
@@ -2576,25 +2791,6 @@ def trusted(networks, text):
     if address is None:
         return text in networks
     return any(network != "unix:" and address in network for network in networks)
-
-
-def real_client(server, peer, fields):
-    """The client's address as text: the peer, or whom a trusted proxy names."""
-    if server.real_ip_header == "proxy_protocol" or not trusted(server.set_real_ip_from, peer):
-        return peer
-    if server.real_ip_header == "X-Real-IP":
-        named = [fields.get(b"x-real-ip") or b""]
-    else:
-        named = [part.strip(b" \t") for value in fields.get_all(b"x-forwarded-for") for part in value.split(b",")]
-    client = peer
-    for part in reversed(named):  # from the right: the left end is what the client claims
-        address = parse_ip(FORWARDED_PORT.sub(r"\1\2", part.decode("latin-1")))
-        if address is None:
-            break
-        client = str(address)
-        if not trusted(server.set_real_ip_from, client):
-            break
-    return client
 
 
 def check_address(location, client):
@@ -2740,121 +2936,7 @@ def verify_password(stored, password):
     return hmac.compare_digest(hashlib.sha1(password + salt).digest(), value[:20])
 
 
-# -------------------------------------------------- Upstreams and their health
-
-
-class Health:
-    """What is known of a server; shared by old and new configuration. Guarded by its Upstream's lock."""
-
-    __slots__ = ("active", "fails", "first_fail", "resting_until", "turn", "picked")
-
-    def __init__(self):
-        self.active = 0             # exchanges and tunnels under way
-        self.fails = 0              # since first_fail
-        self.first_fail = 0.0       # time.monotonic()
-        self.resting_until = 0.0    # time.monotonic(); in the past: not resting
-        self.turn = 0               # of the smooth round robin
-        self.picked = 0             # in all
-
-
-class Server:
-    """One backend server: where it is, what it may be given, how it is doing."""
-
-    def __init__(self, address, weight=1, max_fails=1, fail_timeout=10.0, max_conns=0, backup=False, down=False):
-        self.address = address
-        self.name = show_address(address)
-        self.fixed = fixed_address(address)  # [(family, address)] of what need not be resolved, or None
-        self.weight = weight
-        self.max_fails = max_fails
-        self.fail_timeout = fail_timeout
-        self.max_conns = max_conns
-        self.backup = backup
-        self.down = down
-        self.health = Health()
-
-    def healthy(self, now):
-        """Whether it does not rest."""
-        return now >= self.health.resting_until
-
-    def full(self):
-        return 0 < self.max_conns <= self.health.active
-
-    def load(self):
-        """Live exchanges per weight, what least_conn compares."""
-        return self.health.active / self.weight
-
-    def addresses(self):
-        """Resolve, now: backends move. -> [(family, address)]; raises OSError."""
-        return self.fixed or [(family, address) for family, _, _, _, address in socket.getaddrinfo(
-            self.address.host, self.address.port, 0, socket.SOCK_STREAM)]
-
-    def connect(self, timeout, context=None, tls_name=None, preface=b""):
-        """Connect to the first address that answers, all within timeout -> Stream; raises BackendError.
-
-        context: for TLS, verified against tls_name or the host. preface: bytes to send before TLS.
-        """
-        deadline = Deadline(timeout)
-        try:
-            addresses = self.addresses()
-        except (OSError, UnicodeError) as error:
-            raise BackendError(502, "backend_unresolved", "%s: %s" % (self.name, error))
-        for place, (family, address) in enumerate(addresses):
-            try:
-                share = deadline.left() / (len(addresses) - place)
-                stream = connect_socket(family, address, Deadline(share))
-            except (OSError, TimedOut) as error:
-                if getattr(error, "errno", None) in EXHAUSTED:  # not the server's fault
-                    raise HTTPError(503, "full", "no connection to a backend: %s" % error, retry_after())
-                failure = error
-                continue
-            try:
-                if preface:
-                    stream.write_all(preface, deadline)
-                if context:
-                    stream.start_tls(context, deadline, server_hostname=tls_name or self.address.host)
-                return stream
-            except (OSError, ValueError, TimedOut) as error:  # ValueError: a wrong name, on old Pythons
-                stream.close()
-                if getattr(error, "errno", None) == errno.ETIMEDOUT:
-                    raise BackendError(504, "backend_timeout", "%s: %s" % (self.name, error))
-                raise BackendError(502, "backend_tls", "%s: %s" % (self.name, error))
-        if isinstance(failure, TimedOut) or failure.errno == errno.ETIMEDOUT:
-            raise BackendError(504, "backend_timeout", "%s: no connection within proxy_connect_timeout" % self.name)
-        refused = isinstance(failure, ConnectionRefusedError)
-        raise BackendError(502, "backend_refused" if refused else "backend_unreachable",
-                           "%s: %s" % (self.name, failure))
-
-
-def fixed_address(address):
-    """-> [(family, address)] for a unix socket or a number, None for a name."""
-    if address.path:
-        return [(socket.AF_UNIX, address.path)]
-    if parse_ip(address.host) is None or "%" in address.host:
-        return None
-    return [(socket.AF_INET6 if ":" in address.host else socket.AF_INET, (address.host, address.port))]
-
-
-CONNECTING = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK))
-
-
-def connect_socket(family, address, deadline):
-    """-> a connected Stream; raises OSError or TimedOut."""
-    stream = Stream(socket.socket(family, socket.SOCK_STREAM))
-    try:
-        result = stream.sock.connect_ex(address)
-        if result == errno.EAGAIN and isinstance(address, str):  # a unix socket
-            raise TimedOut("its backlog is full")
-        if result in CONNECTING:
-            result = stream.sock.connect_ex(address)  # a near one has answered by now
-        if result in CONNECTING:
-            stream.wait(POLLOUT, deadline)
-            result = stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if result not in (0, errno.EISCONN):
-            raise OSError(result, os.strerror(result))
-        return stream
-    except BaseException:
-        stream.close()
-        raise
+# -------------------------------------------------------------------- Upstreams
 
 
 class Upstream:
@@ -2979,117 +3061,121 @@ class Backend:
         self.upstream.release(self.server)
 
 
-class CertificateStore:
-    """The contexts for TLS listeners, one for each certificate; made anew when a file changes."""
+class Server:
+    """One backend server: where it is, what it may be given, how it is doing."""
 
-    def __init__(self, config):
-        self.server = config.server
-        self.pairs = {None: (config.server.ssl_certificate, config.server.ssl_certificate_key)}
-        for location in config.locations:
-            pair = (location.ssl_certificate, location.ssl_certificate_key)
-            if location.host and pair[0] and pair != self.pairs[None]:
-                self.pairs.setdefault(location.host, pair)
-        if not self.pairs[None][0] and len(self.pairs) > 1:
-            self.pairs[None] = list(self.pairs.values())[1]
-        self.stamp = self.stamps()
-        self.contexts = self.load()  # a handshake begins with that of None
+    def __init__(self, address, weight=1, max_fails=1, fail_timeout=10.0, max_conns=0, backup=False, down=False):
+        self.address = address
+        self.name = show_address(address)
+        self.fixed = fixed_address(address)  # [(family, address)] of what need not be resolved, or None
+        self.weight = weight
+        self.max_fails = max_fails
+        self.fail_timeout = fail_timeout
+        self.max_conns = max_conns
+        self.backup = backup
+        self.down = down
+        self.health = Health()
 
-    def stamps(self):
-        """What changes when a file changes."""
-        paths = [path for pair in self.pairs.values() for path in pair] + [self.server.ssl_client_certificate]
-        return [file_stamp(path) for path in paths if path]
+    def healthy(self, now):
+        """Whether it does not rest."""
+        return now >= self.health.resting_until
+
+    def full(self):
+        return 0 < self.max_conns <= self.health.active
 
     def load(self):
-        """-> {host or None: SSLContext}; raises ValueError with what is wrong."""
-        contexts = {host: self.make_context(*pair) for host, pair in self.pairs.items()}
+        """Live exchanges per weight, what least_conn compares."""
+        return self.health.active / self.weight
 
-        def choose(sock, name, context):
-            """Called in the handshake with the name that the client asks for (SNI)."""
-            name = (name or "").lower()
-            suffixes = ["*" + name[place:] for place, char in enumerate(name) if char == "."]
-            sock.context = next((contexts[each] for each in [name] + suffixes if each in contexts), context)
+    def addresses(self):
+        """Resolve, now: backends move. -> [(family, address)]; raises OSError."""
+        return self.fixed or [(family, address) for family, _, _, _, address in socket.getaddrinfo(
+            self.address.host, self.address.port, 0, socket.SOCK_STREAM)]
 
-        if hasattr(contexts[None], "sni_callback"):  # the older way prints a traceback for a name like "a..b"
-            contexts[None].sni_callback = choose
-        else:
-            contexts[None].set_servername_callback(choose)
-        return contexts
+    def connect(self, timeout, context=None, tls_name=None, preface=b""):
+        """Connect to the first address that answers, all within timeout -> Stream; raises BackendError.
 
-    def make_context(self, certificate, key):
-        """The SSLContext of a listener with this certificate; raises ValueError with what is wrong."""
-        if not certificate:
-            raise ValueError("a listener with ssl needs ssl_certificate and ssl_certificate_key")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        set_protocols(context, self.server.ssl_protocols)
-        load_pair(context, certificate, key)
-        if self.server.ssl_client_certificate:
-            context.load_verify_locations(self.server.ssl_client_certificate)
-            context.verify_mode = ssl.CERT_REQUIRED
-        context.set_alpn_protocols(["http/1.1"])
-        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # Python 3.7
-        return context
-
-    def refresh(self):
-        """Take changed files; if they are broken, keep what is there and say so."""
+        context: for TLS, verified against tls_name or the host. preface: bytes to send before TLS.
+        """
+        deadline = Deadline(timeout)
         try:
-            stamp = self.stamps()
-            if stamp != self.stamp:
-                self.stamp = stamp
-                self.contexts = self.load()
-                log.info("certificates were read again")
-        except (OSError, ValueError) as error:
-            log.error("new certificate not taken, going on with the old one: %s", error)
+            addresses = self.addresses()
+        except (OSError, UnicodeError) as error:
+            raise BackendError(502, "backend_unresolved", "%s: %s" % (self.name, error))
+        for place, (family, address) in enumerate(addresses):
+            try:
+                share = deadline.left() / (len(addresses) - place)
+                stream = connect_socket(family, address, Deadline(share))
+            except (OSError, TimedOut) as error:
+                if getattr(error, "errno", None) in EXHAUSTED:  # not the server's fault
+                    raise HTTPError(503, "full", "no connection to a backend: %s" % error, retry_after())
+                failure = error
+                continue
+            try:
+                if preface:
+                    stream.write_all(preface, deadline)
+                if context:
+                    stream.start_tls(context, deadline, server_hostname=tls_name or self.address.host)
+                return stream
+            except (OSError, ValueError, TimedOut) as error:  # ValueError: a wrong name, on old Pythons
+                stream.close()
+                if getattr(error, "errno", None) == errno.ETIMEDOUT:
+                    raise BackendError(504, "backend_timeout", "%s: %s" % (self.name, error))
+                raise BackendError(502, "backend_tls", "%s: %s" % (self.name, error))
+        if isinstance(failure, TimedOut) or failure.errno == errno.ETIMEDOUT:
+            raise BackendError(504, "backend_timeout", "%s: no connection within proxy_connect_timeout" % self.name)
+        refused = isinstance(failure, ConnectionRefusedError)
+        raise BackendError(502, "backend_refused" if refused else "backend_unreachable",
+                           "%s: %s" % (self.name, failure))
 
 
-def load_pair(context, certificate, key):
-    """Load a certificate chain and its key; raises ValueError that names the file."""
+class Health:
+    """What is known of a server; shared by old and new configuration. Guarded by its Upstream's lock."""
+
+    __slots__ = ("active", "fails", "first_fail", "resting_until", "turn", "picked")
+
+    def __init__(self):
+        self.active = 0             # exchanges and tunnels under way
+        self.fails = 0              # since first_fail
+        self.first_fail = 0.0       # time.monotonic()
+        self.resting_until = 0.0    # time.monotonic(); in the past: not resting
+        self.turn = 0               # of the smooth round robin
+        self.picked = 0             # in all
+
+
+def fixed_address(address):
+    """-> [(family, address)] for a unix socket or a number, None for a name."""
+    if address.path:
+        return [(socket.AF_UNIX, address.path)]
+    if parse_ip(address.host) is None or "%" in address.host:
+        return None
+    return [(socket.AF_INET6 if ":" in address.host else socket.AF_INET, (address.host, address.port))]
+
+
+CONNECTING = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK))
+
+
+def connect_socket(family, address, deadline):
+    """-> a connected Stream; raises OSError or TimedOut."""
+    stream = Stream(socket.socket(family, socket.SOCK_STREAM))
     try:
-        context.load_cert_chain(certificate, key or certificate, password=lambda: "")
-    except ssl.SSLError as error:
-        why = ("is not the key of this certificate" if "MISMATCH" in str(error) else
-               "cannot be used (%s): PEM files are needed, first the certificate, then its key, without a password"
-               % (error.reason or error))
-        raise ValueError("%s with key %s: %s" % (certificate, key or certificate, why))
-    except OSError as error:
-        raise ValueError("%s or %s: %s" % (certificate, key or certificate, error.strerror))
+        result = stream.sock.connect_ex(address)
+        if result == errno.EAGAIN and isinstance(address, str):  # a unix socket
+            raise TimedOut("its backlog is full")
+        if result in CONNECTING:
+            result = stream.sock.connect_ex(address)  # a near one has answered by now
+        if result in CONNECTING:
+            stream.wait(POLLOUT, deadline)
+            result = stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if result not in (0, errno.EISCONN):
+            raise OSError(result, os.strerror(result))
+        return stream
+    except BaseException:
+        stream.close()
+        raise
 
 
-def set_protocols(context, names):
-    """Allow these versions of TLS and none between them (Python 3.6 has options for it alone)."""
-    if hasattr(ssl, "TLSVersion"):
-        versions = sorted(getattr(ssl.TLSVersion, name.replace(".", "_")) for name in names)
-        context.minimum_version, context.maximum_version = versions[0], versions[-1]
-    else:
-        for name in ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"):
-            if name not in names:
-                context.options |= getattr(ssl, "OP_NO_" + name.replace(".", "_"), 0)
-
-
-def backend_context(settings):
-    """The SSLContext for https:// backends of a location."""
-    try:
-        context = ssl.create_default_context(cafile=settings.proxy_ssl_trusted_certificate)
-    except ssl.SSLError as error:
-        raise ValueError("proxy_ssl_trusted_certificate: %s" % (error.reason or error))
-    if not settings.proxy_ssl_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    if settings.proxy_ssl_certificate:
-        load_pair(context, settings.proxy_ssl_certificate, settings.proxy_ssl_certificate_key)
-    context.set_alpn_protocols(["http/1.1"])
-    return context
-
-
-def distinguished_name(certificate):
-    """SSLSocket.getpeercert() -> the subject as text in the order of RFC 4514, or None."""
-    short = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C",
-             "localityName": "L", "stateOrProvinceName": "ST", "emailAddress": "emailAddress"}
-    parts = ["%s=%s" % (short.get(name, name), re.sub(r'([,+"\\<>;=])', r"\\\1", value))
-             for group in certificate.get("subject", ()) for name, value in group]
-    return re.sub("[\\x00-\\x1f\\x7f]", lambda char: "\\%02X" % ord(char.group()), ",".join(reversed(parts))) or None
-
-
-# ------------------------------------------------------------ Forwarding heads
+# ------------------------------------------------------------------- Forwarding
 #
 # A hop-by-hop field speaks of one connection, so it ends here: Connection itself,
 # what it names, and those that always are (RFC 9110 7.6.1). The gate then says the
@@ -3227,6 +3313,69 @@ def response_head_for_client(response, message, keep):
     return b"\r\n".join(lines)
 
 
+# ----------------------------------------------------- The upgrade (RFC 6455 4)
+
+HANDSHAKE_KEY = re.compile(br"[A-Za-z0-9+/]{21}[AQgw]==")                # RFC 6455 4.1: 16 bytes in base64
+VERSION_NUMBER = re.compile(br"[0-9]{1,3}")                              # RFC 6455 4.1
+
+
+def upgrade_wanted(message, location):
+    """The protocol to ask the backend for, as bytes, or None for plain HTTP; raises HTTPError for a broken handshake.
+
+    RFC 6455 4.2.1, RFC 9110 7.8. Only a proper handshake may become a tunnel: whatever else
+    asks for an upgrade goes on as plain HTTP, without it.
+    """
+    fields = message.fields
+    asked = fields.tokens(b"upgrade")
+    named = b"upgrade" in fields.tokens(b"connection")
+    if location.upgrade == "none" or message.method != b"GET":
+        return None
+    if (location.upgrade == "any" and asked and named and message.minor and not message.has_body()
+            and b"websocket" not in asked):
+        hidden = any(name.partition(b"/")[0] in (b"h2c", b"h2", b"tls", b"http") for name in asked)
+        return None if hidden else b", ".join(fields.get_all(b"upgrade"))
+    keys = fields.get_all(b"sec-websocket-key")
+    if location.strict_handshake and keys and not (asked and named and message.minor):
+        raise HTTPError(426, "upgrade_missing", UPGRADE_MISSING, ((b"Upgrade", b"websocket"),))
+    if b"websocket" not in asked or not named or not message.minor:
+        return None
+    if message.has_body():
+        raise HTTPError(400, "bad_handshake", "a WebSocket handshake has no body")
+    if location.strict_handshake:
+        if handshake_key(message) is None:
+            raise HTTPError(400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64")
+        if not VERSION_NUMBER.fullmatch(fields.get(b"sec-websocket-version") or b""):
+            raise HTTPError(426, "bad_handshake", "Sec-WebSocket-Version: 13 is needed",
+                            ((b"Sec-WebSocket-Version", b"13"), (b"Upgrade", b"websocket")))
+    return b"websocket"
+
+
+UPGRADE_MISSING = """\
+This WebSocket handshake lost its "Upgrade: websocket" or "Connection: upgrade" on the way: both are
+hop-by-hop, and a proxy in front of wsgate did not pass them on. In nginx the location needs
+    proxy_http_version 1.1;
+    proxy_set_header Upgrade $http_upgrade;
+    proxy_set_header Connection "upgrade";"""
+
+
+def is_handshake(message):
+    """Whether a request may be answered by 101."""
+    fields = message.fields
+    return (message.method == b"GET" and message.minor > 0 and not message.has_body() and bool(handshake_key(message))
+            and b"websocket" in fields.tokens(b"upgrade") and b"upgrade" in fields.tokens(b"connection"))
+
+
+def handshake_key(message):
+    """Sec-WebSocket-Key of a request, if it is 16 bytes in base64 (RFC 6455 4.1), else None."""
+    key = message and message.fields.get(b"sec-websocket-key")
+    return key if key and HANDSHAKE_KEY.fullmatch(key) else None
+
+
+def accept_for(key):
+    """Sec-WebSocket-Accept for a key (RFC 6455 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+
+
 def check_101(message, response, location, protocol):
     """A 101 must answer what was asked (RFC 6455 4.1), else the tunnel would be another's; raises BackendError."""
     fields, wrong = response.fields, None
@@ -3249,24 +3398,6 @@ def check_101(message, response, location, protocol):
         raise BackendError(502, "backend_bad_101", wrong, sent=True)
 
 
-def handshake_key(message):
-    """Sec-WebSocket-Key of a request, if it is 16 bytes in base64 (RFC 6455 4.1), else None."""
-    key = message and message.fields.get(b"sec-websocket-key")
-    return key if key and HANDSHAKE_KEY.fullmatch(key) else None
-
-
-def is_handshake(message):
-    """Whether a request may be answered by 101."""
-    fields = message.fields
-    return (message.method == b"GET" and message.minor > 0 and not message.has_body() and bool(handshake_key(message))
-            and b"websocket" in fields.tokens(b"upgrade") and b"upgrade" in fields.tokens(b"connection"))
-
-
-def accept_for(key):
-    """Sec-WebSocket-Accept for a key (RFC 6455 4.2.2)."""
-    return base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
-
-
 def extensions_used(response):
     """Whether the 101 agreed to an extension: then reserved bits are allowed."""
     return bool(response.fields.get_all(b"sec-websocket-extensions"))
@@ -3278,7 +3409,7 @@ def extensions_known(response):
                for name in response.fields.tokens(b"sec-websocket-extensions"))
 
 
-# -------------------------------------------------------------------- Relaying
+# --------------------------------------------------------------------- Relaying
 
 
 class HTTPRelay:
@@ -3492,6 +3623,7 @@ HALF_CLOSE = 10.0        # seconds that one direction may go on when the other h
 PIPE_SIZE = 1 << 20      # bytes under way in the kernel while a stream is bulk
 SPLICE_LEAST = 16 * 1024 # payload for which splice is worth its calls
 CAN_SPLICE = hasattr(os, "splice")
+SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 
 
 class Flow:
@@ -3675,7 +3807,7 @@ class Flow:
         self.discard = self.fin = self.done = self.cut = True
 
 
-SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
+# ------------------------------------------------------------------- The tunnel
 
 
 class Tunnel:
@@ -3951,7 +4083,7 @@ class Tunnel:
         self.record.take_counts(self)
 
 
-# --------------------------------------------------- WebSocket frames (RFC 6455)
+# ------------------------------------------------ WebSocket frames (RFC 6455 5)
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 LONGEST_HEADER = 14
@@ -4225,7 +4357,7 @@ class FrameScanner:
         return held
 
 
-# ---------------------------------------------------------- Access log, status
+# ------------------------------------------------------------------- Access log
 
 access_log = logging.getLogger("wsgate.access")
 HANDSHAKE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -4389,6 +4521,9 @@ def log_handler(where, stream):
         handler.ident = "wsgate: "  # the program's name; without it syslogd takes the id for the host
         return handler
     return logging.FileHandler(where, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------- Status
 
 
 class StatusConnection(socketserver.BaseRequestHandler):
@@ -4589,7 +4724,7 @@ def amount(count):
     return "%d" % count
 
 
-# ---------------------------------------------------------------- Command line
+# ----------------------------------------------------------------- Command line
 
 
 def main(argv=None):
@@ -4718,112 +4853,6 @@ def print_password(arguments):
     sys.stdout.write("%s:%s\n" % (arguments.hash_password, hash_password(password.encode()).decode()))
 
 
-def run_gate(path, overrides, ready=None):
-    """Start the gate and run it to its end -> exit status. ready: called with the Gate once it listens."""
-    config = load_config(path, overrides)
-    setup_logging(config.server)
-    stay_on_one_processor(config.server.worker_cpu_affinity)
-    threading.stack_size(256 * 1024)  # 10,000 threads of 8 MiB do not fit everywhere
-    gate = Gate(config)
-    gate.load = lambda: load_config(path, overrides, resolve=False)
-    gate.open_logs = setup_logging
-    gate.open(inherited_sockets())
-    gate.write_pid(config.server.pid)
-    if config.server.user:
-        drop_privileges(config.server.user)
-    gate.catch_signals()
-    announce(config, gate)
-    if ready:
-        ready(gate)
-    if os.environ.get("WSGATE_READY"):
-        os.write(int(os.environ["WSGATE_READY"]), b"ready")
-        os.close(int(os.environ.pop("WSGATE_READY")))
-    gate.run()
-    gate.remove_pid()
-    log.info("stopped")
-    logging.shutdown()
-    if gate.connections:
-        os._exit(0)  # threads that did not end in time must not keep the process
-    return 0
-
-
-def stay_on_one_processor(wanted):
-    """Keep this thread, and those that it starts, on one processor; does nothing where it cannot be done.
-
-    Only one thread at a time runs Python. Where two processors hand its lock to and fro, 100 busy
-    tunnels cost three times as much and get a third of the throughput.
-    wanted: worker_cpu_affinity. auto spreads gates by their process ids.
-    """
-    if wanted is None or not hasattr(os, "sched_setaffinity"):
-        return
-    if wanted == "auto":
-        allowed = sorted(ALLOWED_PROCESSORS)
-        if not getattr(sys, "_is_gil_enabled", lambda: True)():
-            return  # free-threaded Python has no such lock
-        wanted = allowed[os.getpid() % len(allowed)]
-    try:
-        os.sched_setaffinity(0, {wanted})
-    except OSError as error:
-        log.warning("worker_cpu_affinity: processor %d cannot be had: %s", wanted, error.strerror)
-
-
-def use_all_processors():
-    """Undo stay_on_one_processor for this thread and what it starts."""
-    if hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, ALLOWED_PROCESSORS)
-
-
-ALLOWED_PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-
-
-def announce(config, gate):
-    """Say in the log what runs here, and where."""
-    log.info("wsgate %s, Python %s, %s", VERSION, sys.version.split()[0], config.path or "no configuration file")
-    for warning in config.warnings:
-        log.warning("%s", warning)
-    for listener in gate.listeners:
-        client_port = listener.RequestHandlerClass is ClientConnection
-        log.info("%s %s", "listening on" if client_port else "status page", listener.url() + (
-            " and every other address" if listener.listen.address.host in ("0.0.0.0", "::") else ""))
-    for location in config.locations:
-        target = location.proxy_pass
-        log.info("[location %s] -> %s", location.name, "%s://%s%s" % (
-            "https" if target.tls else "http", target.where, target.uri or "") if target else
-            "return %d" % location.return_.status)
-    log.info("up to %d connections (%s)", gate.capacity, gate.capacity_reason)
-
-
-def inherited_sockets():
-    """Listening sockets from a predecessor (USR2) or from systemd (sd_listen_fds(3)) -> {address text: socket}."""
-    descriptors = [int(pair.rpartition("=")[2]) for pair in os.environ.pop("WSGATE_SOCKETS", "").split()]
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        descriptors += range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
-    found = {}
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, False)
-        sock = socket.socket(fileno=descriptor)
-        name = sock.getsockname()
-        address = Address(None, None, name) if isinstance(name, str) else Address(name[0], name[1], None)
-        found[show_address(address)] = sock
-    return found
-
-
-def drop_privileges(user):
-    """Become this user, with its groups, for good; started as anybody else this must fail."""
-    entry = pwd.getpwnam(user)
-    if os.getuid() == entry.pw_uid:
-        return
-    try:
-        os.initgroups(user, entry.pw_gid)
-        os.setgid(entry.pw_gid)
-        os.setuid(entry.pw_uid)
-    except PermissionError:
-        raise OSError(errno.EPERM, "user = %s works only when started as root; take it out, or start as root" % user)
-    if os.getuid() != entry.pw_uid or os.geteuid() == 0:
-        raise OSError(errno.EPERM, "privileges could not be dropped to %s" % user)
-
-
 SAMPLE = """\
 # wsgate.ini: a complete configuration that runs as it stands.
 #
@@ -4906,7 +4935,21 @@ def print_unit(arguments):
             inform("the unit cannot see %s (ProtectHome, PrivateTmp); move it, to /usr/local say" % path)
 
 
-# The demo: an echo backend on a port of its own, and the gate in front of it.
+# ------------------------------------------------------------------------- Demo
+
+
+def demo(arguments):
+    """--demo: the gate and its backend in this process -> exit status."""
+    backend = DemoBackend()
+    overrides = {"listen": arguments.listen or "127.0.0.1:8080", "ping_interval": "5s",
+                 "proxy_pass": "http://127.0.0.1:%d" % backend.server_address[1]}
+
+    def ready(gate):
+        """Called once it listens."""
+        backend.gate = gate
+        inform("open %s in a browser; Ctrl-C ends it" % gate.listeners[0].url())
+    return run_gate(None, overrides, ready)
+
 
 DEMO_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>wsgate demo</title><style>
@@ -4999,20 +5042,7 @@ def read_frames(stream, deadline):
             return
 
 
-def demo(arguments):
-    """--demo: the gate and its backend in this process -> exit status."""
-    backend = DemoBackend()
-    overrides = {"listen": arguments.listen or "127.0.0.1:8080", "ping_interval": "5s",
-                 "proxy_pass": "http://127.0.0.1:%d" % backend.server_address[1]}
-
-    def ready(gate):
-        """Called once it listens."""
-        backend.gate = gate
-        inform("open %s in a browser; Ctrl-C ends it" % gate.listeners[0].url())
-    return run_gate(None, overrides, ready)
-
-
-# The probe: one handshake from the client's side, and what its end means.
+# ------------------------------------------------------------------------ Probe
 
 VERDICTS = {  # word: (what happened, what to do)
     "works": ("101 with everything right, the WebSocket works", ""),
