@@ -28,7 +28,7 @@ The file reads from top to bottom as a connection lives:
     Relaying              HTTPRelay moves two bodies at once; a Flow is one way of a tunnel
     The tunnel            Tunnel: two Flows after a 101
     WebSocket frames      FrameScanner follows boundaries; make_frame, close_frame
-    Access log            Record and its line
+    Access log            AccessLogEntry and its line
     Status                StatusConnection: the status page
     Command line          main and what its options do
     Demo                  demo: a gate, an echo backend and a page
@@ -147,7 +147,7 @@ class TimedOut(Exception):
 
 Address = collections.namedtuple("Address", "host port path")  # path: of a unix socket
 Listen = collections.namedtuple("Listen", "address ssl proxy_protocol reuseport")
-Target = collections.namedtuple("Target", "tls where uri")  # a parsed proxy_pass
+Target = collections.namedtuple("Target", "tls authority uri")  # a parsed proxy_pass
 Return = collections.namedtuple("Return", "status text")
 
 TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
@@ -208,7 +208,7 @@ def parse_flag(text):
     return text == "on"
 
 
-def one_of(*words):
+def choice(*words):
     """A parser that takes one of these words."""
     def parse(text):
         if text not in words:
@@ -335,7 +335,7 @@ def parse_return(text):
 
 
 # What the gate itself says about the connection; a client or an administrator cannot set it.
-GATE_FIELDS = frozenset(b"connection upgrade keep-alive content-length te trailer transfer-encoding proxy-connection"
+MANAGED_FIELDS = frozenset(b"connection upgrade keep-alive content-length te trailer transfer-encoding proxy-connection"
                         b" http2-settings".split())
 
 
@@ -349,7 +349,7 @@ def parse_set_headers(text):
         raw = name.strip().encode()
         if not colon or not TOKEN.fullmatch(raw):
             raise ValueError("'Name: value' is needed, not %r" % line.strip())
-        if raw.lower() in GATE_FIELDS:
+        if raw.lower() in MANAGED_FIELDS:
             raise ValueError("%s is set by wsgate itself, this line can go" % name.strip())
         if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):
             raise ValueError("a control character in the value of %s" % name.strip())
@@ -463,13 +463,13 @@ SERVER_KEYS = {
     "max_connections_per_ip": Key(parse_count, "0", "above it 429, by the real client address; 0 = no limit"),
     "set_real_ip_from": Key(parse_networks, "",
                             "CIDRs (or unix:) of trusted proxies: only they may say who the client is"),
-    "real_ip_header": Key(one_of("X-Forwarded-For", "X-Real-IP", "proxy_protocol"), "X-Forwarded-For",
+    "real_ip_header": Key(choice("X-Forwarded-For", "X-Real-IP", "proxy_protocol"), "X-Forwarded-For",
                           "where trusted proxies say it: X-Forwarded-For, X-Real-IP or proxy_protocol"),
     "drain_timeout": Key(parse_seconds, "30s", "time over which QUIT ends the tunnels"),
     "access_log": Key(parse_log, "-", "a path, - (stdout), off, syslog: or syslog:HOST:PORT"),
     "error_log": Key(parse_log, "-", "a path, - (stderr), off, syslog: or syslog:HOST:PORT"),
-    "log_level": Key(one_of("debug", "info", "warning", "error"), "info", "debug, info, warning or error"),
-    "log_format": Key(one_of("text", "json"), "text", "of the access log: text or json"),
+    "log_level": Key(choice("debug", "info", "warning", "error"), "info", "debug, info, warning or error"),
+    "log_format": Key(choice("text", "json"), "text", "of the access log: text or json"),
     "status_listen": Key(parse_status_listen, "off", "host:port or unix:/path of the status page, or off"),
     "status_allow": Key(parse_networks, "127.0.0.0/8 ::1", "CIDRs that may see the status page"),
     "worker_cpu_affinity": Key(parse_affinity, "auto", "auto: one processor, because Python's lock changing between"
@@ -490,7 +490,7 @@ LOCATION_KEYS = {
                         "a tunnel without a byte either way is closed; default: proxy_read_timeout"),
     "ping_interval": Key(parse_seconds, "0", "ping a side of the tunnel that was silent for so long; 0 = never"),
     "ping_timeout": Key(parse_timeout, "20s", "no byte for so long after a ping: that side is dead"),
-    "upgrade": Key(one_of("websocket", "none", "any"), "websocket",
+    "upgrade": Key(choice("websocket", "none", "any"), "websocket",
                    "websocket, none, or any (other protocols too, never h2c)"),
     "strict_handshake": Key(parse_flag, "on", "off: do not check Sec-WebSocket-Key, -Version and -Accept"),
     "allowed_origins": Key(parse_origins, "any", "any, same, or a list of https://host[:port] with * globs"),
@@ -499,7 +499,7 @@ LOCATION_KEYS = {
     "auth_basic_user_file": Key(optional(parse_pem), "",
                                 "htpasswd file of {SCRYPT}, {SSHA} or {SHA} lines (--hash-password writes one)"),
     "auth_request": Key(parse_proxy_pass, "", "URL that is asked first: 2xx lets the request pass"),
-    "reject_with": Key(one_of("http", "close"), "http", "close: answer refused handshakes by 101 and a Close frame"),
+    "reject_with": Key(choice("http", "close"), "http", "close: answer refused handshakes by 101 and a Close frame"),
     "client_max_body_size": Key(parse_size, "0", "a larger request body is refused with 413; 0 = no limit"),
     "max_message_size": Key(parse_size, "0", "a larger WebSocket message ends the tunnel with 1009; 0 = no limit"),
     "max_connections": Key(parse_count, "0", "of this location; above it 503; 0 = no limit"),
@@ -517,7 +517,7 @@ LOCATION_KEYS = {
 UPSTREAM_KEYS = {
     "server": Key(parse_servers, "",
                   "one a line: address, weight=1 max_fails=1 fail_timeout=10s max_conns=0 backup down"),
-    "balance": Key(one_of("least_conn", "round_robin", "ip_hash"), "least_conn", "least_conn, round_robin or ip_hash"),
+    "balance": Key(choice("least_conn", "round_robin", "ip_hash"), "least_conn", "least_conn, round_robin or ip_hash"),
 }
 
 
@@ -728,9 +728,9 @@ class ConfigReader:
 
     def upstream_for(self, title, target):
         """The Upstream that a Target names, or one made for its single address."""
-        if target.where in self.upstreams:
-            return self.upstreams[target.where]
-        address = parse_address(target.where, default_port=443 if target.tls else 80)
+        if target.authority in self.upstreams:
+            return self.upstreams[target.authority]
+        address = parse_address(target.authority, default_port=443 if target.tls else 80)
         name = show_address(address)
         if name not in self.upstreams:
             self.check_resolves(title, address)
@@ -855,7 +855,7 @@ def announce(config, gate):
     for location in config.locations:
         target = location.proxy_pass
         log.info("[location %s] -> %s", location.name, "%s://%s%s" % (
-            "https" if target.tls else "http", target.where, target.uri or "") if target else
+            "https" if target.tls else "http", target.authority, target.uri or "") if target else
             "return %d" % location.return_.status)
     log.info("up to %d connections (%s)", gate.capacity, gate.capacity_reason)
 
@@ -949,8 +949,8 @@ class Gate:
         self.listeners = []
         self.state = "running"                # then "draining", "stopping"
         self.deadline = math.inf              # time.monotonic() at which the draining or stopping ends
-        self.alarm = Alarm()                  # rings when state changes: idle threads poll it
-        self.spare_alarms = [Alarm(), Alarm()]  # made before descriptors can run out: one to drain, one to stop
+        self.wakeup = Wakeup()                  # set when state changes: idle threads poll it
+        self.spare_wakeups = [Wakeup(), Wakeup()]  # made before descriptors can run out: one to drain, one to stop
         self.capacity, self.capacity_reason = capacity(config.server.max_connections)
         self.started = time.time()
         self.workers = Workers()
@@ -966,7 +966,7 @@ class Gate:
         self.wake_in, self.wake_out = socket.socketpair()
         for end in (self.wake_in, self.wake_out):
             end.setblocking(False)
-        self.selector.register(self.wake_in, selectors.EVENT_READ, self.obey_signals)
+        self.selector.register(self.wake_in, selectors.EVENT_READ, self.handle_signals)
 
     def open(self, inherited=None):
         """Bind all listeners; inherited: {address text: socket} from systemd or a predecessor."""
@@ -1004,8 +1004,8 @@ class Gate:
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)  # a second Ctrl-C finds it closed otherwise
         self.selector.close()
-        for end in [self.wake_in, self.wake_out] + ([] if self.connections else [self.alarm] + self.spare_alarms):
-            end.close()  # the alarm not while late threads still poll it
+        for end in [self.wake_in, self.wake_out] + ([] if self.connections else [self.wakeup] + self.spare_wakeups):
+            end.close()  # the wakeup not while late threads still poll it
 
     def tick(self, now):
         """What has to be looked at once in a while; costs nothing when there is nothing to do."""
@@ -1034,7 +1034,7 @@ class Gate:
             if number is not None:
                 signal.signal(number, lambda number, frame: self.signals.append(number))
 
-    def obey_signals(self):
+    def handle_signals(self):
         """Do what the signals that have come ask for, in their order."""
         with contextlib.suppress(BlockingIOError):
             self.wake_in.recv(512)
@@ -1074,10 +1074,10 @@ class Gate:
             if listener.RequestHandlerClass is ClientConnection or listener.handed_over or state == "stopping":
                 self.close_listener(listener)
         self.deadline = min(self.deadline, time.monotonic() + seconds)
-        alarm = self.alarm
-        if self.spare_alarms:
-            self.alarm = self.spare_alarms.pop()
-        alarm.ring()
+        wakeup = self.wakeup
+        if self.spare_wakeups:
+            self.wakeup = self.spare_wakeups.pop()
+        wakeup.set()
 
     def reload(self):
         """HUP: new requests use a new configuration; tunnels and server health stay as they are."""
@@ -1089,7 +1089,7 @@ class Gate:
             try:
                 self.open_logs(config.server)
                 self.write_pid(config.server.pid)
-                self.adopt(config)
+                self.apply_config(config)
             except OSError:
                 self.open_logs(old.server)
                 self.write_pid(old.server.pid)
@@ -1121,7 +1121,7 @@ class Gate:
                 if mine:
                     os.unlink(self.pid_file)
 
-    def adopt(self, config):
+    def apply_config(self, config):
         """Open the listeners that are new, then switch, then close those that went."""
         here = {(listener.RequestHandlerClass, listener.listen.address): listener for listener in self.listeners}
         wanted = wanted_listeners(config.server)
@@ -1137,7 +1137,7 @@ class Gate:
         for upstream in config.upstreams:
             for old in self.config.upstreams:
                 if old.name == upstream.name:
-                    upstream.adopt(old)
+                    upstream.inherit_health(old)
         self.config = config
         self.capacity, self.capacity_reason = capacity(config.server.max_connections)
         for key, listener in here.items():
@@ -1175,11 +1175,11 @@ class Gate:
             log.error("upgrade: the new process cannot be started: %s", error)
             os.close(ready)
         else:
-            self.selector.register(ready, selectors.EVENT_READ, lambda: self.succeed(ready))
+            self.selector.register(ready, selectors.EVENT_READ, lambda: self.on_successor_ready(ready))
         os.close(write_end)
         stay_on_one_processor(self.config.server.worker_cpu_affinity)
 
-    def succeed(self, ready):
+    def on_successor_ready(self, ready):
         """The new process said that it is ready (or ended without a word)."""
         word = os.read(ready, 16)
         self.selector.unregister(ready)
@@ -1213,10 +1213,10 @@ class Gate:
         place, client, in_use = ("location", location.name), ("ip", address), self.in_use
         with self.lock:
             if 0 < location.max_connections <= in_use[place]:
-                raise HTTPError(503, "full", "max_connections of [location %s] is reached" % location.name,
+                raise HTTPError(503, "conn_limit", "max_connections of [location %s] is reached" % location.name,
                                 retry_after())
             if 0 < limit <= in_use[client]:
-                raise HTTPError(429, "too_many", "max_connections_per_ip is reached", retry_after())
+                raise HTTPError(429, "conn_limit_per_ip", "max_connections_per_ip is reached", retry_after())
             in_use[place] += 1
             in_use[client] += 1
 
@@ -1262,8 +1262,8 @@ SIGNALS = {"SIGINT": "stop", "SIGTERM": "stop", "SIGBREAK": "stop", "SIGQUIT": "
            "SIGHUP": "reload", "SIGUSR1": "reopen", "SIGUSR2": "upgrade"}
 
 
-class Alarm:
-    """A descriptor that many threads poll: it becomes readable for all when it rings, and stays so."""
+class Wakeup:
+    """A descriptor that many threads poll: it becomes readable for all when it is set, and stays so."""
 
     def __init__(self):
         self.reader, self.writer = socket.socketpair()
@@ -1271,7 +1271,7 @@ class Alarm:
     def fileno(self):
         return self.reader.fileno()
 
-    def ring(self):
+    def set(self):
         self.writer.send(b"!")
 
     def close(self):
@@ -1427,13 +1427,13 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Give the connection a thread; if the system allows no more, say 503 and close."""
         try:
             clients = self.RequestHandlerClass is ClientConnection
-            if clients and self.gate.workers.busy >= self.gate.capacity + POLITE:
+            if clients and self.gate.workers.busy >= self.gate.capacity + REFUSAL_HEADROOM:
                 raise RuntimeError("too many even to be refused politely")
             self.gate.workers.run(self, request, client_address)
         except RuntimeError:
             request.setblocking(False)
             with contextlib.suppress(OSError):  # it would not have read it
-                request.send(make_answer(503, "full", b"", retry_after(), True, False))
+                request.send(make_response(503, "conn_limit", b"", retry_after(), True, False))
             self.close_request(request)
 
     def shutdown_request(self, request):
@@ -1452,7 +1452,7 @@ BIND_ERRORS = {  # what to do about a listening socket that cannot be opened
 }
 
 EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # of descriptors or memory
-POLITE = 16  # connections above max_connections that are heard before they are refused
+REFUSAL_HEADROOM = 16  # connections above max_connections that are heard before they are refused
 
 
 def wanted_listeners(server):
@@ -1562,9 +1562,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.subject = None          # of the verified client certificate
         self.deadline = Deadline(self.gate.config.server.client_header_timeout)
         self.served = 0              # requests so far
-        self.forget_exchange()
+        self.reset_exchange()
 
-    def forget_exchange(self):
+    def reset_exchange(self):
         """Nothing of the last exchange is left for the next one."""
         self.config = self.record = self.message = self.location = self.backend = self.tunnel = None
         self.client = self.peer      # the real client's address
@@ -1610,7 +1610,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         first = self.stream.peek(self.deadline)
         if first != b"\x16":
             if first:
-                self.stream.write_all(make_answer(400, "plain_http_on_tls_port",
+                self.stream.write_all(make_response(400, "http_on_tls_port",
                                                   b"this port speaks TLS: use https:// or wss://",
                                                   (), True, False), self.deadline)
                 self.stream.linger()
@@ -1625,7 +1625,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def serve(self):
         """One request, its answer and its line in the access log. -> whether another may follow."""
-        self.forget_exchange()
+        self.reset_exchange()
         keep = False
         try:
             if self.receive():
@@ -1650,20 +1650,20 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Wait for a request and parse its head -> whether there was one."""
         if self.served:
             deadline = Deadline(self.gate.config.server.keepalive_timeout)
-            alarm = self.gate.alarm  # before the state is looked at: Gate.end changes that first
+            wakeup = self.gate.wakeup  # before the state is looked at: Gate.end changes that first
             while b"\r\n".startswith(self.stream.buffer):  # nothing, or the empty line that is ignored
-                if self.gate.state != "running" or not self.stream.fill(deadline, alarm, quiet=True, expected=False):
+                if self.gate.state != "running" or not self.stream.fill(deadline, wakeup, quiet=True, expected=False):
                     return False
         self.config = self.gate.config
         server = self.config.server
         deadline = Deadline(server.client_header_timeout) if self.served else self.deadline
         if not self.stream.buffer and not self.stream.fill(deadline, quiet=True):
             return False
-        self.record = Record(self.gate, self.peer)
+        self.record = AccessLogEntry(self.gate, self.peer)
         try:
             head = read_head(self.stream, server.client_header_size, deadline)
         except TimedOut:
-            raise HTTPError(408, "head_timeout", "the request head did not arrive within client_header_timeout")
+            raise HTTPError(408, "header_timeout", "the request head did not arrive within client_header_timeout")
         except EOFError:
             raise ClientGone("client_gone")
         self.message = parse_request_head(head)
@@ -1677,13 +1677,13 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Everything that may refuse the request before a backend is touched, in one order for all."""
         message, server = self.message, self.config.server
         if not self.admitted:
-            raise HTTPError(503, "full", "max_connections is reached", retry_after())
+            raise HTTPError(503, "conn_limit", "max_connections is reached", retry_after())
         if self.gate.state == "stopping" or (self.gate.state == "draining" and message.fields.get_all(b"upgrade")):
             raise HTTPError(503, "draining", "this gate is being stopped", retry_after())
         self.client = self.record.client = real_client(server, self.peer, message.fields)
         self.location = self.config.route(message.host, message.path)
         if self.location is None:
-            raise HTTPError(404, "no_location", "no [location] matches")
+            raise HTTPError(404, "no_route", "no [location] matches")
         self.record.location = self.location.name
         self.gate.acquire(self.location, self.client)
         self.acquired = True
@@ -1707,12 +1707,12 @@ class ClientConnection(socketserver.BaseRequestHandler):
             finally:
                 backend.close()
         except BackendError as error:
-            raise HTTPError(502, "auth_failed", "auth_request: %s: %s" % (error.reason, error))
+            raise HTTPError(502, "auth_unavailable", "auth_request: %s: %s" % (error.reason, error))
         if response.status in (401, 403):
             raise HTTPError(response.status, "auth_denied", "", [
                 pair for pair in response.fields if pair[0].lower() in (b"www-authenticate", b"set-cookie")])
         if not 200 <= response.status < 300:
-            raise HTTPError(502, "auth_failed", "auth_request answered %d" % response.status)
+            raise HTTPError(502, "auth_unavailable", "auth_request answered %d" % response.status)
 
     def respond(self):
         """Answer the request from `return` or from a backend. -> whether another request may follow."""
@@ -1833,7 +1833,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.answered = True
         head_only = message is not None and message.method == b"HEAD"
         try:
-            self.stream.write_all(make_answer(status, reason, body, fields, not keep, head_only),
+            self.stream.write_all(make_response(status, reason, body, fields, not keep, head_only),
                                   Deadline(self.gate.config.server.send_timeout))
         except (OSError, TimedOut):  # it does not want the answer
             return False
@@ -1931,19 +1931,19 @@ class Stream:
             self.write_event = POLLIN
             return 0
 
-    def wait(self, events, deadline, alarm=None):
-        """Wait for the socket -> True, or False when the alarm rang first. Raises TimedOut."""
+    def wait(self, events, deadline, wakeup=None):
+        """Wait for the socket -> True, or False when the wakeup was set first. Raises TimedOut."""
         poll = Poll()
         poll.register(self.sock, events)
-        if alarm:
-            poll.register(alarm, POLLIN)
+        if wakeup:
+            poll.register(wakeup, POLLIN)
         while True:
-            ready = poll.poll(deadline.left() * 1000)
+            ready = poll.poll(deadline.remaining() * 1000)
             if ready:
-                return alarm is None or ready[0][0] == self.sock.fileno() or len(ready) > 1
+                return wakeup is None or ready[0][0] == self.sock.fileno() or len(ready) > 1
 
-    def fill(self, deadline, alarm=None, quiet=False, size=SMALL_READ, expected=True):
-        """Read once, at most size bytes, into buffer -> False at the end of the stream, or when the alarm rang.
+    def fill(self, deadline, wakeup=None, quiet=False, size=SMALL_READ, expected=True):
+        """Read once, at most size bytes, into buffer -> False at the end of the stream, or when the wakeup was set.
 
         Raises TimedOut, or with quiet returns False for that too.
         """
@@ -1954,7 +1954,7 @@ class Stream:
                 if data is not None:
                     self.buffer += data
                     return bool(data)
-                if not self.wait(self.read_event, deadline, alarm):
+                if not self.wait(self.read_event, deadline, wakeup):
                     return False
         except TimedOut:
             if quiet:
@@ -2042,7 +2042,7 @@ class Deadline:
     def __init__(self, seconds):
         self.at = time.monotonic() + seconds
 
-    def left(self):
+    def remaining(self):
         """Seconds until it passes; raises TimedOut when it has."""
         left = self.at - time.monotonic()
         if left <= 0:
@@ -2305,13 +2305,13 @@ def take_head(stream, limit):
         stream.buffer = data[end + 4:]
         return data[:end + 4]
     if data.startswith(b"\x16\x03"):
-        raise HTTPError(400, "tls_on_plain_port", "this port does not speak TLS: use http:// or ws://")
+        raise HTTPError(400, "tls_on_http_port", "this port does not speak TLS: use http:// or ws://")
     if BARE_LF.search(data, 0, end if end >= 0 else len(data)):
         raise HTTPError(400, "bad_request", "a line must end with CRLF")
     if too_long:
         raise HTTPError(414, "uri_too_long", "the request line is longer than %d bytes" % REQUEST_LINE_LIMIT)
     if len(data) > limit:
-        raise HTTPError(431, "head_too_large", "the head is larger than client_header_size, %d bytes" % limit)
+        raise HTTPError(431, "header_too_large", "the head is larger than client_header_size, %d bytes" % limit)
     return None
 
 
@@ -2356,14 +2356,14 @@ def parse_request_head(head):
     except ValueError as error:
         raise HTTPError(400, "bad_request", str(error))
     except OverflowError as error:
-        raise HTTPError(431, "head_too_large", str(error))
+        raise HTTPError(431, "header_too_large", str(error))
     if request.method == b"CONNECT":
-        raise HTTPError(405, "not_allowed", "this is no forward proxy",
+        raise HTTPError(405, "method_not_allowed", "this is no forward proxy",
                         ((b"Allow", b"GET, HEAD, POST, PUT, DELETE, OPTIONS"),))
     parse_host(request)
     split_target(request)
     parse_request_framing(request)
-    named = PROTECTED.intersection(fields.tokens(b"connection"))
+    named = PROTECTED_FIELDS.intersection(fields.tokens(b"connection"))
     if named:
         raise HTTPError(400, "bad_request", "Connection must not name %s" % printable(min(named)))
     return request
@@ -2438,7 +2438,7 @@ def parse_response_head(head):
         if lengths and response.length is None:
             raise ValueError("bad Content-Length")
     except (ValueError, OverflowError) as error:
-        raise BackendError(502, "backend_bad_answer", str(error), sent=True, retry=False)
+        raise BackendError(502, "backend_bad_response", str(error), sent=True, retry=False)
     return response
 
 
@@ -2614,7 +2614,7 @@ class ChunkedBody(NoBody):
             raise ValueError("bad trailer %s" % printable(line[:80]))
         self.done = not line
         name = line.partition(b":")[0].lower()
-        if not self.decode and (self.done or (name not in PROTECTED and name not in HOP_BY_HOP and b"_" not in name)):
+        if not self.decode and (self.done or (name not in PROTECTED_FIELDS and name not in HOP_BY_HOP and b"_" not in name)):
             self.tail.append(line + b"\r\n")
         if self.done:
             out.extend(self.tail)
@@ -2623,7 +2623,7 @@ class ChunkedBody(NoBody):
         return False
 
 
-def make_answer(status, reason, body, fields, close, head_only):
+def make_response(status, reason, body, fields, close, head_only):
     """A complete answer of the gate's own -> bytes. reason: the word of X-Wsgate-Reason, or None."""
     lines = [b"HTTP/1.1 %d %s" % (status, reason_phrase(status).encode()),
              b"Date: " + email.utils.formatdate(usegmt=True).encode()]
@@ -2674,7 +2674,7 @@ class Location:
         self.passwords = PasswordFile(self.auth_basic_user_file) if self.auth_basic_user_file else None
         # Fields of a request that proxy_set_header replaces.
         self.replaced = frozenset(name.lower() for name, _ in self.proxy_set_header)
-        self.withheld = self.replaced | HOP_BY_HOP | WRITTEN
+        self.withheld = self.replaced | HOP_BY_HOP | GENERATED_FIELDS
 
     def matches(self, path):
         """Whether a decoded path lies under this prefix, at a / boundary."""
@@ -2796,7 +2796,7 @@ def trusted(networks, text):
 def check_address(location, client):
     """allow and deny (ngx_http_access_module; deny wins)."""
     if trusted(location.deny, client) or (location.allow and not trusted(location.allow, client)):
-        raise HTTPError(403, "not_allowed", "this address may not connect")
+        raise HTTPError(403, "access_denied", "this address may not connect")
 
 
 def check_origin(location, message):
@@ -2841,7 +2841,7 @@ def check_password(location, message):
         return
     scheme, _, credentials = (message.fields.get(b"authorization") or b"").partition(b" ")
     if scheme.lower() != b"basic" or not location.passwords.accepts(credentials.strip()):
-        raise HTTPError(401, "auth_needed", "", ((b"WWW-Authenticate", b'Basic realm="wsgate", charset="UTF-8"'),))
+        raise HTTPError(401, "auth_required", "", ((b"WWW-Authenticate", b'Basic realm="wsgate", charset="UTF-8"'),))
 
 
 class PasswordFile:
@@ -2948,7 +2948,7 @@ class Upstream:
         self.balance = balance
         self.lock = threading.Lock()  # guards the Health of all servers
 
-    def adopt(self, old):
+    def inherit_health(self, old):
         """Go on with what the old configuration's upstream of this name knows of the same servers."""
         self.lock = old.lock
         known = {server.name: server.health for server in old.servers}
@@ -2964,7 +2964,7 @@ class Upstream:
         while True:
             server = self.pick(tried, client)
             if server is None:
-                raise error or HTTPError(503, "full" if any(each.full() for each in self.servers) else "no_backend",
+                raise error or HTTPError(503, "conn_limit" if any(each.full() for each in self.servers) else "no_backend",
                                          "every server of %s has its max_conns or is down" % self.name, retry_after())
             tried.append(server)
             try:
@@ -2991,7 +2991,7 @@ class Upstream:
                 if group:
                     chosen = self.choose(group, client)
                     chosen.health.active += 1
-                    chosen.health.picked += 1
+                    chosen.health.selected += 1
                     return chosen
         return None
 
@@ -3004,9 +3004,9 @@ class Upstream:
             group = [each for each in group if each.load() == least]
         # Smooth weighted round robin, as in nginx: nobody gets its share in one go.
         for each in group:
-            each.health.turn += each.weight
-        chosen = max(group, key=lambda each: each.health.turn)
-        chosen.health.turn -= sum(each.weight for each in group)
+            each.health.current_weight += each.weight
+        chosen = max(group, key=lambda each: each.health.current_weight)
+        chosen.health.current_weight -= sum(each.weight for each in group)
         return chosen
 
     def release(self, server):
@@ -3024,17 +3024,17 @@ class Upstream:
             rests = 0 < server.max_fails <= health.fails
             if rests:
                 health.fails = 0
-                health.resting_until = now + server.fail_timeout
+                health.down_until = now + server.fail_timeout
         group = " of " + self.name if self.name != server.name else ""
         rest = ", resting for %gs" % server.fail_timeout if rests and len(self.servers) > 1 else ""
         log.warning("backend %s%s failed: %s: %s%s", server.name, group, error.reason, error, rest)
 
     def succeeded(self, server):
         """It has answered: its failures are forgotten."""
-        if server.health.fails or server.health.resting_until:
+        if server.health.fails or server.health.down_until:
             with self.lock:
                 server.health.fails = 0
-                server.health.resting_until = 0.0
+                server.health.down_until = 0.0
 
 
 def rendezvous(client, name, weight):
@@ -3078,7 +3078,7 @@ class Server:
 
     def healthy(self, now):
         """Whether it does not rest."""
-        return now >= self.health.resting_until
+        return now >= self.health.down_until
 
     def full(self):
         return 0 < self.max_conns <= self.health.active
@@ -3104,11 +3104,11 @@ class Server:
             raise BackendError(502, "backend_unresolved", "%s: %s" % (self.name, error))
         for place, (family, address) in enumerate(addresses):
             try:
-                share = deadline.left() / (len(addresses) - place)
+                share = deadline.remaining() / (len(addresses) - place)
                 stream = connect_socket(family, address, Deadline(share))
             except (OSError, TimedOut) as error:
                 if getattr(error, "errno", None) in EXHAUSTED:  # not the server's fault
-                    raise HTTPError(503, "full", "no connection to a backend: %s" % error, retry_after())
+                    raise HTTPError(503, "conn_limit", "no connection to a backend: %s" % error, retry_after())
                 failure = error
                 continue
             try:
@@ -3132,15 +3132,15 @@ class Server:
 class Health:
     """What is known of a server; shared by old and new configuration. Guarded by its Upstream's lock."""
 
-    __slots__ = ("active", "fails", "first_fail", "resting_until", "turn", "picked")
+    __slots__ = ("active", "fails", "first_fail", "down_until", "current_weight", "selected")
 
     def __init__(self):
         self.active = 0             # exchanges and tunnels under way
         self.fails = 0              # since first_fail
         self.first_fail = 0.0       # time.monotonic()
-        self.resting_until = 0.0    # time.monotonic(); in the past: not resting
-        self.turn = 0               # of the smooth round robin
-        self.picked = 0             # in all
+        self.down_until = 0.0    # time.monotonic(); in the past: not resting
+        self.current_weight = 0               # of the smooth round robin
+        self.selected = 0             # in all
 
 
 def fixed_address(address):
@@ -3187,10 +3187,10 @@ def connect_socket(family, address, deadline):
 HOP_BY_HOP = frozenset(b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer"
                        b" proxy-authentication-info transfer-encoding upgrade http2-settings".split())
 # The gate writes these itself; the others below only a trusted proxy may say.
-WRITTEN = frozenset(b"x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip x-ssl-client-s-dn".split())
-FORWARDING = frozenset(b"x-forwarded-for x-forwarded-proto x-forwarded-host x-forwarded-port x-forwarded-server"
+GENERATED_FIELDS = frozenset(b"x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip x-ssl-client-s-dn".split())
+FORWARDED_FIELDS = frozenset(b"x-forwarded-for x-forwarded-proto x-forwarded-host x-forwarded-port x-forwarded-server"
                        b" x-forwarded-prefix x-forwarded-ssl x-forwarded-user x-real-ip forwarded".split())
-PROTECTED = FORWARDING | WRITTEN | frozenset(
+PROTECTED_FIELDS = FORWARDED_FIELDS | GENERATED_FIELDS | frozenset(
     b"host content-length transfer-encoding authorization cookie origin sec-websocket-key sec-websocket-version"
     b" sec-websocket-protocol sec-websocket-extensions".split())
 
@@ -3199,7 +3199,7 @@ def request_head_for_backend(connection, protocol):
     """The head that the backend gets -> bytes. protocol: what to upgrade to, or None."""
     message, location = connection.message, connection.location
     lines = [b"%s %s HTTP/1.1" % (message.method, location.rewrite(message))]
-    lines += passed_fields(connection, location.withheld)
+    lines += end_to_end_fields(connection, location.withheld)
     if not message.authority and b"host" not in location.replaced:
         server = connection.backend.server  # HTTP/1.0 may come without
         lines.insert(1, b"Host: " + (b"localhost" if server.address.path else server.name.encode()))
@@ -3210,7 +3210,7 @@ def request_head_for_backend(connection, protocol):
         lines.append(b"Connection: upgrade")
     else:
         lines.append(b"Connection: close")
-    lines += own_fields(connection, location.replaced)
+    lines += forwarded_fields(connection, location.replaced)
     for name, template in location.proxy_set_header:
         value = template.render(message)
         if value:
@@ -3219,7 +3219,7 @@ def request_head_for_backend(connection, protocol):
     return b"\r\n".join(lines)
 
 
-def passed_fields(connection, withheld):
+def end_to_end_fields(connection, withheld):
     """The client's fields that go on to a backend -> list of lines. withheld: names that never do."""
     fields = connection.message.fields
     listed = fields.tokens(b"connection")
@@ -3229,13 +3229,13 @@ def passed_fields(connection, withheld):
         lower = name.lower()
         if lower in withheld or lower in listed or b"_" in name:
             continue  # names with _ are aliases of those with - in CGI and WSGI
-        if not believed and (lower in FORWARDING or lower.startswith(b"x-forwarded-")):
+        if not believed and (lower in FORWARDED_FIELDS or lower.startswith(b"x-forwarded-")):
             continue
         lines.append(name + b": " + value)
     return lines
 
 
-def own_fields(connection, without):
+def forwarded_fields(connection, without):
     """What the gate knows about the client -> list of lines."""
     message = connection.message
     scheme, host = b"https" if connection.stream.tls else b"http", message.authority
@@ -3266,10 +3266,10 @@ def auth_request_head(connection):
     without = (b"content-length expect sec-websocket-key sec-websocket-version sec-websocket-extensions"
                b" x-original-uri x-original-method").split()
     lines = [b"GET %s HTTP/1.1" % (location.auth_request.uri or "/").encode()]
-    lines += passed_fields(connection, HOP_BY_HOP.union(WRITTEN, without))
+    lines += end_to_end_fields(connection, HOP_BY_HOP.union(GENERATED_FIELDS, without))
     if not message.authority:
         lines.append(b"Host: auth")
-    lines += own_fields(connection, without)
+    lines += forwarded_fields(connection, without)
     lines += [b"X-Original-URI: " + message.target, b"X-Original-Method: " + message.method, b"Connection: close",
               b"\r\n"]
     return b"\r\n".join(lines)
@@ -3298,7 +3298,7 @@ def response_head_for_client(response, message, keep):
         lower = name.lower()
         if lower in HOP_BY_HOP and lower not in (b"trailer", b"proxy-authenticate"):
             continue
-        if (lower in listed and lower not in PROTECTED) or (bodyless and lower == b"content-length"):
+        if (lower in listed and lower not in PROTECTED_FIELDS) or (bodyless and lower == b"content-length"):
             continue
         lines.append(name + b": " + value)
     if response.chunked and message.minor and not bodyless:
@@ -3450,18 +3450,18 @@ class HTTPRelay:
                 lines += [b"%s: %s" % pair for pair in response.fields if pair[0].lower() not in gone]
                 self.down_pending = memoryview(bytes(self.down_pending) + b"\r\n".join(lines) + b"\r\n\r\n")
                 self.move_down()
-        raise BackendError(502, "backend_bad_answer", "more than %d interim answers" % INTERIM_LIMIT, sent=True)
+        raise BackendError(502, "backend_bad_response", "more than %d interim answers" % INTERIM_LIMIT, sent=True)
 
     def response_head(self):
         """Wait for a response head, while the request body goes up -> bytes."""
         while True:
             if not b"HTTP/".startswith(self.backend.buffer[:5]):
-                raise BackendError(502, "backend_bad_answer", "no HTTP: %s" % printable(self.backend.buffer[:60]),
+                raise BackendError(502, "backend_bad_response", "no HTTP: %s" % printable(self.backend.buffer[:60]),
                                    sent=True)
             try:
                 head = take_head(self.backend, self.limit)
             except HTTPError as error:
-                raise BackendError(502, "backend_bad_answer", str(error), sent=True)
+                raise BackendError(502, "backend_bad_response", str(error), sent=True)
             if head is not None:
                 return head
             self.turn()
@@ -3494,7 +3494,7 @@ class HTTPRelay:
             deadline, awaited = self.next_deadline(reading_body, reading_answer)
             ready = self.poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
             if not ready and time.monotonic() >= deadline:
-                raise late(awaited)
+                raise timeout_error(awaited)
         for fd, event in ready:
             if fd == self.client.fileno():
                 self.notice_client(event)
@@ -3505,7 +3505,7 @@ class HTTPRelay:
         self.move_down()
 
     def next_deadline(self, reading_body, reading_answer):
-        """-> (time.monotonic() at which to give up, what was awaited: for late())"""
+        """-> (time.monotonic() at which to give up, what was awaited: for timeout_error())"""
         deadlines = [(self.gone_at, "client_gone")]
         if reading_answer and (self.down_body or (self.up_body.done and not self.up_pending)):
             moved = max(self.down_moved, self.up_moved)
@@ -3579,20 +3579,20 @@ class HTTPRelay:
             self.gone_at = self.down_moved + 0.5
         if self.down_body is None:
             if not data:
-                raise BackendError(502, "backend_bad_answer" if self.backend.buffer else "backend_closed",
+                raise BackendError(502, "backend_bad_response" if self.backend.buffer else "backend_closed",
                                    "it closed before its answer was complete", sent=True, retry=not self.backend.buffer)
             self.backend.buffer += data
         elif data:
             self.take_down(data)
         elif not self.down_body.at_end():
-            raise BackendError(502, "backend_cut", "it closed in the middle of its answer", sent=True)
+            raise BackendError(502, "backend_truncated", "it closed in the middle of its answer", sent=True)
 
     def take_down(self, data):
         """Bytes of the response body."""
         try:
             out, _ = self.down_body.feed(data)
         except ValueError as error:
-            raise BackendError(502, "backend_bad_answer", "response body: %s" % error, sent=True)
+            raise BackendError(502, "backend_bad_response", "response body: %s" % error, sent=True)
         self.sent_down += len(out)
         self.down_pending = memoryview(bytes(self.down_pending) + out) if self.down_pending else memoryview(out)
 
@@ -3609,7 +3609,7 @@ class HTTPRelay:
             self.down_pending = self.down_pending[sent:]
 
 
-def late(awaited):
+def timeout_error(awaited):
     """-> the exception that says what an HTTPRelay has waited for in vain."""
     if awaited == "backend_timeout":
         return BackendError(504, awaited, "the backend did not go on within proxy_read_timeout", sent=True)
@@ -3815,7 +3815,7 @@ class Tunnel:
 
     __slots__ = ("gate", "record", "up", "down", "idle_timeout", "ping_interval", "ping_timeout", "send_timeout",
                  "poll",
-                 "interest", "alarm", "known_alarm", "end_at", "deadline", "over", "pinged", "rtt", "opened")
+                 "interest", "wakeup", "seen_wakeup", "end_at", "deadline", "over", "pinged", "rtt", "opened")
 
     def __init__(self, connection, backend, head, scan, extensions):
         location, now = connection.location, time.monotonic()
@@ -3836,8 +3836,8 @@ class Tunnel:
         self.rtt = None              # of the last pong, in seconds
         self.poll = Poll()
         self.interest = {}           # {descriptor: events registered for it}
-        self.alarm = None            # the descriptor of known_alarm while it is polled
-        self.known_alarm = self.gate.alarm
+        self.wakeup = None            # the descriptor of seen_wakeup while it is polled
+        self.seen_wakeup = self.gate.wakeup
         self.down.pending = head
         for flow in (self.up, self.down):  # bytes that came with the heads are the first of the tunnel
             early, flow.source.buffer = flow.source.buffer, b""
@@ -3859,15 +3859,15 @@ class Tunnel:
         up.flush(now)
         down.flush(now)
         self.settle(now)
-        if self.gate.state != "running":  # the alarm has rung before this tunnel knew it
-            self.obey(now)
+        if self.gate.state != "running":  # the wakeup was set before this tunnel knew it
+            self.on_wakeup(now)
         wake = self.timers(now)
         while not self.over:
             events = poll.poll((wake - now) * 1000 if wake > now else 0)
             before, now = now, monotonic()
             for fd, event in events:
                 reader = up if fd == client else down
-                if event != POLLIN or not plain or fd == self.alarm:
+                if event != POLLIN or not plain or fd == self.wakeup:
                     self.act(fd, reader, down if reader is up else up, event, now)
                 elif reader.move(now):
                     continue
@@ -3875,14 +3875,14 @@ class Tunnel:
                 wake = now
             if now >= wake or not events:
                 wake = self.timers(now)
-            elif self.alarm is not None and now - before < BUSY / 10:
-                self.watch_alarm(False)
+            elif self.wakeup is not None and now - before < BUSY / 10:
+                self.watch_wakeup(False)
                 wake = min(wake, now + BUSY)
 
     def act(self, fd, reader, writer, event, now):
         """Do what an event asks for, where it is more than plain bytes to be read."""
-        if fd == self.alarm:
-            self.obey(now)
+        if fd == self.wakeup:
+            self.on_wakeup(now)
         else:
             if writer.writing():
                 writer.flush(now)
@@ -3974,7 +3974,7 @@ class Tunnel:
             self.up.scanner = self.down.scanner = None
             return
         if scanner.too_big:
-            reason = "max_message_size"
+            reason = "message_too_big"
             codes = (1009, 1001) if flow is self.up else (1001, 1009)
             self.finish(reason, codes[0], codes[1], now)
             return
@@ -4015,13 +4015,13 @@ class Tunnel:
         if self.deadline < math.inf:
             return self.deadline
         wake = min(idle_at, self.end_at, stalled_at)
-        if self.alarm is None:
-            if self.known_alarm is not self.gate.alarm:
-                return self.obey(now)
+        if self.wakeup is None:
+            if self.seen_wakeup is not self.gate.wakeup:
+                return self.on_wakeup(now)
             if now - self.last_byte < BUSY:
                 wake = min(wake, now + BUSY)
             else:
-                self.watch_alarm(True)
+                self.watch_wakeup(True)
         for flow in (up, down):
             if flow.pipe is not None:
                 if now - flow.moved >= 1 and not flow.piped:
@@ -4055,23 +4055,23 @@ class Tunnel:
         self.pinged[tells] = now
         return now + min(self.ping_timeout, self.ping_interval)
 
-    def watch_alarm(self, quiet):
-        """Poll the gate's alarm while the tunnel is quiet. A busy one saves that third descriptor: it
-        comes by timers() twice a second anyway, and sees there that the alarm is not the one it knows."""
+    def watch_wakeup(self, quiet):
+        """Poll the gate's wakeup while the tunnel is quiet. A busy one saves that third descriptor: it
+        comes by timers() twice a second anyway, and sees there that the wakeup is not the one it knows."""
         if quiet:
-            self.alarm = self.known_alarm.fileno()
-            self.poll.register(self.alarm, POLLIN)
+            self.wakeup = self.seen_wakeup.fileno()
+            self.poll.register(self.wakeup, POLLIN)
         else:
-            self.poll.unregister(self.alarm)
-            self.alarm = None
+            self.poll.unregister(self.wakeup)
+            self.wakeup = None
 
-    def obey(self, now):
-        """The alarm rang: the gate is being drained or stopped -> when to look again."""
-        if self.alarm is not None:
-            self.watch_alarm(False)
-        self.known_alarm = self.gate.alarm  # it may ring once more
+    def on_wakeup(self, now):
+        """The wakeup was set: the gate is being drained or stopped -> when to look again."""
+        if self.wakeup is not None:
+            self.watch_wakeup(False)
+        self.seen_wakeup = self.gate.wakeup  # it may be set once more
         if self.gate.state == "stopping":
-            self.finish("stop", 1001, 1001, now, seconds=0.8)
+            self.finish("shutdown", 1001, 1001, now, seconds=0.8)
         elif self.gate.state == "draining" and self.end_at == math.inf:  # opened after the plan was made
             self.end_at = now + random.random() * max(0.0, self.gate.deadline - 1 - now)
         return now
@@ -4363,7 +4363,7 @@ access_log = logging.getLogger("wsgate.access")
 HANDSHAKE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-class Record:
+class AccessLogEntry:
     """What the access log says of one exchange; filled in on the way, written once at its end."""
 
     __slots__ = ("gate", "id", "time", "begun", "client", "host", "request", "status", "location", "server", "failed",
@@ -4435,24 +4435,24 @@ class Record:
     def write_line(self, **fields):
         """A line of these fields and of those that each line has; those that are None are left out."""
         stamp = "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.time)), self.time % 1 * 1000)
-        access_log.info(Line(fields, time=stamp, id=self.id, client=self.client, host=self.host, server=self.server,
+        access_log.info(LogLine(fields, time=stamp, id=self.id, client=self.client, host=self.host, server=self.server,
                              location=self.location, hs=self.handshake and round(self.handshake, 3)))
 
 
-LINE = (  # the fields of an access log line in their order, and how each is written
+LOG_FIELDS = (  # the fields of an access log line in their order, and how each is written
     ("time", "%s"), ("id", "%s"), ("client", "%s"), ("host", "%s"), ("request", '"%s"'), ("status", "%s"),
     ("event", "%s"), ("location", "%s"), ("server", "%s"), ("dur", "dur=%s"), ("hs", "hs=%s"), ("up", "up=%d/%dB"),
     ("down", "down=%d/%dB"), ("close", "close=%s"), ("reason", "reason=%s"), ("failed", "failed=%s"),
     ("frames", "frames=%s"), ("note", 'note="%s"'), ("rtt", "rtt=%s"))
 
 
-class Line(dict):
+class LogLine(dict):
     """The fields of an access log line, made into text or JSON by the formatter."""
 
     def __str__(self):
-        """In the order of LINE; each field is one word, or stands in quotes. A location may be two words."""
+        """In the order of LOG_FIELDS; each field is one word, or stands in quotes. A location may be two words."""
         self["location"] = self["location"].replace(" ", "\\x20")
-        return " ".join([form % self[name] for name, form in LINE if self.get(name) is not None])
+        return " ".join([form % self[name] for name, form in LOG_FIELDS if self.get(name) is not None])
 
 
 class JSONFormatter(logging.Formatter):
@@ -4476,14 +4476,14 @@ def mask_query(target):
     return path + question + re.sub(br"(^|[&;])[^&;=]{24,}", br"\1...", query)
 
 
-SECRET = frozenset(b"authorization proxy-authorization cookie set-cookie sec-websocket-protocol sec-websocket-key"
+REDACTED_FIELDS = frozenset(b"authorization proxy-authorization cookie set-cookie sec-websocket-protocol sec-websocket-key"
                    b" x-api-key".split())
 
 
 def show_head(message):
     """A request's head for the debug log, without what must stay secret."""
     lines = [message.method + b" " + mask_query(message.target)]
-    lines += [name + b": " + (b"..." if name.lower() in SECRET else value) for name, value in message.fields]
+    lines += [name + b": " + (b"..." if name.lower() in REDACTED_FIELDS else value) for name, value in message.fields]
     return "\n".join("  " + printable(line) for line in lines)
 
 
@@ -4554,9 +4554,9 @@ class StatusConnection(socketserver.BaseRequestHandler):
     def page(self, gate, message):
         """-> (status, content type, text); raises HTTPError."""
         if self.client_address and not trusted(gate.config.server.status_allow, self.client_address[0]):
-            raise HTTPError(403, "not_allowed")
+            raise HTTPError(403, "access_denied")
         if message.method not in (b"GET", b"HEAD"):
-            raise HTTPError(405, "not_allowed", "", ((b"Allow", b"GET, HEAD"),))
+            raise HTTPError(405, "method_not_allowed", "", ((b"Allow", b"GET, HEAD"),))
         path, _, query = message.target.decode("ascii").partition("?")
         if path == "/healthz":
             return 200, "text/plain", "ok\n"
@@ -4589,7 +4589,7 @@ def status(gate):
             "down_messages": scanners[1].messages if scanners[1] else 0, "down_bytes": flows[1].bytes,
             "rtt": None if tunnel.rtt is None else round(tunnel.rtt, 4)})
     servers = [{"upstream": upstream.name, "server": server.name, "active": server.health.active,
-                "picked": server.health.picked, "up": not server.down and server.healthy(now),
+                "selected": server.health.selected, "up": not server.down and server.healthy(now),
                 "state": "down" if server.down else "up" if server.healthy(now) else "resting", "backup": server.backup}
                for upstream in gate.config.upstreams for server in upstream.servers]
     return {"version": VERSION, "state": gate.state, "started": round(gate.started, 3),
@@ -4671,7 +4671,7 @@ path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}}
 <svg viewBox="0 0 120 100" preserveAspectRatio="none" role="img"
  aria-label="tunnels and bytes per second">{curves}</svg>
 <p>{peaks}</p><h2>Servers</h2><div class="wide"><table class="servers">
-<tr><th>upstream<th>server<th>state<th>active<th>picked</tr>{servers}</table></div>
+<tr><th>upstream<th>server<th>state<th>active<th>selected</tr>{servers}</table></div>
 <h2>Tunnels, by <a href="?sort=age">age</a> or <a href="?sort=bytes">bytes</a></h2><div class="wide">
 <table class="live"><tr><th>id<th>age<th>client<th>location<th>server<th>messages up<th>bytes up<th>messages down
 <th>bytes down<th>last data<th>rtt</tr>{live}</table></div>
@@ -4700,7 +4700,7 @@ def status_page(facts, query):
                  duration(each["last_data"]), "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
             for each in sorted(facts["live"], key=lambda each: -sum(each[key] for key in keys))[:500]]
     servers = [row((each["upstream"] if each["upstream"] != each["server"] else "-", each["server"],
-                    each["state"] + (" (backup)" if each["backup"] else ""), each["active"], each["picked"]),
+                    each["state"] + (" (backup)" if each["backup"] else ""), each["active"], each["selected"]),
                    each["state"]) for each in facts["servers"]]
     refusals = ", ".join("%s %d" % pair for pair in facts["refusals"].items()) or "nothing"
     return STATUS_PAGE.format(**dict(facts, uptime=duration(facts["uptime"]), curves="".join(curves),
@@ -4739,16 +4739,16 @@ def main(argv=None):
                 return action(arguments) or 0
         return run_gate(*find_config(arguments))
     except ConfigError as error:
-        inform(*error.errors)
+        print_error(*error.errors)
     except KeyboardInterrupt:
         return 1 if arguments.probe else 0  # a probe that is broken off has not shown that it works
     except (OSError, ValueError) as error:
         what = getattr(error, "strerror", None) or str(error)
-        inform("%s: %s" % (error.filename, what) if getattr(error, "filename", None) else what)
+        print_error("%s: %s" % (error.filename, what) if getattr(error, "filename", None) else what)
     return 1
 
 
-def inform(*lines):
+def print_error(*lines):
     """Tell whoever started the program, on stderr."""
     for line in lines:
         sys.stderr.write("wsgate: %s\n" % line)
@@ -4771,7 +4771,7 @@ def parse_arguments(argv):
     control.add_argument("-s", metavar="SIGNAL", choices=words, help="%s, through its pid file" % ", ".join(words))
     helping = parser.add_argument_group("checking and helping")
     helping.add_argument("-t", action="store_true", help="check the configuration, say all that is wrong with it")
-    helping.add_argument("--probe", metavar="URL", help="make a WebSocket handshake and explain what happens; "
+    helping.add_argument("--probe", metavar="URL", help="make a WebSocket handshake and describe_error what happens; "
                          "a /path: with each backend of the configuration, then with the gate")
     probing = parser.add_argument_group("with --probe")
     probing.add_argument("--header", metavar="'NAME: VALUE'", action="append", help="add or replace a field")
@@ -4806,7 +4806,7 @@ def find_config(arguments):
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wsgate.ini")
         path = next(filter(os.path.exists, ("wsgate.ini", beside)), None)
         if not path:
-            inform("no wsgate.ini here or beside wsgate.py; using the defaults")
+            print_error("no wsgate.ini here or beside wsgate.py; using the defaults")
     return path, overrides
 
 
@@ -4822,7 +4822,7 @@ def check_config(arguments):
             if os.path.isdir(file) or not os.access(there, os.W_OK):
                 lines.append("warning: [server] %s: this user cannot write %s" % (key, file))
     lines.append("%s is good" % (path or "the configuration"))
-    inform(*lines)
+    print_error(*lines)
 
 
 def send_signal(arguments):
@@ -4932,7 +4932,7 @@ def print_unit(arguments):
     sys.stdout.write(UNIT % {"python": python, "file": file})
     for path in (python, file):
         if path.startswith((os.path.expanduser("~") + "/", "/home/", "/tmp/", "/var/tmp/")):
-            inform("the unit cannot see %s (ProtectHome, PrivateTmp); move it, to /usr/local say" % path)
+            print_error("the unit cannot see %s (ProtectHome, PrivateTmp); move it, to /usr/local say" % path)
 
 
 # ------------------------------------------------------------------------- Demo
@@ -4947,7 +4947,7 @@ def demo(arguments):
     def ready(gate):
         """Called once it listens."""
         backend.gate = gate
-        inform("open %s in a browser; Ctrl-C ends it" % gate.listeners[0].url())
+        print_error("open %s in a browser; Ctrl-C ends it" % gate.listeners[0].url())
     return run_gate(None, overrides, ready)
 
 
@@ -5026,7 +5026,7 @@ class DemoConnection(socketserver.BaseRequestHandler):
 def read_frames(stream, deadline):
     """Read whole frames of at most 1 MiB -> (opcode, payload), unmasked, up to the end of the stream."""
     while True:
-        deadline.left()  # a flood must not go on for ever either
+        deadline.remaining()  # a flood must not go on for ever either
         data = stream.buffer
         header = header_length(data) if len(data) > 1 else 2
         if len(data) >= header:
@@ -5084,30 +5084,30 @@ REASONS = {  # the same, for words that the gate says in X-Wsgate-Reason; ANSWER
                       "pass Host unchanged (nginx: proxy_set_header Host $http_host), allow the origin, or --origin"),
     "upgrade_missing": ("426: Upgrade or Connection was lost on the way to whoever said this",
                         "both are hop-by-hop: each proxy must set them again, in HTTP/1.1 (see the body above)"),
-    "too_many": ("429: too many connections from here", "wait, or raise the limit (wsgate: max_connections_per_ip)"),
-    "full": ("503: the gate is full", "raise max_connections or max_conns, or see why tunnels stay"),
+    "conn_limit_per_ip": ("429: too many connections from here", "wait, or raise the limit (wsgate: max_connections_per_ip)"),
+    "conn_limit": ("503: the gate is full", "raise max_connections or max_conns, or see why tunnels stay"),
     "draining": ("503: the gate is being stopped", "try again"),
     "no_backend": ("503: the gate's servers are all down or full", "start one; see [upstream]"),
-    "not_allowed": ("the gate does not let this address in", "see allow and deny"),
+    "access_denied": ("the gate does not let this address in", "see allow and deny"),
     "bad_request": ("400: the gate does not take this for good HTTP", "see the body above"),
     "bad_handshake": ("the gate got a broken handshake", "see the body above"),
     "internal_error": ("500: a bug in the gate", "its log has the traceback; please report it"),
-    "auth_failed": ("502: the gate's auth_request service does not answer properly", "probe it; see the gate's log"),
+    "auth_unavailable": ("502: the gate's auth_request service does not answer properly", "probe it; see the gate's log"),
     "backend_unresolved": ("502: the gate cannot resolve its backend's name", "check proxy_pass, and DNS over there"),
     "backend_refused": ("502: nobody listens at the gate's backend", "start it; write 127.0.0.1 for localhost (::1)"),
     "backend_unreachable": ("502: no way from the gate to its backend", "check proxy_pass, route, firewall"),
     "backend_timeout": ("504: the gate's backend did not answer in time", "does it hang? see proxy_read_timeout"),
     "backend_tls": ("502: no TLS between gate and backend", "see its log, proxy_ssl_name and the CA file"),
     "backend_bad_101": ("502: the backend's 101 does not fit the handshake", "is a cache before it? probe it directly"),
-    "backend_bad_answer": ("502: the gate's backend speaks no HTTP", "check the port, and http or https in proxy_pass"),
+    "backend_bad_response": ("502: the gate's backend speaks no HTTP", "check the port, and http or https in proxy_pass"),
     "backend_closed": ("502: the gate's backend closed without an answer", "see its log; http or https?"),
-    "backend_cut": ("502: the gate's backend closed in the middle of its answer", "see its log"),
+    "backend_truncated": ("502: the gate's backend closed in the middle of its answer", "see its log"),
 }
 ANSWERS = {200: "page", 301: "redirected", 302: "redirected", 303: "redirected", 307: "redirected", 308: "redirected",
            400: "headers_lost", 401: "login_needed", 403: "origin_denied", 404: "wrong_path", 426: "upgrade_missing",
-           429: "too_many", 502: "bad_gateway", 503: "unavailable", 504: "gateway_timeout"}
+           429: "conn_limit_per_ip", 502: "bad_gateway", 503: "unavailable", 504: "gateway_timeout"}
 LONGEST_WAIT = 1e6  # seconds: what poll() takes
-SHOWN = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))  # of SECRET
+SHOWN = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))  # of REDACTED_FIELDS
 
 
 class Verdict(Exception):
@@ -5157,12 +5157,12 @@ def probe_config(arguments):
         peer=client, client=client, peer_port=0, subject=None, backend=None)
     probes = []
     for server in location.upstream.servers if location.upstream else ():
-        say("The backend %s of [location %s] directly:" % (server.name, location.name))
+        print_line("The backend %s of [location %s] directly:" % (server.name, location.name))
         connection.backend = argparse.Namespace(server=server)
         head_there = request_head_for_backend(connection, b"websocket")
         probes.append(Probe(arguments, server, head_there, location.context, location.proxy_ssl_name,
                             location.proxy_protocol).run())
-    say("The gate at %s:" % gate.name)
+    print_line("The gate at %s:" % gate.name)
     context = probe_context(False) if listen.ssl else None
     probes.append(Probe(arguments, gate, head, context, message.host, listen.proxy_protocol).run())
     compare(probes)
@@ -5175,15 +5175,15 @@ def compare(probes):
     rows = [[""] + [each.server.name for each in probes[:-1]] + ["the gate"],
             ["status"] + [str(each.response.status) if each.response else "-" for each in probes],
             ["verdict"] + [each.word for each in probes]]
-    for name in sorted(set().union(*[each.index for each in fields]) - SECRET - {b"date", b"sec-websocket-accept"}):
+    for name in sorted(set().union(*[each.index for each in fields]) - REDACTED_FIELDS - {b"date", b"sec-websocket-accept"}):
         values = [printable(b", ".join(each.get_all(name)))[:40] or "-" for each in fields]
         if len({value.lower() for value in values}) > 1:
             rows.append([printable(name)] + values)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        say("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+        print_line("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
     bad = [each.server.name for each in probes[:-1] if each.word != "works"]
-    say("\nBegin with the backend, it does not work by itself: %s" % ", ".join(bad) if bad else
+    print_line("\nBegin with the backend, it does not work by itself: %s" % ", ".join(bad) if bad else
         "\nEverything works." if probes[-1].word == "works" else
         "\nThe gate alone does not work: see its log, and whether it runs with this configuration (-s reload).")
 
@@ -5213,7 +5213,7 @@ def probe_context(verify, cafile=None):
                                      "proxy_ssl_certificate": None}))
 
 
-def say(label, text=None, since=None):
+def print_line(label, text=None, since=None):
     """A line of the report, in ASCII. since: the time.monotonic() at which this step began."""
     line = label if text is None else "%-10s%s" % (label, text)
     if since is not None:
@@ -5269,9 +5269,9 @@ class Probe:
         thread.start()
         thread.join(max(0, self.deadline.at - began))
         if not found or isinstance(found[0], Exception):
-            raise Verdict("unresolved", error=explain(found[0]) if found else "no answer in time")
+            raise Verdict("unresolved", error=describe_error(found[0]) if found else "no answer in time")
         names = ", ".join(address if isinstance(address, str) else address[0] for _, address in found[0])
-        say("resolve", "%s is %s" % (printable(self.server.name), names), began)
+        print_line("resolve", "%s is %s" % (printable(self.server.name), names), began)
         return found[0]
 
     def connect(self, addresses):
@@ -5279,15 +5279,15 @@ class Probe:
         for place, (family, address) in enumerate(addresses):
             where, began = self.server.name if isinstance(address, str) else address[0], time.monotonic()
             try:
-                self.stream = connect_socket(family, address, Deadline(self.deadline.left() / (len(addresses) - place)))
-                say("connect", "%s answers" % where, began)
+                self.stream = connect_socket(family, address, Deadline(self.deadline.remaining() / (len(addresses) - place)))
+                print_line("connect", "%s answers" % where, began)
                 return self.stream.write_all(self.preface, self.deadline)
             except (OSError, TimedOut) as failure:
-                say("connect", "%s: %s" % (where, explain(failure)), began)
+                print_line("connect", "%s: %s" % (where, describe_error(failure)), began)
                 error = failure
         if isinstance(error, TimedOut):
             raise Verdict("timeout", step="connection")
-        raise Verdict("refused" if isinstance(error, ConnectionRefusedError) else "unreachable", error=explain(error))
+        raise Verdict("refused" if isinstance(error, ConnectionRefusedError) else "unreachable", error=describe_error(error))
 
     def start_tls(self):
         """TLS, and what it is worth."""
@@ -5300,11 +5300,11 @@ class Probe:
             if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise Verdict("certificate", error=getattr(error, "verify_message", "") or str(error))
             plain = re.search("WRONG_VERSION_NUMBER|UNKNOWN_PROTOCOL|HTTP_REQUEST|RECORD_LAYER_FAILURE", str(error))
-            raise Verdict("plain_port" if plain else "tls_failed", error=explain(error))
+            raise Verdict("plain_port" if plain else "tls_failed", error=describe_error(error))
         sock = self.stream.sock
-        say("TLS", "%s, %s" % (sock.version(), sock.cipher()[0]), began)
+        print_line("TLS", "%s, %s" % (sock.version(), sock.cipher()[0]), began)
         facts = sock.getpeercert()  # nothing in it when it was not checked
-        say("", "certificate not checked" if not facts else "certificate of %s from %s, good until %s" % (
+        print_line("", "certificate not checked" if not facts else "certificate of %s from %s, good until %s" % (
             distinguished_name(facts), distinguished_name({"subject": facts["issuer"]}), facts["notAfter"]))
 
     def shake_hands(self):
@@ -5314,7 +5314,7 @@ class Probe:
         try:
             self.stream.write_all(self.head, self.deadline)
             while self.response is None or (self.response.status < 200 and self.response.status != 101):
-                self.deadline.left()
+                self.deadline.remaining()
                 head = read_head(self.stream, BIG_READ, self.deadline)
                 self.show("received", head, began)
                 self.response = parse_response_head(head)
@@ -5326,14 +5326,14 @@ class Probe:
                 raise Verdict("garbage", error=str(error) if isinstance(error, BackendError) else printable(got[:60]))
             if isinstance(error, TimedOut):
                 raise Verdict("timeout", step="answer to the handshake")
-            raise Verdict("tls_failed" if isinstance(error, ssl.SSLError) else "closed", error=explain(error))
+            raise Verdict("tls_failed" if isinstance(error, ssl.SSLError) else "closed", error=describe_error(error))
 
     def show(self, label, head, since=None):
         """A head, line by line, without what must stay secret."""
         for line in head[:-4].split(b"\r\n"):
             name = line.partition(b":")[0]
-            shown = printable(name + b": ..." if name.lower() in SECRET - SHOWN else line)
-            say(label, shown.replace("\\x22", '"'), since)
+            shown = printable(name + b": ..." if name.lower() in REDACTED_FIELDS - SHOWN else line)
+            print_line(label, shown.replace("\\x22", '"'), since)
             label, since = "", None
 
     def judge(self):
@@ -5367,7 +5367,7 @@ class Probe:
         """Any status but 101: the gate's own word if there is one, else the folklore."""
         status, fields = self.response.status, self.response.fields
         if body:
-            say("body", printable(re.sub(b" +", b" ", body)[:400]).replace("\\x22", '"'))
+            print_line("body", printable(re.sub(b" +", b" ", body)[:400]).replace("\\x22", '"'))
         if status == 400 and re.search(br"(?i)HTTPS (port|server)|SSL-enabled|port speaks TLS", body):
             raise Verdict("tls_port")
         reason = printable(fields.get(b"x-wsgate-reason") or b"")
@@ -5384,17 +5384,17 @@ class Probe:
                 self.echo(asked.count or 1, (asked.message or "wsgate").encode("utf-8", "surrogateescape"))
             elif not asked.idle:
                 took = self.round_trip(PING, b"wsgate", Deadline(1))
-                say("ping", "no pong came" if took is None else "its pong came after %.1f ms" % took)
+                print_line("ping", "no pong came" if took is None else "its pong came after %.1f ms" % took)
             if asked.idle:
                 self.idle(min(asked.idle, LONGEST_WAIT))
             deadline = Deadline(1)
             self.stream.write_all(close_frame(1000, "", masked=True), deadline)
             answered = any(opcode == CLOSE for opcode, _ in read_frames(self.stream, deadline))
-            say("close", "its Close came back" if answered else "it ended without a Close frame")
+            print_line("close", "its Close came back" if answered else "it ended without a Close frame")
         except TimedOut:
-            say("close", "no Close came back")
+            print_line("close", "no Close came back")
         except OSError as error:
-            raise Verdict("cut", how="the connection broke: %s" % explain(error))
+            raise Verdict("cut", how="the connection broke: %s" % describe_error(error))
 
     def echo(self, count, payload):
         """Round trips of one message."""
@@ -5405,7 +5405,7 @@ class Probe:
                 break
             times.append(took)
         times.sort()
-        say("echo", "%d of %d came back%s" % (len(times), count, ": min %.1f, median %.1f, max %.1f ms" % (
+        print_line("echo", "%d of %d came back%s" % (len(times), count, ": min %.1f, median %.1f, max %.1f ms" % (
             times[0], times[len(times) // 2], times[-1]) if times else "; perhaps this is no echo server"))
 
     def round_trip(self, opcode, payload, deadline):
@@ -5428,9 +5428,9 @@ class Probe:
         try:
             for opcode, _ in self.frames(Deadline(seconds)):
                 if opcode == PING:
-                    say("idle", "a ping after %.1f s, not answered" % (time.monotonic() - self.since))
+                    print_line("idle", "a ping after %.1f s, not answered" % (time.monotonic() - self.since))
         except TimedOut:
-            say("idle", "survived %g s of silence" % seconds)
+            print_line("idle", "survived %g s of silence" % seconds)
 
     def frames(self, deadline):
         """read_frames, but a Close or the end of the connection is a Verdict."""
@@ -5459,10 +5459,10 @@ class Probe:
                      seconds=time.monotonic() - self.since, **verdict.facts)
         sentences = dict(VERDICTS, **REASONS)
         happened, advice = sentences.get(self.word) or sentences[verdict.like]
-        say("verdict", "%s: %s" % (self.word, happened % facts))
+        print_line("verdict", "%s: %s" % (self.word, happened % facts))
         if advice:
-            say("to do", advice % facts)
-        say("")
+            print_line("to do", advice % facts)
+        print_line("")
 
 
 def refusal(status, reason):
@@ -5471,7 +5471,7 @@ def refusal(status, reason):
     return Verdict(word if not reason or reason in VERDICTS else reason, like=word)
 
 
-def explain(error):
+def describe_error(error):
     """An exception in a few words."""
     return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error) or "it ended"
 
