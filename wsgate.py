@@ -80,6 +80,7 @@ import ssl
 import stat
 import struct
 import subprocess
+import textwrap
 import threading
 import time
 
@@ -144,203 +145,259 @@ class TimedOut(Exception):
 
 
 # -------------------------------------------------------- Configuration: values
+#
+# A parser takes the text of a value and returns what it means. It raises ValueError,
+# with the value, what is wrong with it and, in parentheses, what was expected.
 
-Address = collections.namedtuple("Address", "host port path")  # path: of a unix socket
+Address = collections.namedtuple("Address", "host port path")  # path: of a Unix socket
 Listen = collections.namedtuple("Listen", "address ssl proxy_protocol reuseport")
 Target = collections.namedtuple("Target", "tls authority uri")  # a parsed proxy_pass
 Return = collections.namedtuple("Return", "status text")
 
 TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
 SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+LONGEST = 3650 * 86400  # seconds; far below what overflows the C types of any timeout
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
 def parse_seconds(text):
-    """'500ms' '30s' '10m' '2h' '1d' or seconds -> float."""
+    """Return a duration ('500ms', '30s', '10m', '2h', '1d' or '30') in seconds, as float."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|[smhd]?)", text)
     if not match:
-        raise ValueError("a time is needed, such as 500ms, 30s, 10m, 2h or 1d")
-    return float(match.group(1)) * TIME_UNITS[match.group(2)]
-
-
-def parse_timeout(text):
-    """A time above zero -> float."""
-    seconds = parse_seconds(text)
-    if not seconds:
-        raise ValueError("a time above 0 is needed")
+        raise ValueError("invalid duration %r (expected e.g. 500ms, 30s, 10m, 2h or 1d)" % text)
+    seconds = float(match.group(1)) * TIME_UNITS[match.group(2)]
+    if seconds > LONGEST:
+        raise ValueError("duration %r is too long (expected at most 3650d)" % text)
     return seconds
 
 
+def parse_timeout(text):
+    """Return a duration greater than zero in seconds."""
+    seconds = parse_seconds(text)
+    if not seconds:
+        raise ValueError("invalid duration %r (expected more than 0)" % text)
+    return seconds
+
+
+def parse_idle_timeout(text):
+    """Return a duration greater than zero in seconds, or infinity for 'never'."""
+    return math.inf if text == "never" else parse_timeout(text)
+
+
 def parse_size(text):
-    """'512' '16k' '1m' -> bytes as int."""
-    match = re.fullmatch(r"([0-9]{1,12})([kmg]?)", text.lower())
+    """Return a size ('512', '16k', '1m' or '1g') in bytes."""
+    match = re.fullmatch(r"([0-9]{1,9})([kmg]?)", text.lower())
     if not match:
-        raise ValueError("a size is needed, such as 512, 16k or 1m")
+        raise ValueError("invalid size %r (expected e.g. 512, 16k, 1m or 1g)" % text)
     return int(match.group(1)) * SIZE_UNITS[match.group(2)]
 
 
 def parse_count(text):
-    """ASCII digits -> int."""
+    """Return a non-negative integer, written in ASCII digits."""
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError("a whole number is needed")
+        raise ValueError("invalid number %r (expected a non-negative integer)" % text)
     return int(text)
 
 
 def parse_count_or_auto(text):
-    """'auto' -> None, else as parse_count."""
+    """Return a non-negative integer, or None for 'auto'."""
     return None if text == "auto" else parse_count(text)
 
 
 def parse_affinity(text):
-    """'auto', 'off' or the number of a processor -> 'auto', None or int."""
+    """Return 'auto', None for 'off', or the number of a CPU that this process may use."""
     if text in ("auto", "off"):
         return text if text == "auto" else None
-    number = parse_count(text)
-    if ALLOWED_PROCESSORS and number not in ALLOWED_PROCESSORS:
-        raise ValueError("this process may use processor %s" % ", ".join(map(str, sorted(ALLOWED_PROCESSORS))))
-    return number
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError("invalid CPU %r (expected auto, off or the number of a CPU)" % text)
+    if ALLOWED_PROCESSORS and int(text) not in ALLOWED_PROCESSORS:
+        raise ValueError("CPU %s is not available (expected one of: %s)" % (
+            text, ", ".join(map(str, sorted(ALLOWED_PROCESSORS)))))
+    return int(text)
 
 
 def parse_flag(text):
-    """'on' or 'off' -> bool."""
+    """Return True for 'on', False for 'off'."""
     if text not in ("on", "off"):
-        raise ValueError("on or off is needed")
+        raise ValueError("invalid value %r (expected on or off)" % text)
     return text == "on"
 
 
 def choice(*words):
-    """A parser that takes one of these words."""
+    """Return a parser that accepts these words only."""
     def parse(text):
         if text not in words:
-            raise ValueError("needed is one of: %s" % ", ".join(words))
+            raise ValueError("invalid value %r (expected one of: %s)" % (text, ", ".join(words)))
         return text
     return parse
 
 
 def parse_list(text):
-    """Words separated by commas, spaces or lines -> tuple of str."""
+    """Return the words of a list, separated by commas, spaces or lines, as a tuple of str."""
     return tuple(word for word in re.split(r"[,\s]+", text) if word)
 
 
 def parse_log(text):
-    """A path, '-', 'off', 'syslog:' or 'syslog:HOST:PORT'."""
-    if not text or (text.startswith("syslog:") and not re.fullmatch(r"syslog:([^\s:]+(:[0-9]{1,5})?)?", text)):
-        raise ValueError("a path, -, off, syslog: or syslog:HOST:PORT is needed")
+    """Return the destination of a log as it is written: path, -, off or syslog:[HOST[:PORT]]."""
+    syslog = re.fullmatch(r"syslog:([^\s:]+(:[0-9]{1,5})?)?", text)
+    if not text or (text.startswith("syslog:") and not syslog):
+        raise ValueError("invalid log destination %r (expected a path, -, off, syslog: or"
+                         " syslog:HOST:PORT)" % text)
     return text
 
 
 def optional(parse):
-    """A parser for which '' is None."""
+    """Return a parser that returns None for an empty value."""
     return lambda text: parse(text) if text else None
 
 
 def parse_address(text, default_port=None, default_host=None):
-    """host:port, [v6]:port, :port, port or unix:/path -> Address."""
+    """Return host:port, [v6]:port, :port, port or unix:/path as an Address.
+
+    A host or a port may be left out only if there is a default for it.
+    """
     if text.startswith("unix:"):
         if not text.startswith("unix:/"):
-            raise ValueError("a unix socket is written unix:/absolute/path")
+            raise ValueError("invalid address %r (expected unix:/absolute/path)" % text)
         return Address(None, None, text[5:])
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]*))(?::([0-9]{1,5}))?", text)
     if not match:
-        raise ValueError("%r is no address: host:port, [v6]:port or unix:/path is needed" % text)
+        raise ValueError("invalid address %r (expected host:port, [v6]:port or unix:/path)" % text)
     host, port = match.group(1) or match.group(2), match.group(3)
     if default_host is not None and port is None and re.fullmatch(r"[0-9]{1,5}", host):
         host, port = "", host  # a listener may be a port alone
     port = int(port) if port else default_port
     if port is not None and port > 65535:
-        raise ValueError("%r: a port is at most 65535" % text)
-    if port is None or not (host or default_host is not None):
-        raise ValueError("%r needs a %s" % (text, "host" if port is not None else "port, host:port"))
+        raise ValueError("invalid port in %r (expected at most 65535)" % text)
+    if port is None:
+        raise ValueError("missing port in %r (expected host:port)" % text)
+    if not host and default_host is None:
+        raise ValueError("missing host in %r (expected host:port)" % text)
     return Address(host or default_host, port, None)
 
 
 def parse_status_listen(text):
-    """As parse_address, 'off' or '' -> None."""
+    """Return an Address, or None for 'off' or ''."""
     return None if text in ("", "off") else parse_address(text, default_host="127.0.0.1")
 
 
 def show_address(address):
-    """Address -> the text it is written as."""
+    """Return an Address as it is written in wsgate.ini."""
     if address.path:
         return "unix:" + address.path
     return ("[%s]:%d" if ":" in address.host else "%s:%d") % (address.host, address.port)
 
 
+LISTEN_OPTIONS = ("ssl", "proxy_protocol", "reuseport")
+
+
 def parse_listen(text):
-    """One listener a line (or by commas): ADDRESS [ssl] [proxy_protocol] [reuseport] -> tuple of Listen."""
-    listens = []
+    """Return the listeners (ADDRESS [OPTION ...], one per line or by commas), a tuple of Listen."""
+    listens, seen = [], set()
     for words in (entry.split() for entry in re.split(r"[,\n]", text)):
         if not words:
             continue
-        flags = set(words[1:])
-        if flags - {"ssl", "proxy_protocol", "reuseport"}:
-            raise ValueError("behind an address only ssl, proxy_protocol and reuseport may stand, not %r"
-                             % " ".join(words[1:]))
+        for word in words[1:]:
+            if word not in LISTEN_OPTIONS:
+                raise ValueError("unknown listen option %r (expected one of: %s)" % (
+                    word, ", ".join(LISTEN_OPTIONS)))
         address = parse_address(words[0], default_host="0.0.0.0")
-        listens.append(Listen(address, "ssl" in flags, "proxy_protocol" in flags, "reuseport" in flags))
-    if not listens or len({listen.address for listen in listens}) < len(listens):
-        raise ValueError("at least one address is needed, and none of them twice")
+        if address in seen:
+            raise ValueError("duplicate address %s" % words[0])
+        seen.add(address)
+        listens.append(Listen(address, *(option in words[1:] for option in LISTEN_OPTIONS)))
+    if not listens:
+        raise ValueError("no address (expected at least one, e.g. 127.0.0.1:8080)")
     return tuple(listens)
 
 
+EVERYBODY = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"), "unix:")
+
+
 def parse_networks(text):
-    """Addresses and CIDRs, 'all' or 'unix:' (who comes over a unix socket) -> tuple of ip_network and 'unix:'."""
+    """Return a list of addresses and CIDRs as a tuple of ip_network.
+
+    'unix:' (a peer on a Unix socket) remains a str; 'all' is every address and 'unix:'.
+    """
     networks = []
     for word in parse_list(text):
         if word == "all":
-            networks += [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"), "unix:"]
+            networks += EVERYBODY
         elif word == "unix:":
             networks.append(word)
         else:
-            try:
-                networks.append(ipaddress.ip_network(word))
-            except ValueError as error:
-                if "host bits" in str(error):
-                    error = "%s; write %s" % (error, ipaddress.ip_network(word, False))
-                raise ValueError(str(error))
+            networks.append(parse_network(word))
     return tuple(networks)
 
 
+def parse_network(word):
+    """Return an address or CIDR as ip_network; an IPv4-mapped one (::ffff:0:0/96) as IPv4."""
+    try:
+        network = ipaddress.ip_network(word, strict=False)
+    except ValueError:
+        raise ValueError("invalid network %r (expected an address, a CIDR such as 10.0.0.0/8,"
+                         " all or unix:)" % word)
+    address, _, length = word.partition("/")
+    if length and ipaddress.ip_address(address) != network.network_address:
+        raise ValueError("network %r has host bits set (expected %s)" % (word, network))
+    mapped = network.version == 6 and network.network_address.ipv4_mapped
+    if mapped and network.prefixlen >= 96:
+        return ipaddress.ip_network("%s/%d" % (mapped, network.prefixlen - 96))
+    return network
+
+
+TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
+
+
 def parse_protocols(text):
-    """TLS versions -> tuple of the known names."""
-    known = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
+    """Return a list of TLS versions, a tuple of str."""
     words = parse_list(text)
-    if not words or set(words) - set(known):
-        raise ValueError("TLS versions are needed, of %s" % " ".join(known))
+    unknown = [word for word in words if word not in TLS_VERSIONS]
+    if unknown or not words:
+        raise ValueError("unknown TLS version %r (expected some of: %s)" % (
+            " ".join(unknown), " ".join(TLS_VERSIONS)))
     return words
 
 
 def parse_proxy_pass(text):
-    """http[s]://NAME|host[:port]|unix:/path: [/uri] (ws, wss too) -> Target, '' -> None."""
+    """Return the URL of a backend as a Target, None for ''.
+
+    scheme://NAME, scheme://host[:port] or scheme://unix:/path: , then an optional /uri;
+    the scheme is http or https (ws and wss mean the same).
+    """
     if not text:
         return None
-    match = re.fullmatch(r"(http|https|ws|wss)://(unix:/[^:\s]+|[^/?#\s]+)(:?)(/[\x21-\x7e]*)?", text)
+    match = re.fullmatch(r"(http|https|ws|wss)://(unix:/[^:\s]+|[^/?#\s]+)(:?)(/[\x21-\x7e]*)?",
+                         text)
     if not match or (match.group(3) and not match.group(2).startswith("unix:")):
-        raise ValueError("http://host:port, https://host:port or http://unix:/path is needed")
+        raise ValueError("invalid URL %r (expected http://host:port, https://host:port or"
+                         " http://unix:/path)" % text)
     if "@" in match.group(2):
-        raise ValueError("a backend has no user name; use proxy_set_header = Authorization: ...")
-    parse_address(match.group(2), default_port=80)  # its ValueError says what is wrong
+        raise ValueError("credentials are not allowed in a backend URL (expected"
+                         " proxy_set_header = Authorization: ...)")
+    parse_address(match.group(2), default_port=80)  # raises ValueError
     return Target(match.group(1) in ("https", "wss"), match.group(2), match.group(4))
 
 
 def parse_return(text):
-    """CODE, CODE TEXT or 30x URL -> Return."""
+    """Return 'CODE', 'CODE TEXT' or '30x URL' as a Return."""
     match = re.fullmatch(r"([2-5][0-9]{2})(?:\s+(\S.*))?", text, re.S)
     if not match:
-        raise ValueError("a status code is needed, then a text or (30x) an address")
+        raise ValueError("invalid response %r (expected CODE, CODE TEXT or 30x URL)" % text)
     status = int(match.group(1))
     if status in REDIRECTS and not match.group(2):
-        raise ValueError("a redirect needs the address to go to")
+        raise ValueError("missing URL of the redirect (expected e.g. %d https://example.com/)"
+                         % status)
     return Return(status, Template(match.group(2) or ""))
 
 
-# What the gate itself says about the connection; a client or an administrator cannot set it.
-MANAGED_FIELDS = frozenset(b"connection upgrade keep-alive content-length te trailer transfer-encoding proxy-connection"
-                        b" http2-settings".split())
+# Fields that wsgate manages itself: neither a client nor proxy_set_header can set them.
+MANAGED_FIELDS = frozenset(b"connection upgrade keep-alive content-length te trailer"
+                           b" transfer-encoding proxy-connection http2-settings".split())
 
 
 def parse_set_headers(text):
-    """One 'Name: value' a line -> tuple of (name bytes, Template)."""
+    """Return header fields ('Name: value', one per line), a tuple of (name bytes, Template)."""
     headers = []
     for line in text.splitlines():
         if not line.strip():
@@ -348,46 +405,48 @@ def parse_set_headers(text):
         name, colon, value = line.partition(":")
         raw = name.strip().encode()
         if not colon or not TOKEN.fullmatch(raw):
-            raise ValueError("'Name: value' is needed, not %r" % line.strip())
+            raise ValueError("invalid header field %r (expected Name: value)" % line.strip())
         if raw.lower() in MANAGED_FIELDS:
-            raise ValueError("%s is set by wsgate itself, this line can go" % name.strip())
+            raise ValueError("%s is managed by wsgate (remove this line)" % name.strip())
         if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):
-            raise ValueError("a control character in the value of %s" % name.strip())
+            raise ValueError("control character in the value of %s" % name.strip())
         headers.append((raw, Template(value.strip())))
     return tuple(headers)
 
 
 def parse_origins(text):
-    """'any', 'same' or a list of scheme://host[:port] with * -> tuple, 'any' -> None."""
+    """Return 'same' and scheme://host[:port] with * globs as a tuple of str, 'any' as None."""
     words = tuple(word.lower() for word in parse_list(text))
     for word in words:
         if word not in ("any", "same", "null") and "://" not in word and not word.startswith("*"):
-            raise ValueError("%r: an origin is written https://example.com" % word)
+            raise ValueError("invalid origin %r (expected e.g. https://example.com)" % word)
     return None if not words or "any" in words else words
 
 
 def parse_pem(text):
-    """A file that can be read."""
+    """Return the path of a file that can be read, else raise OSError."""
     open(text, "rb").close()
     return text
 
 
 def parse_user(text):
-    """The name of a user of this system."""
+    """Return the name of a user of this system."""
     if pwd is None:
-        raise ValueError("this system has no users to change to")
+        raise ValueError("user is not supported on this platform")
     try:
         pwd.getpwnam(text)
     except KeyError:
-        raise ValueError("there is no user %r" % text)
+        raise ValueError("unknown user %r" % text)
     return text
 
 
+SERVER_OPTIONS = {"weight": "1", "max_fails": "1", "fail_timeout": "10s", "max_conns": "0"}
+
+
 def parse_server_line(line):
-    """'ADDRESS [weight=1] [max_fails=1] [fail_timeout=10s] [max_conns=0] [backup] [down]' -> Server."""
+    """Return 'ADDRESS [weight=1] [max_fails=1] [fail_timeout=10s] ... [down]' as a Server."""
     words = line.split()
-    options = {"weight": "1", "max_fails": "1", "fail_timeout": "10s", "max_conns": "0"}
-    flags = set()
+    options, flags = dict(SERVER_OPTIONS), set()
     for word in words[1:]:
         key, equals, value = word.partition("=")
         if equals and key in options:
@@ -395,20 +454,21 @@ def parse_server_line(line):
         elif word in ("backup", "down"):
             flags.add(word)
         else:
-            raise ValueError("unknown %r; known are %s, backup, down" % (word, ", ".join(options)))
+            raise ValueError("unknown server parameter %r (expected one of: %s, backup, down)" % (
+                word, ", ".join(options)))
     weight = parse_count(options["weight"])
     if not weight:
-        raise ValueError("weight must be at least 1 (use down to take a server out)")
-    return Server(parse_address(words[0], default_port=80), weight, parse_count(options["max_fails"]),
-                  parse_seconds(options["fail_timeout"]), parse_count(options["max_conns"]),
-                  "backup" in flags, "down" in flags)
+        raise ValueError("invalid weight 0 (expected at least 1; down takes a server out)")
+    return Server(parse_address(words[0], default_port=80), weight,
+                  parse_count(options["max_fails"]), parse_seconds(options["fail_timeout"]),
+                  parse_count(options["max_conns"]), "backup" in flags, "down" in flags)
 
 
 def parse_servers(text):
-    """One server a line -> tuple of Server."""
+    """Return the servers of an upstream, one per line, as a tuple of Server."""
     servers = tuple(parse_server_line(line) for line in text.splitlines() if line.strip())
     if not servers:
-        raise ValueError("at least one server is needed")
+        raise ValueError("no server (expected at least one address)")
     return servers
 
 
@@ -431,93 +491,190 @@ class Template:
                 raise ValueError("unknown variable $%s%s" % (name, nearest(name, self.VARIABLES)))
 
     def render(self, request):
-        """-> bytes, with what this request gives for the variables."""
+        """Return the text as bytes, with the values of the variables for this request."""
         parts = [part.encode() for part in self.parts]
         for place, name in list(enumerate(self.parts))[1::2]:
-            parts[place] = (self.VARIABLES[name](request) if name in self.VARIABLES else
-                            b", ".join(request.fields.get_all(name[5:].replace("_", "-").encode())))
+            if name in self.VARIABLES:
+                parts[place] = self.VARIABLES[name](request)
+            else:
+                field = name[len("http_"):].replace("_", "-").encode()
+                parts[place] = b", ".join(request.fields.get_all(field))
         return b"".join(parts)
 
 
 # ---------------------------------------------------------- Configuration: keys
 #
-# One table per kind of section. It parses, it is the reference that wsgate.ini
-# repeats (a test compares the two), and a key that is not in it is an error.
+# One table per kind of section: it parses, and it is the reference that wsgate.ini
+# repeats (a test compares the two). A key that is not in its table is an error.
 
 Key = collections.namedtuple("Key", "parse default meaning")
 
 SERVER_KEYS = {
-    "listen": Key(parse_listen, "127.0.0.1:8080",
-                  "host:port, [v6]:port, :port, port or unix:/path, one a line; after it ssl, proxy_protocol,"
-                  " reuseport"),
-    "ssl_client_certificate": Key(optional(parse_pem), "", "CA file: clients must show a certificate of it"),
-    "ssl_protocols": Key(parse_protocols, "TLSv1.2 TLSv1.3", "TLS versions offered to clients"),
-    "client_header_timeout": Key(parse_timeout, "10s",
-                                 "for TLS handshake and request head together, however they drip"),
-    "client_header_size": Key(parse_size, "16k", "a longer request head is refused with 431"),
-    "client_body_timeout": Key(parse_timeout, "60s", "between two reads of a request body"),
-    "keepalive_timeout": Key(parse_seconds, "75s",
-                             "between two requests of one client connection; 0 = one request each"),
-    "send_timeout": Key(parse_timeout, "60s", "a client that takes no byte for so long is closed"),
-    "max_connections": Key(parse_count_or_auto, "auto", "above it 503; auto = what descriptors and threads allow"),
-    "max_connections_per_ip": Key(parse_count, "0", "above it 429, by the real client address; 0 = no limit"),
-    "set_real_ip_from": Key(parse_networks, "",
-                            "CIDRs (or unix:) of trusted proxies: only they may say who the client is"),
-    "real_ip_header": Key(choice("X-Forwarded-For", "X-Real-IP", "proxy_protocol"), "X-Forwarded-For",
-                          "where trusted proxies say it: X-Forwarded-For, X-Real-IP or proxy_protocol"),
-    "drain_timeout": Key(parse_seconds, "30s", "time over which QUIT ends the tunnels"),
-    "access_log": Key(parse_log, "-", "a path, - (stdout), off, syslog: or syslog:HOST:PORT"),
-    "error_log": Key(parse_log, "-", "a path, - (stderr), off, syslog: or syslog:HOST:PORT"),
-    "log_level": Key(choice("debug", "info", "warning", "error"), "info", "debug, info, warning or error"),
-    "log_format": Key(choice("text", "json"), "text", "of the access log: text or json"),
-    "status_listen": Key(parse_status_listen, "off", "host:port or unix:/path of the status page, or off"),
-    "status_allow": Key(parse_networks, "127.0.0.0/8 ::1", "CIDRs that may see the status page"),
-    "worker_cpu_affinity": Key(parse_affinity, "auto", "auto: one processor, because Python's lock changing between"
-                               " two costs more than it gains; off; or the number of a processor"),
-    "user": Key(optional(parse_user), "", "drop to this user after binding, when started as root"),
-    "pid": Key(optional(str), "", "file for the process id, which -s needs"),
+    "listen": Key(
+        parse_listen, "127.0.0.1:8080",
+        "addresses to accept connections on, one per line: host:port, [v6]:port, :port, port or"
+        " unix:/path, then options: ssl, proxy_protocol (expect a PROXY header), reuseport"),
+    "ssl_client_certificate": Key(
+        optional(parse_pem), "",
+        "CA file (PEM); if set, TLS clients must present a certificate signed by it"),
+    "ssl_protocols": Key(
+        parse_protocols, "TLSv1.2 TLSv1.3", "TLS versions offered to clients"),
+    "client_header_timeout": Key(
+        parse_timeout, "10s",
+        "time limit for the TLS handshake and the whole request head, however slowly it comes"),
+    "client_header_size": Key(
+        parse_size, "16k", "maximum size of a request head in bytes, 431 beyond"),
+    "client_body_timeout": Key(
+        parse_timeout, "60s", "time limit between two reads of a request body, 408 beyond"),
+    "keepalive_timeout": Key(
+        parse_seconds, "75s",
+        "close a client connection that is idle between two requests for this long;"
+        " 0: one request per connection"),
+    "send_timeout": Key(
+        parse_timeout, "60s", "close a client that accepts no data for this long"),
+    "max_connections": Key(
+        parse_count_or_auto, "auto",
+        "maximum number of client connections, 503 beyond; auto: what RLIMIT_NOFILE and the"
+        " thread limits allow"),
+    "max_connections_per_ip": Key(
+        parse_count, "0", "maximum number of connections per client address, 429 beyond;"
+        " 0: no limit"),
+    "set_real_ip_from": Key(
+        parse_networks, "",
+        "addresses and CIDRs of trusted proxies (unix: for Unix sockets), whose forwarding fields"
+        " and PROXY headers are honored"),
+    "real_ip_header": Key(
+        choice("X-Forwarded-For", "X-Real-IP", "proxy_protocol"), "X-Forwarded-For",
+        "where trusted proxies put the client address: X-Forwarded-For, X-Real-IP or"
+        " proxy_protocol"),
+    "drain_timeout": Key(
+        parse_seconds, "30s", "time over which SIGQUIT closes the open tunnels"),
+    "access_log": Key(
+        parse_log, "-",
+        "destination of the access log: path, - (stdout), off, syslog: or syslog:HOST:PORT"),
+    "error_log": Key(
+        parse_log, "-",
+        "destination of the error log: path, - (stderr), off, syslog: or syslog:HOST:PORT"),
+    "log_level": Key(
+        choice("debug", "info", "warning", "error"), "info",
+        "minimum severity in the error log: debug, info, warning or error"),
+    "log_format": Key(
+        choice("text", "json"), "text", "format of the access log: text or json"),
+    "status_listen": Key(
+        parse_status_listen, "off",
+        "address of the status page and metrics: host:port, unix:/path or off"),
+    "status_allow": Key(
+        parse_networks, "127.0.0.0/8 ::1",
+        "addresses and CIDRs that may read the status page"),
+    "worker_cpu_affinity": Key(
+        parse_affinity, "auto",
+        "auto: pin the process to one CPU, since GIL contention across CPUs costs more than it"
+        " gains; off: do not pin; N: pin to CPU N"),
+    "user": Key(
+        optional(parse_user), "",
+        "user to switch to after binding the listeners, when started as root"),
+    "pid": Key(
+        optional(str), "", "file for the process ID; -s needs it"),
 }
 
 LOCATION_KEYS = {
-    "proxy_pass": Key(parse_proxy_pass, "",
-                      "backend: http(s)://UPSTREAM | host:port | unix:/path: , then an optional /uri"),
-    "return": Key(optional(parse_return), "", "instead of proxy_pass: CODE, CODE TEXT, or 30x URL"),
-    "proxy_set_header": Key(parse_set_headers, "", "Name: value, one a line; an empty value removes the field"),
-    "proxy_connect_timeout": Key(parse_timeout, "5s", "for one server: resolve, connect and TLS together"),
-    "proxy_read_timeout": Key(parse_timeout, "60s", "between two reads of an HTTP answer"),
-    "proxy_send_timeout": Key(parse_timeout, "60s", "between two writes of a request"),
-    "idle_timeout": Key(parse_timeout, "60s",
-                        "a tunnel without a byte either way is closed; default: proxy_read_timeout"),
-    "ping_interval": Key(parse_seconds, "0", "ping a side of the tunnel that was silent for so long; 0 = never"),
-    "ping_timeout": Key(parse_timeout, "20s", "no byte for so long after a ping: that side is dead"),
-    "upgrade": Key(choice("websocket", "none", "any"), "websocket",
-                   "websocket, none, or any (other protocols too, never h2c)"),
-    "strict_handshake": Key(parse_flag, "on", "off: do not check Sec-WebSocket-Key, -Version and -Accept"),
-    "allowed_origins": Key(parse_origins, "any", "any, same, or a list of https://host[:port] with * globs"),
-    "allow": Key(parse_networks, "", "CIDRs, unix: or all that may connect; when set, all others are refused"),
-    "deny": Key(parse_networks, "", "CIDRs that may not; wins over allow"),
-    "auth_basic_user_file": Key(optional(parse_pem), "",
-                                "htpasswd file of {SCRYPT}, {SSHA} or {SHA} lines (--hash-password writes one)"),
-    "auth_request": Key(parse_proxy_pass, "", "URL that is asked first: 2xx lets the request pass"),
-    "reject_with": Key(choice("http", "close"), "http", "close: answer refused handshakes by 101 and a Close frame"),
-    "client_max_body_size": Key(parse_size, "0", "a larger request body is refused with 413; 0 = no limit"),
-    "max_message_size": Key(parse_size, "0", "a larger WebSocket message ends the tunnel with 1009; 0 = no limit"),
-    "max_connections": Key(parse_count, "0", "of this location; above it 503; 0 = no limit"),
-    "proxy_ssl_verify": Key(parse_flag, "on", "check the backend's certificate and its name"),
-    "proxy_ssl_trusted_certificate": Key(optional(parse_pem), "", "CA file for backends; default: the system's store"),
-    "proxy_ssl_name": Key(optional(str), "", "name for SNI and the check; default: the host of proxy_pass"),
-    "proxy_ssl_certificate": Key(optional(parse_pem), "", "client certificate to show to backends"),
-    "proxy_ssl_certificate_key": Key(optional(parse_pem), "", "its key"),
-    "proxy_protocol": Key(parse_flag, "off", "begin connections to the backend with a PROXY v1 line"),
-    "ssl_certificate": Key(optional(parse_pem), "",
-                           "certificate chain, PEM; in [location HOST/...] for that host name (SNI)"),
-    "ssl_certificate_key": Key(optional(parse_pem), "", "its key, PEM"),
+    "proxy_pass": Key(
+        parse_proxy_pass, "",
+        "backend: http(s)://UPSTREAM, http(s)://host:port or http(s)://unix:/path: , then an"
+        " optional /uri that replaces the matched prefix"),
+    "return": Key(
+        optional(parse_return), "",
+        "respond without a backend, instead of proxy_pass: CODE, CODE TEXT, or 30x URL"),
+    "proxy_set_header": Key(
+        parse_set_headers, "",
+        "request header fields for the backend, one 'Name: value' per line; an empty value"
+        " removes the field"),
+    "proxy_connect_timeout": Key(
+        parse_timeout, "5s",
+        "time limit for DNS lookup, connect and TLS handshake with one server"),
+    "proxy_read_timeout": Key(
+        parse_timeout, "60s", "time limit between two reads of an HTTP response"),
+    "proxy_send_timeout": Key(
+        parse_timeout, "60s", "time limit between two writes of an HTTP request"),
+    "idle_timeout": Key(
+        parse_idle_timeout, "60s",
+        "close a tunnel without a byte in either direction for this long, or never; if unset,"
+        " proxy_read_timeout applies"),
+    "ping_interval": Key(
+        parse_seconds, "0",
+        "send a WebSocket ping to a peer that has been silent for this long; 0: never"),
+    "ping_timeout": Key(
+        parse_timeout, "20s",
+        "close the tunnel if a peer sends nothing for this long after a ping"),
+    "upgrade": Key(
+        choice("websocket", "none", "any"), "websocket",
+        "protocols to switch to: websocket, none, or any (what client and backend agree on,"
+        " except h2c)"),
+    "strict_handshake": Key(
+        parse_flag, "on",
+        "check Sec-WebSocket-Key, -Version and -Accept; off: accept non-standard devices"),
+    "allowed_origins": Key(
+        parse_origins, "any",
+        "Origin of WebSocket handshakes: any, same (as Host), or a list of"
+        " scheme://host[:port] with * globs; 403 for others"),
+    "allow": Key(
+        parse_networks, "",
+        "addresses and CIDRs (or unix:, all) with access; if set, all others get 403"),
+    "deny": Key(
+        parse_networks, "",
+        "addresses and CIDRs (or unix:, all) that get 403; takes precedence over allow"),
+    "auth_basic_user_file": Key(
+        optional(parse_pem), "",
+        "htpasswd file for Basic authentication, of {SCRYPT}, {SSHA} or {SHA} lines as printed"
+        " by --hash-password"),
+    "auth_request": Key(
+        parse_proxy_pass, "",
+        "URL of an authorization service, as in proxy_pass; 2xx lets a request pass, 401 and 403"
+        " refuse it"),
+    "reject_with": Key(
+        choice("http", "close"), "http",
+        "how to refuse a WebSocket handshake: http (an HTTP error), or close (101, then a Close"
+        " frame)"),
+    "client_max_body_size": Key(
+        parse_size, "0", "maximum size of a request body in bytes, 413 beyond; 0: no limit"),
+    "max_message_size": Key(
+        parse_size, "0",
+        "maximum size of a WebSocket message in bytes; a larger one closes the tunnel with 1009;"
+        " 0: no limit"),
+    "max_connections": Key(
+        parse_count, "0",
+        "maximum number of requests and tunnels of this location at a time, 503 beyond;"
+        " 0: no limit"),
+    "proxy_ssl_verify": Key(
+        parse_flag, "on", "verify the certificate of a https backend and its name"),
+    "proxy_ssl_trusted_certificate": Key(
+        optional(parse_pem), "",
+        "CA file (PEM) to verify backends with; if unset, the system's CA store"),
+    "proxy_ssl_name": Key(
+        optional(str), "",
+        "server name for SNI and verification; if unset, the host of proxy_pass"),
+    "proxy_ssl_certificate": Key(
+        optional(parse_pem), "", "client certificate (PEM) to present to backends"),
+    "proxy_ssl_certificate_key": Key(
+        optional(parse_pem), "", "private key (PEM) of proxy_ssl_certificate"),
+    "proxy_protocol": Key(
+        parse_flag, "off", "send a PROXY protocol v1 header to the backend"),
+    "ssl_certificate": Key(
+        optional(parse_pem), "",
+        "certificate chain (PEM) of the ssl listeners; in [location HOST/...]: for that host name"
+        " (SNI)"),
+    "ssl_certificate_key": Key(
+        optional(parse_pem), "", "private key (PEM, no passphrase) of ssl_certificate"),
 }
 
 UPSTREAM_KEYS = {
-    "server": Key(parse_servers, "",
-                  "one a line: address, weight=1 max_fails=1 fail_timeout=10s max_conns=0 backup down"),
-    "balance": Key(choice("least_conn", "round_robin", "ip_hash"), "least_conn", "least_conn, round_robin or ip_hash"),
+    "server": Key(
+        parse_servers, "",
+        "servers, one per line: address, then parameters weight=1 max_fails=1 fail_timeout=10s"
+        " max_conns=0 backup down"),
+    "balance": Key(
+        choice("least_conn", "round_robin", "ip_hash"), "least_conn",
+        "how to choose a server: least_conn, round_robin or ip_hash"),
 }
 
 
@@ -525,10 +682,10 @@ UPSTREAM_KEYS = {
 
 
 def load_config(path, overrides=None, resolve=True):
-    """The file at path (None: no file, all defaults) -> Config; raises ConfigError with every error.
+    """Return the Config of the file at path (None: no file, all defaults).
 
-    overrides: {key: text} for [server], from the command line.
-    resolve: warn of names that do not; it may take long, so not while connections wait to be accepted.
+    Raises ConfigError with every error of the file. overrides: {key: text} for [server].
+    resolve: warn of host names that cannot be resolved; that may take long, so not at a reload.
     """
     return ConfigReader(path, overrides or {}, resolve).read()
 
@@ -548,7 +705,7 @@ class ConfigReader:
         self.locations = []
 
     def read(self):
-        """-> Config; raises ConfigError."""
+        """Return the Config; raise ConfigError."""
         sections = self.parse_file()
         for key, text in self.overrides.items():
             sections.setdefault("server", {})[key] = text
@@ -563,14 +720,16 @@ class ConfigReader:
             close = nearest(title.partition(" ")[0], ("server", "location", "upstream"))
             self.error(title, None, "unknown section%s" % close)
         if defaults.get("proxy_pass") or defaults.get("return"):
-            if not any((each.host, each.path, each.exact) == (None, "/", False) for each in self.locations):
+            root = (None, "/", False)
+            if not any((each.host, each.path, each.exact) == root for each in self.locations):
                 self.read_location("location /", {}, defaults)
         if not self.errors and not self.locations:
-            advice = "" if self.path else ", or --backend http://host:port; --demo tries it out"
-            self.errors.append((0, "%s: nothing to do: a [location /] with proxy_pass = http://host:port is needed%s"
-                                % (self.name, advice)))
+            advice = "" if self.path else "; or use --backend http://host:port, or --demo"
+            self.errors.append((0, "%s: no location (expected [location /] with proxy_pass ="
+                                   " http://host:port%s)" % (self.name, advice)))
         self.raise_errors()
-        config = Config(self.path, server, self.locations, list(self.upstreams.values()), self.warnings)
+        config = Config(self.path, server, self.locations, list(self.upstreams.values()),
+                        self.warnings)
         if any(listen.ssl for listen in server.listen):
             try:
                 config.certificates = CertificateStore(config)
@@ -579,61 +738,70 @@ class ConfigReader:
                 self.raise_errors()
         return config
 
-    def error(self, section, key, message):
-        """Note an error as file:line: [section] key: message."""
+    def place(self, section, key):
+        """Return (line number or 0, 'FILE:LINE: [section] key:')."""
         line = self.lines.get((section, key)) or self.lines.get((section, None), 0)
-        self.errors.append((line, "%s%s: [%s] %s%s" % (self.name, ":%d" % line if line else "", section,
-                                                       key + ": " if key else "", message)))
+        return line, "%s%s: [%s]%s" % (self.name, ":%d" % line if line else "", section,
+                                       " %s:" % key if key else "")
+
+    def error(self, section, key, message):
+        """Add an error, FILE:LINE: [section] key: message."""
+        line, place = self.place(section, key)
+        self.errors.append((line, "%s %s" % (place, message)))
+
+    def warn(self, section, key, message):
+        """Add a warning of what is valid but surely not meant, in the same form."""
+        self.warnings.append("%s %s" % (self.place(section, key)[1], message))
 
     def raise_errors(self):
-        """All that have been noted, in the order of the file."""
+        """Raise ConfigError with all errors in the order of the file, if there are any."""
         if self.errors:
-            raise ConfigError([text for _, text in sorted(self.errors, key=lambda error: error[0])])
-
-    def warn(self, section, message):
-        """Note what works, but is hardly meant."""
-        self.warnings.append("%s: [%s] %s" % (self.name, section, message))
+            errors = sorted(self.errors, key=lambda error: error[0])
+            raise ConfigError([text for _, text in errors])
 
     def parse_file(self):
-        """-> {section: {key: text}}, with configparser's traps taken out."""
+        """Return {section: {key: text}}; configparser with its traps switched off."""
         if self.path is None:
             return {}
         parser = configparser.RawConfigParser(delimiters=("=",), strict=True, interpolation=None,
                                               empty_lines_in_values=True, default_section="")
         parser.optionxform = str
-        parser.SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # Python 3.6 ends it at the first ]: [location [::1]/]
+        # Python 3.6 ends a header at the first ]: [location [::1]/]
+        parser.SECTCRE = re.compile(r"\[(?P<header>.+)\]")
         try:
             with open(self.path, encoding="utf-8-sig") as file:  # Notepad writes a BOM
                 text = file.read()
             parser.read_string(text, self.path)
         except OSError as error:
-            raise ConfigError(["%s: cannot be read: %s" % (self.path, error.strerror)])
+            raise ConfigError(["%s: cannot be read (%s)" % (self.path, error.strerror)])
         except UnicodeDecodeError as error:
-            raise ConfigError(["%s: is not UTF-8 (byte %d)" % (self.path, error.start)])
+            raise ConfigError(["%s: not UTF-8 (invalid byte at offset %d)" % (
+                self.path, error.start)])
         except configparser.MissingSectionHeaderError as error:
-            raise ConfigError(["%s:%d: a [section] must stand before %s" % (
-                self.path, error.lineno, error.line.strip())])
+            raise ConfigError(["%s:%d: key outside of a section: %s (expected [server] or another"
+                               " section first)" % (self.path, error.lineno, error.line.strip())])
         except configparser.ParsingError as error:
             lines = text.split("\n")
-            raise ConfigError(["%s:%d: neither [section] nor key = value: %s" % (
+            raise ConfigError(["%s:%d: invalid line: %s (expected [section] or key = value)" % (
                 self.path, number, lines[number - 1].strip()) for number, _ in error.errors])
         except configparser.DuplicateSectionError as error:
-            raise ConfigError(["%s:%d: [%s] stands here twice" % (self.path, error.lineno, error.section)])
+            raise ConfigError(["%s:%d: [%s] duplicate section" % (
+                self.path, error.lineno, error.section)])
         except configparser.DuplicateOptionError as error:
-            raise ConfigError(["%s:%d: [%s] %s: stands here twice" % (
+            raise ConfigError(["%s:%d: [%s] %s: duplicate key" % (
                 self.path, error.lineno, error.section, error.option)])
         self.number_lines(text)
         sections = {}
         for section in parser.sections():
             title = " ".join(section.split())
             if title in sections:
-                self.error(title, None, "stands here twice")
+                self.error(title, None, "duplicate section")
             sections[title] = dict(parser.items(section))
         return sections
 
     def number_lines(self, text):
-        """Remember where each section and key stands; configparser does not."""
-        section, indent = None, math.inf  # of the last key: what stands further right belongs to its value
+        """Fill self.lines; configparser does not keep line numbers."""
+        section, indent = None, math.inf  # of the last key: lines indented more belong to its value
         for number, line in enumerate(text.split("\n"), 1):
             begin = re.match(r"\s*", line).end()
             header = re.match(r"\s*\[(.+)\]", line)
@@ -646,17 +814,15 @@ class ConfigReader:
                 self.lines[section, key.group(1)] = number
 
     def section(self, title, texts, keys, inherited=()):
-        """{key: text} -> Settings with a value for every key of the table; None if a value is bad.
+        """Return the values of a section as Settings, None after an error.
 
-        inherited: keys whose errors have been told where they stand.
+        texts: {key: text}; keys: the table, whose defaults complete it.
+        inherited: keys whose errors have been reported for the section they come from.
         """
         values, bad = {}, []
         for key in texts:
             if key not in keys:
-                homes = [name for name, table in (("server", SERVER_KEYS), ("location /", LOCATION_KEYS),
-                                                  ("upstream NAME", UPSTREAM_KEYS)) if key in table]
-                advice = ", it belongs in [%s]" % homes[0] if homes else nearest(key, keys)
-                self.error(title, key, "unknown key%s" % advice)
+                self.error(title, key, unknown_key(key, keys))
         for name, key in keys.items():
             text = texts.get(name, key.default).strip()
             try:
@@ -664,23 +830,24 @@ class ConfigReader:
             except (OSError, ValueError) as error:
                 bad.append(name)
                 if name not in inherited:
-                    self.error(title, name, "%s: %s" % (text, error.strerror) if isinstance(error, OSError)
-                               else "%r: %s%s" % (text, error, "; no ; at line ends" if text.endswith(";") else ""))
+                    self.error(title, name, "cannot read %s (%s)" % (text, error.strerror)
+                               if isinstance(error, OSError) else "%s%s" % (
+                                   error, "; remove the ;" if text.endswith(";") else ""))
         return None if bad else Settings(values)
 
     def read_upstream(self, title, texts, _):
-        """[upstream NAME] -> an Upstream of this name."""
+        """Add the Upstream of an [upstream NAME]."""
         settings = self.section(title, texts, UPSTREAM_KEYS)
         name = title.partition(" ")[2]
         if not name:
-            self.error(title, None, "[upstream NAME] is needed")
+            self.error(title, None, "missing name (expected [upstream NAME])")
         elif settings:
             for server in settings.server:
-                self.check_resolves(title, server.address)
+                self.check_resolves(title, "server", server.address)
             self.upstreams[name] = Upstream(name, settings.server, settings.balance)
 
     def read_location(self, title, texts, defaults):
-        """[location ...] -> a Location at the end of locations, unless there is an error in it."""
+        """Add the Location of a [location ...] whose keys are texts, unless it has an error."""
         merged = dict(defaults, **texts)
         for key, other in (("proxy_pass", "return"), ("return", "proxy_pass")):
             if key in texts and other not in texts:
@@ -691,82 +858,99 @@ class ConfigReader:
             return
         target, auth_target = settings.proxy_pass, settings.auth_request
         if target and settings.return_:
-            self.error(title, "return", "stands beside proxy_pass; only one of them can be")
+            self.error(title, "return", "cannot be combined with proxy_pass (expected one of them)")
         elif not target and not settings.return_:
-            self.error(title, None, "needs proxy_pass (or return)")
+            self.error(title, None, "missing proxy_pass or return (expected one of them)")
         values = dict(vars(settings))
         if "idle_timeout" not in merged:
             values["idle_timeout"] = settings.proxy_read_timeout
         try:
-            upstream = target and self.upstream_for(title, target)
-            auth = auth_target and self.upstream_for(title, auth_target)
-            contexts = [each and each.tls and backend_context(settings) for each in (target, auth_target)]
+            upstream = target and self.upstream_for(title, "proxy_pass", target)
+            auth = auth_target and self.upstream_for(title, "auth_request", auth_target)
+            contexts = [each and each.tls and backend_context(settings)
+                        for each in (target, auth_target)]
         except (ValueError, OSError) as error:
             return self.error(title, "proxy_pass", str(error))
         try:
-            location = Location(title.partition(" ")[2], place, values, upstream, contexts[0], auth, contexts[1])
+            location = Location(title.partition(" ")[2], place, values, upstream, contexts[0],
+                                auth, contexts[1])
         except ValueError as error:
             return self.error(title, "auth_basic_user_file", str(error))
         if any(contexts) and not settings.proxy_ssl_verify:
-            self.warn(title,
-                      "proxy_ssl_verify = off: anybody between the gate and the backend can read and change everything")
+            self.warn(title, "proxy_ssl_verify",
+                      "off: backend TLS is open to man-in-the-middle attacks")
         if target and target.uri == "/" and not location.path.endswith("/"):
-            self.warn(title, "%s/x will be asked for as //x; write [location %s/]" % (location.path, location.path))
+            self.warn(title, "proxy_pass", "requests for %s/x are forwarded as //x (expected"
+                      " [location %s/])" % (location.path, location.path))
         self.locations.append(location)
 
     def location_place(self, title):
-        """The title of a [location] -> (host or None, path, whether it is exact), None after an error."""
+        """Return (host or None, path, True for an exact match), None after an error."""
         match = re.fullmatch(r"location (= ?)?([^/\s]*)(/\S*)", title)
         if not match:
-            return self.error(title, None, "[location /path], [location HOST/path] or [location = /path] is needed")
+            return self.error(title, None, "invalid location (expected [location /path],"
+                              " [location HOST/path] or [location = /path])")
         host, path, exact = match.group(2).lower() or None, match.group(3), bool(match.group(1))
         if host and not re.fullmatch(r"(\*\.)?[^*:]+|\[[0-9a-f:]+\]", host):
-            return self.error(title, None, "a host has no port, and * stands only for its first part: *.example.com")
-        if any((each.host, each.path, each.exact) == (host, path, exact) for each in self.locations):
-            return self.error(title, None, "stands here twice")
+            return self.error(title, None, "invalid host %r (expected a name without a port;"
+                              " * only as the first label)" % host)
+        if any((each.host, each.path, each.exact) == (host, path, exact)
+               for each in self.locations):
+            return self.error(title, None, "duplicate location")
         return host, path, exact
 
-    def upstream_for(self, title, target):
-        """The Upstream that a Target names, or one made for its single address."""
+    def upstream_for(self, title, key, target):
+        """Return the Upstream that a Target names, or one made for its single address."""
         if target.authority in self.upstreams:
             return self.upstreams[target.authority]
         address = parse_address(target.authority, default_port=443 if target.tls else 80)
         name = show_address(address)
         if name not in self.upstreams:
-            self.check_resolves(title, address)
+            self.check_resolves(title, key, address)
             self.upstreams[name] = Upstream(name, (Server(address),), "round_robin")
         return self.upstreams[name]
 
-    def check_resolves(self, title, address):
-        """Warn of a name nobody knows yet; it is resolved again at every connect."""
+    def check_resolves(self, title, key, address):
+        """Warn of a host name that cannot be resolved; it is resolved again at every connect."""
+        if address.path or not self.resolve:
+            return
         try:
-            address.path or not self.resolve or socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
+            socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
         except OSError:
-            self.warn(title, "%s does not resolve now; it will be tried at every connect%s" % (
-                address.host, nearest(address.host, self.upstreams)))
+            self.warn(title, key, "host %s cannot be resolved now; it is resolved again at every"
+                      " connect%s" % (address.host, nearest(address.host, self.upstreams)))
+
+
+def unknown_key(key, keys):
+    """Return what is wrong with a key that is not in the table of its section."""
+    for section, table in (("server", SERVER_KEYS), ("location /", LOCATION_KEYS),
+                           ("upstream NAME", UPSTREAM_KEYS)):
+        if key in table:
+            return "not allowed in this section (expected in [%s])" % section
+    return "unknown key%s" % nearest(key, keys)
 
 
 def nearest(word, words):
-    """', did you mean ...' for the known word that looks most like this one, or ''."""
+    """Return ' (did you mean ...?)' with the most similar of the known words, or ''."""
     close = difflib.get_close_matches(word, list(words), 1)
-    return ", did you mean %r?" % close[0] if close else ""
+    return " (did you mean %r?)" % close[0] if close else ""
 
 
 class Settings:
-    """The values of one section as attributes, named by their keys; never changed after it is made."""
+    """The values of one section as attributes, named by their keys; immutable."""
 
     def __init__(self, values):
         self.__dict__.update(values)
 
     def __setattr__(self, name, value):
-        raise AttributeError("the configuration is frozen")
+        raise AttributeError("the configuration is immutable")
 
 
 class Config:
-    """One configuration, whole and checked. A reload makes a new one; tunnels keep theirs.
+    """One configuration, complete and checked. A reload makes a new one; tunnels keep theirs.
 
     server: Settings. locations: list of Location. upstreams: list of Upstream.
-    certificates: a CertificateStore, if a listener has TLS. warnings: lines for -t and the log.
+    certificates: a CertificateStore, if a listener has TLS. warnings: list of lines.
     """
 
     def __init__(self, path, server, locations, upstreams, warnings):
@@ -776,7 +960,7 @@ class Config:
         self.upstreams = upstreams
         self.warnings = warnings
         self.certificates = None
-        # {host: {exact path or None: Location | [Location by falling length]}}
+        # {host: ({exact path: Location}, [Location by falling length of the prefix])}
         self.by_host = {}
         for location in sorted(locations, key=lambda each: -len(each.path)):
             exact, prefixes = self.by_host.setdefault(location.host, ({}, []))
@@ -786,7 +970,7 @@ class Config:
                 prefixes.append(location)
 
     def route(self, host, path):
-        """The Location for a host name and a decoded path, or None.
+        """Return the Location for a host name and a decoded path, or None.
 
         Host exact, then the longest *.suffix, then locations without a host; among
         these the exact path, then the longest prefix (nginx: server_name, location).
@@ -801,11 +985,12 @@ class Config:
         return None
 
     def hosts_for(self, host):
-        """The hosts of locations that cover this host name, the most special one first."""
-        groups = [host] if host in self.by_host else []
-        if len(self.by_host) > 1:
-            groups += sorted((name for name in self.by_host
-                              if name and name.startswith("*.") and host.endswith(name[1:])), key=len, reverse=True)
+        """Return the hosts of locations that cover this host name, the most specific first."""
+        suffixes = [name for name in self.by_host
+                    if name and name.startswith("*.") and host.endswith(name[1:])]
+        groups = sorted(suffixes, key=len, reverse=True)
+        if host in self.by_host:
+            groups.insert(0, host)
         if None in self.by_host:
             groups.append(None)
         return groups
@@ -4728,80 +4913,104 @@ def amount(count):
 
 
 def main(argv=None):
-    """Run what the command line asks for -> exit status: 0 as asked, 1 an error, 2 misuse."""
+    """Do what the command line asks for and return the exit status.
+
+    0: done. 1: configuration or run-time error. 2: usage (argparse exits with it).
+    """
     arguments = parse_arguments(argv)
-    asked = ((arguments.print_config, print_config), (arguments.print_unit, print_unit),
-             (arguments.hash_password, print_password), (arguments.demo, demo), (arguments.probe, probe),
-             (arguments.t, check_config), (arguments.s, send_signal))
+    actions = ((arguments.print_config, print_config), (arguments.print_unit, print_unit),
+               (arguments.hash_password, print_password), (arguments.demo, demo),
+               (arguments.probe, probe), (arguments.t, check_config), (arguments.s, send_signal))
     try:
-        for wanted, action in asked:
+        for wanted, action in actions:
             if wanted:
                 return action(arguments) or 0
         return run_gate(*find_config(arguments))
     except ConfigError as error:
         print_error(*error.errors)
     except KeyboardInterrupt:
-        return 1 if arguments.probe else 0  # a probe that is broken off has not shown that it works
+        return 1 if arguments.probe else 0  # an interrupted probe has no verdict
     except (OSError, ValueError) as error:
         what = getattr(error, "strerror", None) or str(error)
-        print_error("%s: %s" % (error.filename, what) if getattr(error, "filename", None) else what)
+        file = getattr(error, "filename", None)
+        print_error("%s: %s" % (file, what) if file else what)
     return 1
 
 
 def print_error(*lines):
-    """Tell whoever started the program, on stderr."""
+    """Print lines to stderr, each with the name of the program."""
     for line in lines:
         sys.stderr.write("wsgate: %s\n" % line)
 
 
 def parse_arguments(argv):
-    """-> argparse.Namespace; -h, -v and misuse end the program here."""
+    """Return an argparse.Namespace; exit after -h, -v and wrong usage."""
     parser = argparse.ArgumentParser(
         prog="wsgate.py", description="A WebSocket reverse proxy in one file.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  wsgate.py --demo\n  wsgate.py --listen :8080 --backend http://127.0.0.1:9000\n"
+        epilog="examples:\n  wsgate.py --demo\n"
+               "  wsgate.py --listen :8080 --backend http://127.0.0.1:9000\n"
                "  wsgate.py -c wsgate.ini -t\n  wsgate.py -s reload")
-    run = parser.add_argument_group("running")
-    run.add_argument("-c", metavar="FILE", help="configuration (default: ./wsgate.ini, then the one beside wsgate.py)")
-    run.add_argument("--listen", metavar="ADDRESS", help="listen here instead of what the file says")
-    run.add_argument("--backend", metavar="URL", help="pass everything to this backend")
-    run.add_argument("--demo", action="store_true", help="run a gate, an echo backend and a page to try them on")
-    control = parser.add_argument_group("controlling a running gate")
+    group = parser.add_argument_group("run").add_argument
+    group("-c", metavar="FILE",
+          help="configuration file (default: ./wsgate.ini, then wsgate.ini beside wsgate.py)")
+    group("--listen", metavar="ADDRESS", help="listen on this address, in place of the file's")
+    group("--backend", metavar="URL", help="forward all requests to this backend")
+    group("--demo", action="store_true", help="run a gateway, an echo backend and a test page")
+    group = parser.add_argument_group("control a running process").add_argument
     words = sorted(CONTROL)
-    control.add_argument("-s", metavar="SIGNAL", choices=words, help="%s, through its pid file" % ", ".join(words))
-    helping = parser.add_argument_group("checking and helping")
-    helping.add_argument("-t", action="store_true", help="check the configuration, say all that is wrong with it")
-    helping.add_argument("--probe", metavar="URL", help="make a WebSocket handshake and describe_error what happens; "
-                         "a /path: with each backend of the configuration, then with the gate")
-    probing = parser.add_argument_group("with --probe")
-    probing.add_argument("--header", metavar="'NAME: VALUE'", action="append", help="add or replace a field")
-    probing.add_argument("--origin", metavar="URL", help="send this Origin, as a browser would")
-    probing.add_argument("--subprotocol", metavar="NAME", help="offer it as Sec-WebSocket-Protocol")
-    probing.add_argument("--cafile", metavar="FILE", help="trust the certificates of this CA")
-    probing.add_argument("--insecure", action="store_true", help="do not check the certificate")
-    probing.add_argument("--message", metavar="TEXT", help="send it and wait for its echo")
-    probing.add_argument("--count", metavar="N", type=parse_count, help="so many echo round trips")
-    probing.add_argument("--idle", metavar="TIME", type=parse_timeout, help="then stay silent; who cuts it, when")
-    probing.add_argument("--timeout", metavar="TIME", type=parse_timeout, default="10s", help="without --idle (10s)")
-    helping.add_argument("--hash-password", metavar="USER",
-                         help="ask for a password, print a line for auth_basic_user_file")
-    helping.add_argument("--print-config", action="store_true", help="print a wsgate.ini with every key at its default")
-    helping.add_argument("--print-unit", action="store_true", help="print a systemd unit")
-    helping.add_argument("-v", "--version", action="version",
-                         version="wsgate %s, Python %s" % (VERSION, sys.version.split()[0]))
+    group("-s", metavar="SIGNAL", choices=words,
+          help="send a signal through the pid file: %s" % ", ".join(words))
+    group = parser.add_argument_group("check and print").add_argument
+    group("-t", action="store_true", help="test the configuration and report all errors")
+    group("--probe", metavar="URL",
+          help="perform a WebSocket handshake and explain the result; /path: with each backend of"
+               " the configuration, then with the gateway")
+    group("--hash-password", metavar="USER",
+          help="read a password and print a line for auth_basic_user_file")
+    group("--print-config", action="store_true",
+          help="print a wsgate.ini that lists every key with its default")
+    group("--print-unit", action="store_true", help="print a systemd unit")
+    group("-v", "--version", action="version",
+          version="wsgate %s, Python %s" % (VERSION, sys.version.split()[0]))
+    group = parser.add_argument_group("with --probe").add_argument
+    group("--header", metavar="'NAME: VALUE'", action="append",
+          help="add or replace a header field")
+    group("--origin", metavar="URL", help="send this Origin, as a browser does")
+    group("--subprotocol", metavar="NAME", help="offer this Sec-WebSocket-Protocol")
+    group("--cafile", metavar="FILE", help="CA file (PEM) to verify the server with")
+    group("--insecure", action="store_true", help="do not verify the certificate")
+    group("--message", metavar="TEXT", help="send a message and wait for its echo")
+    group("--count", metavar="N", type=argument(parse_count), help="number of echo round trips")
+    group("--idle", metavar="TIME", type=argument(parse_timeout),
+          help="then stay idle for this long and report who closes the connection")
+    group("--timeout", metavar="TIME", type=argument(parse_timeout), default="10s",
+          help="time limit of each step without --idle (default: 10s)")
     return parser.parse_args(argv)
 
 
-CONTROL = {"reload": "SIGHUP", "quit": "SIGQUIT", "stop": "SIGTERM", "reopen": "SIGUSR1", "upgrade": "SIGUSR2"}
+def argument(parse):
+    """Return a parser of values for argparse, which shows the text of one exception only."""
+    def convert(text):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error))
+    return convert
+
+
+CONTROL = {"reload": "SIGHUP", "quit": "SIGQUIT", "stop": "SIGTERM", "reopen": "SIGUSR1",
+           "upgrade": "SIGUSR2"}
 
 
 def find_config(arguments):
-    """-> (path or None, {key: text} for [server])"""
+    """Return (path or None, {key: text} for [server]) as the command line says."""
     path, overrides = arguments.c, {}
     if arguments.listen:
         overrides["listen"] = arguments.listen
     if arguments.backend:
-        overrides["proxy_pass"] = arguments.backend if "://" in arguments.backend else "http://" + arguments.backend
+        scheme = "" if "://" in arguments.backend else "http://"
+        overrides["proxy_pass"] = scheme + arguments.backend
     elif not path:
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wsgate.ini")
         path = next(filter(os.path.exists, ("wsgate.ini", beside)), None)
@@ -4811,7 +5020,7 @@ def find_config(arguments):
 
 
 def check_config(arguments):
-    """-t: what is wrong with the configuration is raised, what is only doubtful are warnings."""
+    """-t: print warnings and nginx's own line of success; raise ConfigError with all errors."""
     path, overrides = find_config(arguments)
     config = load_config(path, overrides)
     lines = ["warning: %s" % warning for warning in config.warnings]
@@ -4821,60 +5030,65 @@ def check_config(arguments):
             there = file if os.path.exists(file) else os.path.dirname(file) or "."
             if os.path.isdir(file) or not os.access(there, os.W_OK):
                 lines.append("warning: [server] %s: this user cannot write %s" % (key, file))
-    lines.append("%s is good" % (path or "the configuration"))
+    what = "file %s" % path if path else "of the command line"
+    lines.append("configuration %s test is successful" % what)
     print_error(*lines)
 
 
 def send_signal(arguments):
-    """-s: to the process whose number is in the pid file of the configuration."""
+    """-s: signal the process whose ID is in the pid file of the configuration."""
     path, overrides = find_config(arguments)
     if not path:
-        raise ValueError("-s needs the configuration of the running gate, for its pid: -c FILE")
+        raise ValueError("-s reads pid from the configuration of the running process (use -c FILE)")
     path = load_config(path, overrides).server.pid
     if not path:
         raise ValueError("-s needs pid = FILE in [server]")
     try:
         with open(path) as file:
             number = int(file.read())
-        if number < 1:  # these would mean other processes than the gate
+        if number < 1:  # kill(2) would signal process groups
             raise ValueError
         os.kill(number, getattr(signal, CONTROL[arguments.s]))
     except (FileNotFoundError, ProcessLookupError, ValueError):
-        raise ValueError("no gate runs with the process id in %s" % path)
+        raise ValueError("no wsgate process with the PID in %s" % path)
 
 
 def print_password(arguments):
-    """--hash-password: ask for it, print the line for auth_basic_user_file."""
+    """--hash-password: read a password and print the line for auth_basic_user_file."""
     try:
         password = getpass.getpass()
     except EOFError:
         sys.stderr.write("\n")
-        raise ValueError("no password was given")
-    sys.stdout.write("%s:%s\n" % (arguments.hash_password, hash_password(password.encode()).decode()))
+        raise ValueError("no password given")
+    line = "%s:%s\n" % (arguments.hash_password, hash_password(password.encode()).decode())
+    sys.stdout.write(line)
 
 
 SAMPLE = """\
-# wsgate.ini: a complete configuration that runs as it stands.
+# wsgate.ini: a complete configuration; every key with its default.
 #
-#   python3 wsgate.py -t                check it
+#   python3 wsgate.py -t                test it
 #   python3 wsgate.py                   run it
-#   python3 wsgate.py -s reload         read it again (needs pid)
+#   python3 wsgate.py -s reload         apply changes (needs pid)
 #
-# Times: 500ms 30s 10m 2h 1d, a bare number is seconds. Sizes: 512 16k 1m.
-# Lists: by commas, spaces or lines. A line "#key = value" is a key at its default.
-# A file of two lines is complete: [server] and proxy_pass = http://host:port.
+# Durations: 500ms 30s 10m 2h 1d, or a number of seconds. Sizes: 512 16k 1m 1g, in
+# bytes. Lists: separated by commas, spaces or lines; a line that continues a value
+# is indented. Comments have lines of their own. Two lines are a complete file:
+# [server] and proxy_pass = http://host:port.
 
 [server]
 %s
 
-# Every key of a location may also stand in [server], as the default for all locations.
-# A location is /prefix, HOST/prefix, *.example.com/prefix or = /exact; the longest prefix wins.
+# Every key of a location is also allowed in [server], as the default of all locations.
+# Locations: [location /prefix], [location HOST/prefix], [location *.example.com/prefix],
+# [location = /exact]. The most specific host wins, then the exact path, then the longest
+# prefix.
 
 [location /]
 proxy_pass = http://127.0.0.1:9000
 %s
 
-# A group of servers; proxy_pass = http://NAME uses it.
+# A group of servers, used by proxy_pass = http://NAME.
 
 #[upstream NAME]
 %s
@@ -4882,11 +5096,15 @@ proxy_pass = http://127.0.0.1:9000
 
 
 def print_config(arguments):
-    """--print-config: wsgate.ini, written from the tables."""
+    """--print-config: print wsgate.ini, made from the tables."""
     sections = []
     for table in (SERVER_KEYS, LOCATION_KEYS, UPSTREAM_KEYS):
-        sections.append("\n".join("# %s\n#%s" % (key.meaning, ("%s = %s" % (name, key.default)).rstrip())
-                                  for name, key in table.items() if name != "proxy_pass"))
+        lines = []
+        for name, key in table.items():
+            if name != "proxy_pass":
+                lines += ["# " + line for line in textwrap.wrap(key.meaning, 86)]
+                lines.append(("#%s = %s" % (name, key.default)).rstrip())
+        sections.append("\n".join(lines))
     sys.stdout.write(SAMPLE % tuple(sections))
 
 
@@ -4927,12 +5145,13 @@ WantedBy=multi-user.target
 
 
 def print_unit(arguments):
-    """--print-unit: for this file and this Python, with a warning where the unit could not see them."""
+    """--print-unit: print a unit for this file and this Python; warn if it could not read them."""
     python, file = sys.executable, os.path.abspath(__file__)
     sys.stdout.write(UNIT % {"python": python, "file": file})
     for path in (python, file):
         if path.startswith((os.path.expanduser("~") + "/", "/home/", "/tmp/", "/var/tmp/")):
-            print_error("the unit cannot see %s (ProtectHome, PrivateTmp); move it, to /usr/local say" % path)
+            print_error("the unit cannot read %s (ProtectHome, PrivateTmp); move it, e.g. to"
+                        " /usr/local" % path)
 
 
 # ------------------------------------------------------------------------- Demo
