@@ -5435,7 +5435,7 @@ def test_the_status_pages_tell_of_traffic(tmp_path):
 
 @pytest.mark.parametrize("path, method, status, body", [
     (b"/healthz", b"GET", 200, b"ok\n"), (b"/readyz", b"GET", 200, b"ready\n"), (b"/healthz", b"HEAD", 200, b""),
-    (b"/nothing", b"GET", 404, b"not_found\n"), (b"/nothing", b"HEAD", 404, b""),
+    (b"/nothing", b"GET", 404, b"no_route\n"), (b"/nothing", b"HEAD", 404, b""),
     (b"/", b"POST", 405, b"method_not_allowed\n")])
 def test_the_status_listener_answers_by_path(tmp_path, path, method, status, body):
     with ScriptedBackend() as backend, with_status(tmp_path, backend) as (_, ask):

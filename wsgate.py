@@ -100,8 +100,119 @@ log = logging.getLogger("wsgate")
 # ----------------------------------------------------------------------- Errors
 
 
+Reason = collections.namedtuple("Reason", "status meaning remedy")
+REASONS = {  # word: (status, or None where it has none of its own; what it means; what to do)
+    "bad_request": Reason(
+        400, "malformed HTTP/1.1 request", "see the detail in the response body and the log"),
+    "bad_handshake": Reason(
+        400, "invalid WebSocket handshake", "see the detail in the response body and the log"),
+    "http_on_tls_port": Reason(
+        400, "plain HTTP request to a TLS port", "use https:// or wss://"),
+    "tls_on_http_port": Reason(
+        400, "TLS handshake on a plain HTTP port", "use http:// or ws://, or add ssl to listen"),
+    "auth_required": Reason(
+        401, "missing or wrong credentials", "send a user of auth_basic_user_file"),
+    "auth_denied": Reason(
+        401, "rejected by the auth_request service", "log in; see the log of that service"),
+    "access_denied": Reason(
+        403, "client address rejected by allow/deny",
+        "check allow and deny; behind a proxy, set_real_ip_from"),
+    "origin_denied": Reason(
+        403, "Origin not in allowed_origins",
+        "add it to allowed_origins; a proxy in front must pass Host unchanged"),
+    "no_route": Reason(
+        404, "no location for this host and path", "add a [location]; check Host and prefix"),
+    "method_not_allowed": Reason(
+        405, "method not supported (CONNECT)", "wsgate is not a forward proxy"),
+    "header_timeout": Reason(
+        408, "request head not complete in time", "check the network; client_header_timeout"),
+    "body_timeout": Reason(
+        408, "request body stalled", "check the network; client_body_timeout"),
+    "body_too_large": Reason(
+        413, "request body over the limit", "raise client_max_body_size"),
+    "uri_too_long": Reason(
+        414, "request line over the limit", "shorten the URL"),
+    "upgrade_missing": Reason(
+        426, "Upgrade or Connection lost in front of wsgate",
+        "each proxy in front must set both headers, over HTTP/1.1"),
+    "conn_limit_per_ip": Reason(
+        429, "too many connections from this address", "raise max_connections_per_ip"),
+    "header_too_large": Reason(
+        431, "request head over the limit", "raise client_header_size"),
+    "internal_error": Reason(
+        500, "bug in wsgate", "report the traceback in the error log"),
+    "bad_transfer_encoding": Reason(
+        501, "unsupported Transfer-Encoding", "send chunked or Content-Length"),
+    "backend_refused": Reason(
+        502, "backend refused the connection",
+        "start it, check its port; use 127.0.0.1 for localhost (which may be ::1)"),
+    "backend_unresolved": Reason(
+        502, "backend host name not resolved", "check proxy_pass and DNS on that machine"),
+    "backend_unreachable": Reason(
+        502, "cannot connect to the backend", "check proxy_pass, route and firewall"),
+    "backend_tls": Reason(
+        502, "TLS to the backend failed",
+        "check http or https in proxy_pass, proxy_ssl_name, proxy_ssl_trusted_certificate and"
+        " proxy_ssl_verify"),
+    "backend_closed": Reason(
+        502, "backend closed before responding", "see its log; check http or https in proxy_pass"),
+    "backend_truncated": Reason(
+        502, "backend closed during the response", "see its log"),
+    "backend_bad_response": Reason(
+        502, "backend response is not valid HTTP",
+        "see the error log; check port and http or https in proxy_pass"),
+    "backend_bad_101": Reason(
+        502, "backend's 101 does not match the handshake",
+        "probe the backend directly; is there a cache or proxy in front of it?"),
+    "auth_unavailable": Reason(
+        502, "auth_request service failed", "probe that service; see the error log"),
+    "conn_limit": Reason(
+        503, "connection limit reached",
+        "raise max_connections or max_conns, or find out why connections stay open"),
+    "draining": Reason(
+        503, "wsgate is shutting down", "retry"),
+    "no_backend": Reason(
+        503, "no server of the upstream available", "start one; see [upstream]"),
+    "backend_timeout": Reason(
+        504, "backend timed out",
+        "is it stuck? see its log, proxy_connect_timeout and proxy_read_timeout"),
+    "bad_version": Reason(
+        505, "unsupported HTTP version", "use HTTP/1.1"),
+    "backend_said_NNN": Reason(
+        None, "backend refused the handshake with status NNN", "see its log; probe it directly"),
+    "idle_timeout": Reason(
+        None, "no data within idle_timeout", "set ping_interval = 25s"),
+    "ping_timeout": Reason(
+        None, "no data after a ping", "check the network, or whether the peer is stuck"),
+    "drain": Reason(
+        None, "closed to drain wsgate", "nothing; the client should reconnect"),
+    "shutdown": Reason(
+        None, "wsgate was stopped", "nothing; the client should reconnect"),
+    "message_too_big": Reason(
+        None, "message over max_message_size", "raise max_message_size, or fix the sender"),
+    "bad_frames": Reason(
+        None, "invalid frames while max_message_size is set", "fix the peer (RFC 6455 5.2)"),
+    "send_timeout": Reason(
+        None, "client accepted no data within send_timeout", "check the client and its network"),
+    "client_gone": Reason(
+        None, "client disconnected without a Close", "check the network in front of wsgate"),
+    "backend_gone": Reason(
+        None, "backend disconnected without a Close", "see its log"),
+}
+
+
+def reason_row(word):
+    """Return the Reason of a word, or None; backend_said_404 has that of backend_said_NNN."""
+    said = re.fullmatch("(backend_said_)([0-9]{3})", word)
+    if not said:
+        return REASONS.get(word)
+    row = REASONS[said.group(1) + "NNN"]
+    status = said.group(2)
+    return Reason(int(status), row.meaning.replace("NNN", status), row.remedy)
+
+
 class ConfigError(Exception):
-    """The configuration cannot be used; `errors` says everything that is wrong with it."""
+    """Invalid configuration. errors: every problem found, one line each."""
 
     def __init__(self, errors):
         super().__init__("\n".join(errors))
@@ -109,14 +220,14 @@ class ConfigError(Exception):
 
 
 class HTTPError(Exception):
-    """Ends the exchange with this status; raised anywhere, answered in ClientConnection.refuse.
+    """Ends the exchange with a response of wsgate's own; answered in ClientConnection.refuse only.
 
-    reason: a stable word, for the log, the body and X-Wsgate-Reason.
-    detail: what happened and what to do, for people. fields: (name, value) bytes to add.
+    reason: a word of REASONS, for the log, the body and X-Wsgate-Reason.
+    detail: one sentence for people. fields: (name, value) pairs of bytes to add to the response.
     """
 
     def __init__(self, status, reason, detail="", fields=()):
-        super().__init__(detail or reason)
+        super().__init__(detail or reason_row(reason).meaning)
         self.status = status
         self.reason = reason
         self.detail = detail
@@ -124,10 +235,10 @@ class HTTPError(Exception):
 
 
 class BackendError(HTTPError):
-    """A server failed to answer.
+    """A server failed to respond.
 
-    sent: whether it may have seen the request. retry: whether not a byte came back,
-    so that a request that can be repeated may be sent to another server.
+    sent: whether it may have received the request. retry: whether no byte of a response was
+    received, so that a repeatable request may be sent to another server.
     """
 
     def __init__(self, status, reason, detail="", sent=False, retry=False):
@@ -137,11 +248,17 @@ class BackendError(HTTPError):
 
 
 class ClientGone(Exception):
-    """The client went away or broke off: there is nobody to answer. str() is the reason word."""
+    """The client disconnected; no response can be sent. str() is the reason word."""
 
 
 class TimedOut(Exception):
-    """A wait came to the end of its Deadline."""
+    """A Deadline expired."""
+
+
+def describe_error(error):
+    """Return an exception as text: the reason of OpenSSL or the operating system where it has one."""
+    return (getattr(error, "verify_message", None) or getattr(error, "reason", None)
+            or getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 # -------------------------------------------------------- Configuration: values
@@ -2002,8 +2119,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         if self.location is not None and self.location.reject_with == "close" and is_handshake(self.message):
             return self.refuse_in_band(error)
         text = "%d %s: %s\n" % (error.status, reason_phrase(error.status), error.reason)
-        if error.detail and error.status < 500:  # what is wrong behind the gate is for the log alone
-            text += error.detail + "\n"
+        if error.status < 500:  # what is wrong behind the gate is for the log alone
+            text += "%s\n" % error
         return self.answer(error.status, error.reason, text.encode("ascii", "replace"), error.fields)
 
     def answer(self, status, reason, body, fields=()):
@@ -4753,7 +4870,7 @@ class StatusConnection(socketserver.BaseRequestHandler):
             return 200, "application/json", json.dumps(status(gate), indent=1) + "\n"
         if path == "/":
             return 200, "text/html", status_page(status(gate), query)
-        raise HTTPError(404, "not_found")
+        raise HTTPError(404, "no_route", "no such page")
 
 
 def status(gate):
@@ -5297,30 +5414,15 @@ VERDICTS = {  # word: (what happened, what to do)
     "tls_port": ("this port speaks TLS", "use wss:// here"),
     "tls_failed": ("no TLS: %(error)s", "a plain port, an unknown name (SNI), a client certificate wanted?"),
     "garbage": ("what came back is no HTTP or no WebSocket: %(error)s", "another program listens on this port"),
-}
-REASONS = {  # the same, for words that the gate says in X-Wsgate-Reason; ANSWERS has the sentence for its others
-    "origin_denied": ("refused: most often because Origin (%(origin)s) does not match Host (%(host)s)",
-                      "pass Host unchanged (nginx: proxy_set_header Host $http_host), allow the origin, or --origin"),
-    "upgrade_missing": ("426: Upgrade or Connection was lost on the way to whoever said this",
-                        "both are hop-by-hop: each proxy must set them again, in HTTP/1.1 (see the body above)"),
-    "conn_limit_per_ip": ("429: too many connections from here", "wait, or raise the limit (wsgate: max_connections_per_ip)"),
-    "conn_limit": ("503: the gate is full", "raise max_connections or max_conns, or see why tunnels stay"),
-    "draining": ("503: the gate is being stopped", "try again"),
-    "no_backend": ("503: the gate's servers are all down or full", "start one; see [upstream]"),
-    "access_denied": ("the gate does not let this address in", "see allow and deny"),
-    "bad_request": ("400: the gate does not take this for good HTTP", "see the body above"),
-    "bad_handshake": ("the gate got a broken handshake", "see the body above"),
-    "internal_error": ("500: a bug in the gate", "its log has the traceback; please report it"),
-    "auth_unavailable": ("502: the gate's auth_request service does not answer properly", "probe it; see the gate's log"),
-    "backend_unresolved": ("502: the gate cannot resolve its backend's name", "check proxy_pass, and DNS over there"),
-    "backend_refused": ("502: nobody listens at the gate's backend", "start it; write 127.0.0.1 for localhost (::1)"),
-    "backend_unreachable": ("502: no way from the gate to its backend", "check proxy_pass, route, firewall"),
-    "backend_timeout": ("504: the gate's backend did not answer in time", "does it hang? see proxy_read_timeout"),
-    "backend_tls": ("502: no TLS between gate and backend", "see its log, proxy_ssl_name and the CA file"),
-    "backend_bad_101": ("502: the backend's 101 does not fit the handshake", "is a cache before it? probe it directly"),
-    "backend_bad_response": ("502: the gate's backend speaks no HTTP", "check the port, and http or https in proxy_pass"),
-    "backend_closed": ("502: the gate's backend closed without an answer", "see its log; http or https?"),
-    "backend_truncated": ("502: the gate's backend closed in the middle of its answer", "see its log"),
+    # Statuses that are not wsgate's: the cause that is most frequent.
+    "origin_denied": (
+        "403: most often because Origin (%(origin)s) does not match Host (%(host)s)",
+        "each proxy must pass Host unchanged (nginx: proxy_set_header Host $http_host); allow the"
+        " origin, or try another one: --origin"),
+    "upgrade_missing": (
+        "426: Upgrade or Connection was removed by a proxy before the server that responded",
+        "both are hop-by-hop: each proxy must set them again, over HTTP/1.1 (see the body above)"),
+    "conn_limit_per_ip": ("429: too many requests or connections from this address", "retry later"),
 }
 ANSWERS = {200: "page", 301: "redirected", 302: "redirected", 303: "redirected", 307: "redirected", 308: "redirected",
            400: "headers_lost", 401: "login_needed", 403: "origin_denied", 404: "wrong_path", 426: "upgrade_missing",
@@ -5330,15 +5432,15 @@ SHOWN = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))  # of REDAC
 
 
 class Verdict(Exception):
-    """A probe has come to its end: a word, and the facts for its sentence.
+    """The result of a probe: a word, and the facts for its sentence.
 
-    like: the word whose sentence it gets if there is none for its own.
+    sentence: (what happened, what to do) in place of those of VERDICTS.
     """
 
-    def __init__(self, word, like=None, **facts):
+    def __init__(self, word, sentence=None, **facts):
         super().__init__(word)
         self.word = word
-        self.like = like
+        self.sentence = sentence or VERDICTS[word]
         self.facts = facts
 
 
@@ -5659,9 +5761,9 @@ class Probe:
             if opcode == CLOSE:
                 code = struct.unpack("!H", payload[:2])[0] if len(payload) > 1 else 1005
                 reason = printable(payload[2:])
-                said = re.fullmatch("backend_said_([0-9]{3})", reason)
-                if said or reason in REASONS:  # reject_with = close
-                    raise refusal(int(said.group(1)) if said else 0, reason)
+                row = reason_row(reason)
+                if row and row.status:  # reject_with = close
+                    raise refusal(0, reason)
                 raise Verdict("cut", how="the other side sent Close %d %s" % (code, reason or "without a reason"))
             yield opcode, payload
         raise Verdict("cut", how="the other side ended the connection without a Close frame (1006 in browsers)")
@@ -5676,8 +5778,7 @@ class Probe:
         facts = {name: printable(value) for name, value in facts.items()}
         facts.update(timeout=self.arguments.timeout, status=self.response.status if self.response else 0,
                      seconds=time.monotonic() - self.since, **verdict.facts)
-        sentences = dict(VERDICTS, **REASONS)
-        happened, advice = sentences.get(self.word) or sentences[verdict.like]
+        happened, advice = verdict.sentence
         print_line("verdict", "%s: %s" % (self.word, happened % facts))
         if advice:
             print_line("to do", advice % facts)
@@ -5685,14 +5786,11 @@ class Probe:
 
 
 def refusal(status, reason):
-    """The verdict on an answer that is not 101: the gate's own word if there is one, else the folklore."""
-    word = ANSWERS.get(status, "other_answer")
-    return Verdict(word if not reason or reason in VERDICTS else reason, like=word)
-
-
-def describe_error(error):
-    """An exception in a few words."""
-    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error) or "it ended"
+    """Return the Verdict of a response that is not 101: by wsgate's reason word, else by status."""
+    row = reason_row(reason)
+    if row is None:
+        return Verdict(ANSWERS.get(status, "other_answer"))
+    return Verdict(reason, ("rejected by wsgate: " + row.meaning, row.remedy))
 
 
 if __name__ == "__main__":
