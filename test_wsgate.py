@@ -73,6 +73,7 @@ class Peer:
         self.sock = sock
         self.sock.settimeout(5000 * MS)
         self.buffer = b""
+        self.was_reset = False  # rest() ended by a reset
 
     def send(self, *parts):
         self.sock.sendall(b"".join(parts))
@@ -105,7 +106,7 @@ class Peer:
                     break
                 self.buffer += data
         except ConnectionError:
-            pass
+            self.was_reset = True
         data, self.buffer = self.buffer, b""
         return data
 
@@ -1761,7 +1762,7 @@ def test_a_malformed_chunked_body_is_an_error_however_its_bytes_arrive(raw, verd
         body, passed = wsgate.ChunkedBody(), b""
         with pytest.raises(ValueError):
             for piece in pieces:
-                passed += body.feed(piece)[0]
+                passed += body.feed(piece, 0)
         assert not body.done and not passed.endswith(b"0\r\n\r\n")
 
 
@@ -1950,8 +1951,9 @@ def body_through(make, data, tail=b""):
     for pieces in every_way(data + tail):
         body, used, passed = make(), 0, b""
         for piece in pieces:
-            out, count = body.feed(piece) if not body.done else (b"", 0)
-            passed, used = passed + out, used + count
+            if not body.done:
+                passed += body.feed(piece, 0)
+                used += len(piece) - len(body.rest)
         assert used == len(data) and (body.done or body.at_end())
         results.add(passed)
     assert len(results) == 1
@@ -1970,21 +1972,21 @@ def test_a_body_ends_where_its_framing_says_whatever_follows(tail):
     assert body_through(wsgate.ChunkedBody, b"0\r\n\r\n", tail) == b"0\r\n\r\n"
     assert body_through(wsgate.ChunkedBody, CHUNKED_IN, tail) == CHUNKED_OUT
     assert body_through(lambda: wsgate.ChunkedBody(decode=True), CHUNKED_IN, tail) == b"hello, world0123456789"
-    assert body_through(wsgate.UntilCloseBody, b"hello" + tail) == b"hello" + tail
+    assert body_through(wsgate.UntilClose, b"hello" + tail) == b"hello" + tail
 
 
 @pytest.mark.parametrize("body, cut", [(wsgate.LengthBody(5), b"hell"), (wsgate.ChunkedBody(), b"5\r\nhello\r\n"),
-                                       (wsgate.ChunkedBody(), b"0\r\n"), (wsgate.UntilCloseBody(), b"hell")])
+                                       (wsgate.ChunkedBody(), b"0\r\n"), (wsgate.UntilClose(), b"hell")])
 def test_only_a_body_without_framing_may_end_with_the_stream(body, cut):
-    body.feed(cut)
-    assert not body.done and body.at_end() == isinstance(body, wsgate.UntilCloseBody)
+    body.feed(cut, 0)
+    assert not body.done and body.at_end() == isinstance(body, wsgate.UntilClose)
 
 
 def test_a_chunked_body_is_limited_by_what_it_says_before_it_comes():
     body = wsgate.ChunkedBody(limit=8)
-    assert body.feed(b"8\r\n12345678\r\n")[0] == b"8\r\n12345678\r\n"
+    assert body.feed(b"8\r\n12345678\r\n", 0) == b"8\r\n12345678\r\n"
     with pytest.raises(wsgate.HTTPError) as caught:
-        body.feed(b"1\r\n")
+        body.feed(b"1\r\n", 0)
     assert (caught.value.status, caught.value.reason) == (413, "body_too_large")
 
 
@@ -3255,7 +3257,7 @@ def test_a_client_that_says_nothing_or_reads_nothing_costs_nobody_anything(tmp_p
             peer.close()
 
 
-@pytest.mark.parametrize("name", ["check_101", "Tunnel.timers"])
+@pytest.mark.parametrize("name", ["check_101", "Tunnel.check_timers"])
 def test_an_internal_error_is_logged_and_leaves_nothing_behind(tmp_path, monkeypatch, name):
     def broken(*arguments):
         raise RuntimeError("a defect")
@@ -3300,10 +3302,12 @@ def frames_in(data, masked):
 
 
 def scan(pieces, masked=False, extensions=False):
-    """Feed pieces to a FrameScanner until it has had enough -> FrameScanner; every byte must have passed."""
-    scanner = wsgate.FrameScanner(masked, extensions, 0, 0.0)
+    """Feed pieces to a FrameScanner until it is lost -> FrameScanner; every byte passed or is held."""
+    scanner, fed, passed = wsgate.FrameScanner(masked, extensions, 0, 0.0), b"", b""
     for piece in pieces:
-        assert scanner.feed(piece, 1.0) == piece
+        fed += piece
+        passed += scanner.feed(piece, 1.0)
+        assert passed + scanner.held == fed and len(scanner.held) < 139
         if scanner.lost:
             break
     return scanner
@@ -3323,12 +3327,12 @@ def test_a_close_that_comes_in_pieces_behind_bulk_is_read_and_not_spliced():
         ends = [stack.enter_context(contextlib.closing(end)) for end in socket.socketpair() + socket.socketpair()]
         streams = [wsgate.Stream(end) for end in ends]
         flow = wsgate.Flow(streams[0], streams[1], wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
-        data = frame(2, b"x" * wsgate.SPLICE_LEAST)
+        data = frame(2, b"x" * wsgate.SPLICE_MINIMUM)
         flow.scanner.feed(data, 1.0)
-        assert flow.spliceable()
+        assert flow.can_splice()
         close = frame(8, b"\x03\xe8bye")
         flow.scanner.feed(close[:4], 1.0)
-        assert not flow.spliceable()
+        assert not flow.can_splice()
         flow.scanner.feed(close[4:], 1.0)
         assert flow.scanner.close == (1000, b"bye")
 
@@ -3340,10 +3344,10 @@ def test_behind_bulk_no_splice_begins_inside_a_header_or_a_pong(begun):
         streams = [wsgate.Stream(end) for end in ends]
         flow = wsgate.Flow(streams[0], streams[1], wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
         flow.scanner.expect_pong(b"gate", 1.0)
-        flow.scanner.feed(frame(2, b"x" * wsgate.SPLICE_LEAST), 1.0)
-        assert flow.spliceable()
+        flow.scanner.feed(frame(2, b"x" * wsgate.SPLICE_MINIMUM), 1.0)
+        assert flow.can_splice()
         flow.scanner.feed(begun, 1.0)
-        assert not flow.spliceable()
+        assert not flow.can_splice()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -3352,11 +3356,11 @@ def test_the_scanner_knows_where_frames_end_and_counts_messages_however_the_byte
                       (1, b"one", False), (9, b"ping", True), (0, b"two" * 100, False), (0, b"", True), (10, b"", True),
                       (2, b"\x81\x05hello" * 10, True), (2, b"z" * 65536, True), (1, b"end", True))
     for pieces in every_way(data):
-        scanner, position = wsgate.FrameScanner(masked, False, 0, 0.0), 0
+        scanner, fed, passed = wsgate.FrameScanner(masked, False, 0, 0.0), b"", b""
         for piece in pieces:
-            assert scanner.feed(piece, 1.0) == piece
-            position += len(piece)
-            assert scanner.between() == (position in ends)
+            fed += piece
+            passed += scanner.feed(piece, 1.0)
+            assert scanner.between() == (len(passed) in ends) and passed + scanner.held == fed
         assert scanner.messages == 8 and not scanner.lost and scanner.close is None
 
 
@@ -3406,20 +3410,20 @@ def test_a_burst_of_frames_of_one_size_in_one_piece_is_counted(masked, size):
         scanner = scan([one * count], masked)
         assert scanner.messages == count and scanner.between() and not scanner.lost
         scanner = scan([one * count + one[:-1] or one[:1]], masked)
-        assert (scanner.messages >= count) and not scanner.between()
+        assert scanner.messages >= count and (scanner.held or not scanner.between())
         scanner = scan([one * count + frame(8, b"\x03\xe8", b"abcd" if masked else None) + one[:1]], masked)
-        assert scanner.messages == count and scanner.close == (1000, b"") and not scanner.between()
+        assert scanner.messages == count and scanner.close == (1000, b"") and scanner.held
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [101, 201])
-def test_in_a_burst_of_frames_too_large_nothing_may_stand_behind_half_a_header(masked, size):
+def test_no_byte_of_a_frame_too_large_passes_wherever_its_header_is_cut(masked, size):
     one = frame(2, b"x" * size, b"\x82\x05ab" if masked else None)
     for half in range(len(one) - size):
         scanner = wsgate.FrameScanner(masked, False, 100, 0.0)
-        assert scanner.feed(one[:half], 1.0) == one[:half]
+        assert scanner.feed(one[:half], 1.0) == b""
         assert scanner.feed(one[half:] + one * 3, 1.0) == b""
-        assert scanner.too_big and scanner.between() == (half == 0)
+        assert scanner.too_big and scanner.between()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -3438,8 +3442,9 @@ def test_bursts_of_mixed_frames_are_counted_like_single_ones(masked, seed):
             messages += 0x80 < kind + 1 and kind != 0x89
         cut = rng.randint(0, len(data))
         scanner = scan([data[:cut]], masked)
-        assert scanner.between() == (cut in ends) and not scanner.lost
-        assert scanner.feed(data[cut:], 1.0) == data[cut:]
+        held = scanner.held
+        assert scanner.between() == (cut - len(held) in ends) and not scanner.lost
+        assert scanner.feed(data[cut:], 1.0) == held + data[cut:]
         assert scanner.between() and scanner.messages == messages
 
 
@@ -3514,11 +3519,11 @@ def test_a_pong_next_to_bulk_is_swallowed_and_the_tunnel_goes_on(tmp_path, glued
 def test_pings_go_between_frames_only(tmp_path):
     with tunnel(tmp_path, PINGING) as (gate, client, server):
         data = frame(2, b"one half and the other half", b"abcd")
-        client.send(data[:3])
+        client.send(data[:7])
         read_ping(client, False)
-        assert server.read(3) == data[:3] and server.silent(150 * MS)
-        client.send(data[3:15])
-        assert server.read(12) == data[3:15] and server.silent(150 * MS)
+        assert server.read(7) == data[:7] and server.silent(150 * MS)
+        client.send(data[7:15])
+        assert server.read(8) == data[7:15] and server.silent(150 * MS)
         client.send(data[15:])
         assert server.read(len(data) - 15) == data[15:]
         read_ping(server, True)
@@ -3539,8 +3544,8 @@ def test_a_backend_that_answers_no_ping_is_gone_for_the_client(tmp_path):
             answering = Answering(client, b"abcd")
             read_ping(server, True)
             answering.thread.join()
-        assert answering.codes == [1014]
-        assert "close=gate:1014 reason=ping_timeout" in line_of(gate, client, server)
+        assert answering.codes == [1011]
+        assert "close=gate:1011 reason=ping_timeout" in line_of(gate, client, server)
 
 
 class Answering:
@@ -3659,20 +3664,20 @@ def closing_code(peer, masked, before=b""):
 
 
 ENDINGS = {
-    # what happens: (Close code at the client, at the backend; "-" for the one that has gone), what the log says
+    # what happens: (Close code at the client, at the backend; None: no Close frame; "-": has gone), log line
     "idle": (1001, 1001, "close=gate:1001 reason=idle_timeout"),
     "SIGTERM": (1001, 1001, "close=gate:1001 reason=shutdown"),
-    "backend ends": (1014, "-", "close=backend:eof reason=backend_gone"),
-    "backend resets": (1014, "-", "close=backend:rst reason=backend_gone"),
-    "client ends": ("-", 1001, "close=client:eof reason=client_gone"),
-    "client resets": ("-", 1001, "close=client:rst reason=client_gone"),
+    "backend ends": (None, "-", "close=backend:eof reason=backend_gone"),
+    "backend resets": (None, "-", "close=backend:rst reason=backend_gone"),
+    "client ends": ("-", None, "close=client:eof reason=client_gone"),
+    "client resets": ("-", None, "close=client:rst reason=client_gone"),
 }
 
 
 @pytest.mark.parametrize("what", sorted(ENDINGS))
-def test_the_end_of_a_tunnel_is_told_by_a_close_frame_where_one_may_stand(tmp_path, monkeypatch, what):
-    """In three tunnels: between frames, inside a frame going up, inside one going down: after half a frame no Close."""
-    monkeypatch.setattr(wsgate, "BUSY", 100 * MS)
+def test_only_the_gate_ends_a_tunnel_with_a_close_frame(tmp_path, monkeypatch, what):
+    """Between frames, inside a frame going up, inside one going down: no Close after half a frame."""
+    monkeypatch.setattr(wsgate, "QUIET", 100 * MS)
     at_client, at_backend, logged = ENDINGS[what]
     idle = "idle_timeout = " + ini_ms(300 if what == "idle" else 60000)
     with nothing_left(), gate_and_backend(tmp_path, None, idle) as (gate, backend):
@@ -3690,11 +3695,13 @@ def test_the_end_of_a_tunnel_is_told_by_a_close_frame_where_one_may_stand(tmp_pa
                 for pair in (plain, up, down):
                     getattr(pair[who == "backend"], {"ends": "finish", "resets": "reset"}[does])()
             if at_client != "-":
-                assert closing_code(plain[0], False) == closing_code(up[0], False) == at_client
-                assert closing_code(down[0], False, halves[1]) is None
+                for each, before in ((plain, b""), (up, b""), (down, halves[1])):
+                    assert closing_code(each[0], False, before) == (None if before else at_client)
+                    assert each[0].was_reset == (what == "backend resets")
             if at_backend != "-":
-                assert closing_code(plain[1], True) == closing_code(down[1], True) == at_backend
-                assert closing_code(up[1], True, halves[0]) is None
+                for each, before in ((plain, b""), (down, b""), (up, halves[0])):
+                    assert closing_code(each[1], True, before) == (None if before else at_backend)
+                    assert each[1].was_reset == (what == "client resets")
         for peer in plain + up + down:
             peer.close()
         eventually(lambda: sum(logged in line for line in list(gate.access)) == 3)
@@ -3755,26 +3762,26 @@ def test_too_large_a_message_ends_the_tunnel_and_is_not_passed_on(tmp_path, who,
         thread.join()
         if shape == "header in pieces":
             saying.send(large[:1])
-            assert other.read(1) == large[:1]
+            assert other.silent(20 * MS)
         saying.send(large[shape == "header in pieces":][:300])
         assert closing_code(saying, who == "backend") == 1009
-        assert closing_code(other, who == "client") == (None if shape == "header in pieces" else 1001)
+        assert closing_code(other, who == "client") == 1001
         line = line_of(gate, client, server)
         assert "reason=message_too_big" in line and "close=gate:" in line
 
 
 def test_the_gate_ends_with_its_close_frame_and_lets_go_though_the_peers_do_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(wsgate, "LINGER", 1000 * MS)
+    monkeypatch.setattr(wsgate, "HALF_CLOSE", 1000 * MS)
     monkeypatch.setattr(wsgate.Tunnel.finish, "__defaults__", (1000 * MS,))  # its `seconds`: LINGER
     with nothing_left(), gate_and_backend(tmp_path, None, "idle_timeout = " + ini_ms(200)) as (gate, backend):
         with lasting(200, 1300):
             idle, left = gate.tunnel(backend), gate.tunnel(backend)
             left[1].finish()
-            assert closing_code(left[0], False) == 1014
+            assert closing_code(left[0], False) is None
             assert closing_code(idle[0], False) == 1001
             assert closing_code(idle[1], True) == 1001
-        with lasting(400, 1600):  # it reads on for a moment
-            eventually(lambda: len(gate.gate.connections) < 2)
+        eventually(lambda: len(gate.gate.connections) < 2)
         eventually(lambda: not gate.gate.connections, 1600 * MS)
         gate.line("reason=idle_timeout")
         gate.line("reason=backend_gone")
@@ -4425,7 +4432,7 @@ def test_a_backend_killed_under_live_tunnels_ends_only_its_own(tmp_path):
             one.close()
             for peer in one.peers:
                 peer.reset()
-            assert all(read_frame(peer)[1][:2] == struct.pack("!H", 1014) for peer in clients[::2])
+            assert all(peer.rest() == b"" and peer.was_reset for peer in clients[::2])
             assert all(alive(peer) for peer in clients[1::2])
             for peer in clients:
                 peer.close()
@@ -4967,7 +4974,7 @@ def test_a_bad_file_changes_nothing_and_the_log_says_why(tmp_path, broken, said)
 
 
 def test_quit_spreads_the_ends_of_tunnels_over_drain_timeout_quiet_ones_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(wsgate, "BUSY", 100 * MS)
+    monkeypatch.setattr(wsgate, "QUIET", 100 * MS)
     window = 800 * MS
     with gate_and_backend(tmp_path, service, "drain_timeout = %dms" % (window * 1000)) as (gate, _):
         clients = [gate.connect().send(handshake()) for _ in range(20)]
@@ -5037,7 +5044,7 @@ def test_a_gate_that_ends_before_its_last_peers_do_says_no_nonsense(tmp_path):
 @pytest.mark.parametrize("first, second", [
     ("SIGQUIT", "SIGQUIT"), ("SIGQUIT", "SIGTERM"), ("SIGTERM", None)])
 def test_a_second_quit_stops_as_term_does(tmp_path, monkeypatch, first, second):
-    monkeypatch.setattr(wsgate, "BUSY", 100 * MS)
+    monkeypatch.setattr(wsgate, "QUIET", 100 * MS)
     with gate_and_backend(tmp_path, service, "drain_timeout = 60s") as (gate, _):
         client = gate.connect().send(handshake())
         assert client.response().status == 101
@@ -5070,7 +5077,7 @@ def test_a_tunnel_whose_101_comes_behind_the_signal_is_ended_too(tmp_path, name,
 
 
 def test_a_tunnel_that_is_never_quiet_is_ended_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(wsgate, "BUSY", 100 * MS)  # it looks up now and then, and polls no wakeup
+    monkeypatch.setattr(wsgate, "QUIET", 100 * MS)  # it looks up now and then, and polls no wakeup
     with gate_and_backend(tmp_path, service) as (gate, _):
         client = gate.connect().send(handshake())
         assert client.response().status == 101

@@ -25,9 +25,9 @@ The file reads from top to bottom as a connection lives:
     Upstreams             Upstream.pick and their health; Server.connect
     Forwarding            request_head_for_backend, response_head_for_client
     The upgrade           upgrade_wanted and check_101: the handshake, both ways
-    Relaying              HTTPRelay moves two bodies at once; a Flow is one way of a tunnel
-    The tunnel            Tunnel: two Flows after a 101
-    WebSocket frames      FrameScanner follows boundaries; make_frame, close_frame
+    Relaying              Relay: two Flows, one each way; HTTPRelay: a request and its response
+    The tunnel            Tunnel: a Relay after a 101, pings and endings
+    WebSocket frames      frame_header, FrameScanner; make_frame, close_frame
     Access log            AccessLogEntry and its line
     Status                StatusConnection: the status page
     Command line          main and what its options do
@@ -720,6 +720,8 @@ LOCATION_KEYS = {
     "ping_interval": Key(
         parse_seconds, "0",
         "send a WebSocket ping to a peer that has been silent for this long; 0: never"),
+    "ping_peers": Key(choice("both", "client", "backend"), "both",
+                      "which sides are pinged: both, client or backend"),
     "ping_timeout": Key(
         parse_timeout, "20s",
         "close the tunnel if a peer sends nothing for this long after a ping"),
@@ -2057,7 +2059,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 if tried:
                     self.record.server, self.record.failed = tried[-1].name, len(tried) - bool(self.backend)
             relay = HTTPRelay(self.stream, self.backend.stream, request_head_for_backend(self, protocol),
-                              message.body(location.client_max_body_size), location, self.config.server)
+                              message.body(location.client_max_body_size, location.withheld), location, self.config.server)
             try:
                 response = relay.final_response(message.minor > 0)
                 location.upstream.succeeded(self.backend.server)
@@ -2074,8 +2076,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Pass an answer on, whole -> whether another request may follow."""
         message = self.message
         body = response.body(message.method, decode=message.minor == 0)
-        keep = (keep and self.persistent() and relay.up_body.done and not relay.unread
-                and not isinstance(body, UntilCloseBody))
+        keep = (keep and self.persistent() and relay.up.scanner.done
+                and not isinstance(body, UntilClose))
         self.answered = True
         try:
             relay.pass_response(response_head_for_client(response, message, keep), body)
@@ -2086,7 +2088,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 self.stream.reset()
             return False
         finally:
-            self.record.up, self.record.down = (0, relay.sent_up), (0, relay.sent_down)
+            self.record.up, self.record.down = (0, relay.up.bytes), (0, relay.down.bytes)
         self.lingers = not keep
         return keep
 
@@ -2167,11 +2169,11 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def end_exchange(self):
         """Whatever happened: let the backend go, give the place free, write the line."""
+        if self.tunnel:
+            self.tunnel.close()
         self.drop_backend()
         if self.acquired:
             self.gate.release(self.location, self.client)
-        if self.tunnel:
-            self.tunnel.close()
         if self.record:
             self.record.write()
 
@@ -2180,6 +2182,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
 SMALL_READ = 16 * 1024    # for frames and heads
 BIG_READ = 128 * 1024     # once a stream has shown that it is bulk
+LONGEST_POLL = 1e6        # seconds; poll(2) takes 31 bits of milliseconds
 LINGER = 2.0              # seconds to read on behind the last byte sent
 POLLIN = getattr(select, "POLLIN", 1)
 POLLOUT = getattr(select, "POLLOUT", 4)
@@ -2240,7 +2243,7 @@ class Stream:
         if wakeup:
             poll.register(wakeup, POLLIN)
         while True:
-            ready = poll.poll(deadline.remaining() * 1000)
+            ready = poll.poll(min(deadline.remaining(), LONGEST_POLL) * 1000)
             if ready:
                 return wakeup is None or ready[0][0] == self.sock.fileno() or len(ready) > 1
 
@@ -2329,11 +2332,29 @@ class Stream:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
+    def abort(self):
+        """Close with RST; with FIN while bytes are unsent, since a reset would destroy them."""
+        if unsent(self.sock):
+            self.close()
+        else:
+            self.reset()
+
     def close(self):
         try:
             self.sock.close()
         except OSError:  # it is closed all the same
             pass
+
+
+SIOCOUTQNSD = 0x894B      # linux/sockios.h: the size of the part of the send queue not sent yet
+
+
+def unsent(sock):
+    """Return how many written bytes the kernel has not sent yet; 0 where it does not tell."""
+    try:
+        return struct.unpack("i", fcntl.ioctl(sock, SIOCOUTQNSD, bytes(4)))[0]
+    except (OSError, AttributeError):  # not Linux
+        return 0
 
 
 class Deadline:
@@ -2625,10 +2646,10 @@ class Request:
     def has_body(self):
         return bool(self.chunked or self.length)
 
-    def body(self, limit):
-        """A scanner for the request body; limit: client_max_body_size."""
+    def body(self, limit, withheld):
+        """Return the scanner of the request body. limit: client_max_body_size."""
         if self.chunked:
-            return ChunkedBody(limit)
+            return ChunkedBody(limit, withheld.union(self.fields.tokens(b"connection")))
         return LengthBody(self.length) if self.length else NoBody()
 
     def repeatable(self):
@@ -2717,8 +2738,8 @@ class Response:
         if method == b"HEAD" or self.status in (204, 304):
             return NoBody()
         if self.chunked:
-            return ChunkedBody(decode=decode)
-        return UntilCloseBody() if self.length is None else LengthBody(self.length)
+            return ChunkedBody(0, self.fields.tokens(b"connection"), decode)
+        return UntilClose() if self.length is None else LengthBody(self.length)
 
 
 def parse_response_head(head):
@@ -2790,139 +2811,199 @@ class Headers(list):
         return self.lists[name]
 
 
-class NoBody:
-    """There is no body."""
+class Scanner:
+    """What looks at the bytes of a Flow on their way; the interface, and the default: no limits.
 
-    done = True
+    feed() is given each read and returns what passes on. Bulk need not be seen: `remaining`
+    bytes may be spliced past the scanner, and skip() is told how many were.
+    """
 
-    def feed(self, data):
-        return b"", 0
+    __slots__ = ()
+
+    remaining = math.inf  # bytes that may pass unseen, whatever they are
+    done = False          # True once the last byte has been fed or skipped
+    rest = b""            # fed, but after the last byte: of the next request or response
+    notable = False       # True if Tunnel.on_scanner has something to look at
+
+    def feed(self, data, now):
+        """Take the bytes of one read, return those that pass on. Raises ValueError, HTTPError."""
+        return data
+
+    def skip(self, count):
+        """Account for bytes that passed unseen, at most `remaining`."""
+
+    def bulk(self):
+        """Return True if so much may pass unseen now that splicing it is worth the calls."""
+        return self.remaining >= SPLICE_MINIMUM
+
+    def peek(self, recv, now):
+        """Look at what recv(size, flags) has to offer, return how much of it may pass unseen."""
+        return 0
 
     def at_end(self):
-        """The stream has ended -> whether the body is complete."""
-        return True
-
-
-class LengthBody(NoBody):
-    """A body with Content-Length."""
-
-    def __init__(self, length):
-        self.left = length
-        self.done = not length
-
-    def feed(self, data):
-        """-> (bytes to pass on, how many bytes of data belonged to the body)"""
-        if len(data) > self.left:
-            data = data[:self.left]
-        self.left -= len(data)
-        self.done = not self.left
-        return data, len(data)
-
-    def at_end(self):
+        """The stream has ended: return True if it may end here."""
         return self.done
 
+    # What only frames have; without them nothing can be placed, counted or held back.
+    close = None          # (code, reason) of a Close frame that passed
+    messages = 0
+    last_data = None
 
-class UntilCloseBody(NoBody):
-    """A response body that ends with the connection."""
+    def between(self):
+        """Return True if a frame may be placed here."""
+        return False
 
-    done = False
+    def release(self):
+        """Return the bytes that are held back, which then pass as they are."""
+        return b""
 
-    def feed(self, data):
-        return data, len(data)
+
+class UntilClose(Scanner):
+    """Bytes that end with the stream: a response body without a length, a tunnel of no frames."""
+
+    __slots__ = ("done",)
+
+    def __init__(self):
+        self.done = False
 
     def at_end(self):
         self.done = True
         return True
 
 
-class ChunkedBody(NoBody):
-    """A chunked body (RFC 9112 7.1): checked, and written again without its extensions.
+class NoBody(Scanner):
+    """No byte at all."""
 
-    limit: of the payload in bytes, 0 for none. decode: give the payload alone.
-    feed raises ValueError for anything that is not chunked coding, HTTPError 413.
+    __slots__ = ()
+
+    remaining = 0
+    done = True
+
+    def feed(self, data, now):
+        return b""
+
+
+class LengthBody(Scanner):
+    """A body with Content-Length (RFC 9112 6.2)."""
+
+    __slots__ = ("remaining", "done", "rest")
+
+    def __init__(self, length):
+        self.remaining = length
+        self.done = not length
+        self.rest = b""
+
+    def feed(self, data, now):
+        if len(data) > self.remaining:
+            data, self.rest = data[:self.remaining], data[self.remaining:]
+        self.skip(len(data))
+        return data
+
+    def skip(self, count):
+        self.remaining -= count
+        self.done = not self.remaining
+
+
+class ChunkedBody(Scanner):
+    """A chunked body (RFC 9112 7.1): validated, and framed again without chunk extensions.
+
+    limit: of the payload in bytes, 0 for none. withheld: lower-case names of trailer fields that
+    are dropped. decode: pass the payload alone, for a client of HTTP/1.0.
+    feed() raises ValueError for what is not chunked coding, HTTPError 413 above the limit.
     """
 
-    def __init__(self, limit=0, decode=False):
+    __slots__ = ("limit", "withheld", "decode", "done", "rest", "remaining", "state", "line",
+                 "total", "trailers", "tail")
+
+    def __init__(self, limit=0, withheld=(), decode=False):
         self.limit = limit
+        self.withheld = withheld
         self.decode = decode
         self.done = False
-        self.state = "size_line"  # or "payload_end", "trailer_line": the function for the next line; or "payload"
-        self.line = b""       # of a line that has not ended yet
-        self.left = 0         # of the chunk
+        self.rest = b""
+        self.remaining = 0    # payload of the current chunk still to come
+        # The method that takes the next line: size_line, payload_end or trailer_line; or "payload".
+        self.state = "size_line"
+        self.line = b""       # the incomplete line
         self.total = 0        # payload so far
         self.trailers = 0     # bytes of trailer lines so far
-        self.tail = []        # last chunk and trailers: they pass whole or not at all
+        self.tail = []        # last chunk and trailers: they pass together
 
-    def feed(self, data):
-        out = []
-        position = 0
+    def feed(self, data, now):
+        passed, position = [], 0
         while position < len(data) and not self.done:
             if self.state == "payload":
-                piece = data[position:position + self.left]
-                out.append(piece)
+                piece = data[position:position + self.remaining]
+                passed.append(piece)
                 position += len(piece)
-                self.left -= len(piece)
-                if not self.left:
-                    self.state = "payload_end"
+                self.skip(len(piece))
             else:
-                position = self.feed_line(data, position, out)
-        return b"".join(out), position
+                position = self.feed_line(data, position, passed)
+        if self.done:
+            self.rest = data[position:]
+        return b"".join(passed)
 
-    def feed_line(self, data, position, out):
-        """Collect a line up to its CRLF and hand it to the state's function -> new position."""
+    def skip(self, count):
+        self.remaining -= count
+        if not self.remaining:
+            self.state = "payload_end"
+
+    def feed_line(self, data, position, passed):
+        """Collect a line up to its CRLF, give it to the state's method; return the new position."""
         end = data.find(b"\n", position)
         stop = len(data) if end < 0 else end + 1
         self.line += data[position:stop]
         if len(self.line) > CHUNK_LINE_LIMIT:
-            raise ValueError("a line is longer than %d bytes" % CHUNK_LINE_LIMIT)
+            raise ValueError("chunk line longer than %d bytes" % CHUNK_LINE_LIMIT)
         if self.state == "payload_end" and not b"\r\n".startswith(self.line):
-            raise ValueError("more payload than the chunk size said")
+            raise ValueError("chunk longer than its size")
         if end >= 0:
             line, self.line = self.line, b""
             if not line.endswith(b"\r\n"):
-                raise ValueError("a line must end with CRLF")
-            getattr(self, self.state)(line[:-2], out)
+                raise ValueError("chunk line without CRLF")
+            getattr(self, self.state)(line[:-2], passed)
         return stop
 
-    def size_line(self, line, out):
-        """The line in front of a chunk's payload; the last chunk has size 0."""
+    def size_line(self, line, passed):
+        """Take the line before a chunk's payload; the last chunk has size 0."""
         match = CHUNK_LINE.fullmatch(line)
         if not match:
-            raise ValueError("bad chunk size %s" % printable(line[:40]))
-        self.left = int(match.group(1), 16)
-        self.total += self.left
+            raise ValueError("invalid chunk size %s" % printable(line[:40]))
+        self.remaining = int(match.group(1), 16)
+        self.total += self.remaining
         if 0 < self.limit < self.total:
             raise HTTPError(413, "body_too_large", "client_max_body_size is %d" % self.limit)
-        size = b"" if self.decode else b"%x\r\n" % self.left
-        if self.left:
-            out.append(size)
+        size = b"" if self.decode else b"%x\r\n" % self.remaining
+        if self.remaining:
+            passed.append(size)
             self.state = "payload"
         else:
             self.tail.append(size)
             self.state = "trailer_line"
 
-    def payload_end(self, line, out):
-        """The empty line behind a chunk's payload."""
+    def payload_end(self, line, passed):
+        """Take the empty line after a chunk's payload."""
         if not self.decode:
-            out.append(b"\r\n")
+            passed.append(b"\r\n")
         self.state = "size_line"
 
-    def trailer_line(self, line, out):
-        """A trailer field, or the empty line that ends the body."""
+    def trailer_line(self, line, passed):
+        """Take a trailer field, or the empty line that ends the body (RFC 9110 6.5)."""
         self.trailers += len(line) + 2
         if self.trailers > SMALL_READ:
             raise ValueError("trailers larger than %d bytes" % SMALL_READ)
         if line and not FIELD_LINES.fullmatch(line + b"\r\n"):
-            raise ValueError("bad trailer %s" % printable(line[:80]))
+            raise ValueError("invalid trailer %s" % printable(line[:80]))
         self.done = not line
-        name = line.partition(b":")[0].lower()
-        if not self.decode and (self.done or (name not in PROTECTED_FIELDS and name not in HOP_BY_HOP and b"_" not in name)):
+        if not self.decode and (self.done or self.passes(line.partition(b":")[0].lower())):
             self.tail.append(line + b"\r\n")
         if self.done:
-            out.extend(self.tail)
+            passed.extend(self.tail)
 
-    def at_end(self):
-        return False
+    def passes(self, name):
+        """Return True if a trailer field of this name is passed on: none that would be trusted."""
+        return not (name in PROTECTED_FIELDS or name in HOP_BY_HOP or name in self.withheld
+                    or b"_" in name or name.startswith(b"x-forwarded-"))
 
 
 def make_response(status, reason, body, fields, close, head_only):
@@ -3712,54 +3793,344 @@ def extensions_known(response):
 
 
 # --------------------------------------------------------------------- Relaying
+#
+# An exchange moves bytes both ways at once, and so does a tunnel: each is a Relay of two
+# Flows, which differ in their scanners alone (a length, chunks, until close, frames). A
+# Flow reads its source only when its sink has taken all that came before: that is the
+# back-pressure, and a reader that stalls costs kernel buffers and no memory here.
+#
+# Bulk is spliced: the kernel moves pages from socket to pipe to socket, and no byte is
+# copied or seen. So only what a scanner vouches for may be spliced: the rest of a payload,
+# or a whole frame whose header was peeked at. TLS cannot be spliced.
+
+OPEN = "open"                                  # of a source or a sink
+EOF, RESET = "eof", "rst"                      # of a source: it has ended, or broken off
+CLOSING, CLOSED, BROKEN = "closing", "closed", "broken"  # of a sink: it ends once all is written,
+                                               # has ended, or cannot be written to
+PIPE_SIZE = 1 << 20                            # bytes in the kernel while a stream is bulk
+CAN_SPLICE = hasattr(os, "splice")             # Linux, Python 3.10
+SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 
 
-class HTTPRelay:
-    """Moves a request up and its answer down, both at once: an answer may come before the upload is over.
+class Flow:
+    """One direction of a relay: what is read from source passes scanner and is written to sink."""
 
-    Each way holds at most one read in memory; a side is read only while the other side
-    has taken what came before.
-    """
+    __slots__ = ("source", "sink", "read", "write", "scanner", "source_state", "sink_state",
+                 "pending", "pipe", "piped", "bulk", "bytes", "last_read", "last_progress",
+                 "pinged")
+
+    def __init__(self, source, sink, scanner, now):
+        self.source = source
+        self.sink = sink
+        # One call from here to the socket; only TLS needs the Stream, which knows what to poll for.
+        self.read = source.read if source.tls else source.sock.recv
+        self.write = sink.write if sink.tls else sink.sock.send
+        self.scanner = scanner
+        self.source_state = OPEN  # then EOF or RESET
+        # Then CLOSING and CLOSED, or BROKEN; unless it is OPEN, what is read is discarded.
+        self.sink_state = OPEN
+        self.pending = b""        # read, but not written yet
+        self.pipe = None          # (read end, write end) while the stream is bulk
+        self.piped = 0            # bytes in it; they go before pending
+        self.bulk = False         # the last read filled its buffer
+        self.bytes = 0            # taken from source
+        self.last_read = now      # time.monotonic() of the last byte from source
+        self.last_progress = now  # ... of the last byte from source or to sink
+        self.pinged = None        # ... of the last ping of the gate's own to sink
+
+    def reading(self):
+        """Return True if source is to be polled."""
+        return not (self.source_state is not OPEN or self.pending or self.piped
+                    or self.scanner.done)
+
+    def writing(self):
+        """Return True if sink is to be polled."""
+        return bool(self.pending or self.piped)
+
+    def decrypted(self):
+        """Return True if TLS has bytes ready, which poll does not see."""
+        return self.source.tls and self.reading() and self.source.sock.pending() > 0
+
+    def move(self, now):
+        """Read once and pass it on. Return True if nothing else has to be looked at."""
+        size = SMALL_READ
+        if self.bulk:
+            if CAN_SPLICE and self.can_splice():
+                return self.splice(now)
+            size = BIG_READ
+        try:
+            data = self.read(size)
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.source_state = RESET
+            return False
+        if not data:
+            if data is not None:
+                self.source_state = EOF
+            return False
+        self.last_read = self.last_progress = now
+        self.bulk = len(data) == size
+        return self.sink_state is not OPEN or self.take(data, now)
+
+    def take(self, data, now):
+        """Pass on what was read. Return True if nothing else has to be looked at."""
+        scanner = self.scanner
+        self.bytes += len(data)
+        data = scanner.feed(data, now)
+        if self.pending:
+            self.pending += data
+            return False
+        if data:  # nothing is not written: SSLSocket.send(b"") fails on Python before 3.10
+            try:
+                sent = self.write(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self.break_sink()
+                return False
+            if sent != len(data):
+                self.pending = data[sent:]
+                return False
+        return not (scanner.notable or scanner.done)
+
+    def flush(self, now):
+        """Write what is pending, then end sink if it is CLOSING."""
+        try:
+            while self.piped:
+                self.piped -= os.splice(self.pipe[0], self.sink.fileno(), self.piped,
+                                        flags=SPLICE_FLAGS)
+                self.last_progress = now
+            while self.pending:
+                sent = self.write(self.pending)
+                if not sent:
+                    return
+                self.pending = self.pending[sent:]
+                self.last_progress = now
+        except BlockingIOError:
+            return
+        except OSError:
+            self.break_sink()
+        if self.sink_state is CLOSING:
+            self.sink_state = CLOSED
+            if self.source_state is not RESET:  # else Tunnel.close() resets it
+                self.sink.end()
+
+    def can_splice(self):
+        """Return True if the next bytes can pass without being looked at."""
+        return (self.sink_state is OPEN and not self.source.tls and not self.sink.tls
+                and self.scanner.bulk())
+
+    def splice(self, now):
+        """move() for bulk, a pipe full at a time."""
+        if self.pipe is None and not self.open_pipe():
+            self.bulk = False
+            return self.move(now)
+        scanner, room = self.scanner, PIPE_SIZE
+        source, recv = self.source.fileno(), self.source.sock.recv
+        try:
+            while room > 0:
+                size = min(room, scanner.remaining or scanner.peek(recv, now))
+                if not size:
+                    self.bulk = False  # a small frame, or the end of the body: for take()
+                    break
+                count = os.splice(source, self.pipe[1], size, flags=SPLICE_FLAGS)
+                if not count:
+                    self.source_state = EOF
+                    break
+                scanner.skip(count)
+                self.piped += count
+                room -= count
+        except BlockingIOError:  # nothing more to read, or the pipe is full
+            pass
+        except OSError:
+            self.source_state = RESET
+        if self.piped:
+            self.bytes += self.piped
+            self.bulk = self.bulk and self.piped >= SMALL_READ
+            self.last_read = self.last_progress = now
+            self.flush(now)
+        if scanner.done and not self.piped:
+            self.close_pipe()
+        return not (self.source_state is not OPEN or self.piped or self.sink_state is not OPEN
+                    or scanner.done)
+
+    def open_pipe(self):
+        """Open the pipe to splice through. Return False if there can be none: bytes are copied."""
+        try:
+            self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # out of descriptors
+            return False
+        with contextlib.suppress(OSError):  # above the user's limit: the default size will do
+            fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+        return True
+
+    def close_pipe(self):
+        """Give the two descriptors of the pipe back, once the bulk is over."""
+        if self.pipe is not None:
+            os.close(self.pipe[0])
+            os.close(self.pipe[1])
+            self.pipe = None
+
+    def place(self, frame, now):
+        """Write a control frame between two frames. Return False if that is not possible now."""
+        if self.writing() or self.sink_state is not OPEN or not self.scanner.between():
+            return False
+        self.pending = frame
+        self.flush(now)
+        return True
+
+    def end(self, frame, now):
+        """Pass nothing more and end sink, after a frame if it can be placed there."""
+        if self.sink_state is OPEN:
+            if frame and self.scanner.between() and not self.scanner.close:
+                self.pending += frame
+            self.sink_state = CLOSING
+        self.flush(now)
+
+    def release(self):
+        """Let the bytes pass that the scanner held back."""
+        self.pending += self.scanner.release()
+
+    def break_sink(self):
+        """sink cannot be written to any more."""
+        self.pending, self.piped, self.bulk = b"", 0, False
+        self.close_pipe()
+        self.sink_state = BROKEN
+
+
+class Relay:
+    """Two Flows between a client and a backend, polled by one thread."""
+
+    __slots__ = ("up", "down", "poll", "interest")
+
+    def __init__(self, client, backend, up_scanner, down_scanner, now):
+        self.up = Flow(client, backend, up_scanner, now)
+        self.down = Flow(backend, client, down_scanner, now)
+        self.poll = Poll()
+        self.interest = {}  # {descriptor: events registered for it}
+
+    def wait(self, seconds):
+        """Return the [(descriptor, events)] that are ready within this time."""
+        return self.poll.poll(min(max(0, seconds), LONGEST_POLL) * 1000)
+
+    def watch(self, fd, events):
+        """Register interest in a descriptor, if it has changed; events: None for none at all."""
+        if events is None:  # poll reports POLLHUP even where no event was asked for
+            if self.interest.pop(fd, None) is not None:
+                self.poll.unregister(fd)
+        elif self.interest.get(fd, 0) != events:
+            self.interest[fd] = events
+            self.poll.register(fd, events)
+
+    def close_pipes(self):
+        self.up.close_pipe()
+        self.down.close_pipe()
+
+
+class HeadScanner(Scanner):
+    """Collects a response head, and what comes with it, in the buffer of its Stream."""
+
+    __slots__ = ("stream",)
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def bulk(self):
+        return False
+
+    def feed(self, data, now):
+        self.stream.buffer += data
+        return b""
+
+
+class HTTPRelay(Relay):
+    """Moves a request up and its response down; a response may come before the upload is over."""
+
+    __slots__ = ("client", "backend", "limit", "location", "server", "head_since", "gone_at")
 
     def __init__(self, client, backend, head, body, location, server):
+        now = time.monotonic()
+        super().__init__(client, backend, body, HeadScanner(backend), now)
         self.client = client
         self.backend = backend
-        self.up_body = body                     # scanner of the request body
-        self.down_body = None                   # scanner of the response body, once its head is known
-        self.up_pending = memoryview(head)      # to the backend
-        self.down_pending = memoryview(b"")     # to the client
         self.limit = server.client_header_size  # a response head is bounded like that of a request
         self.location = location
         self.server = server
-        self.sent_up = self.sent_down = 0       # bytes of bodies
-        self.unread = False                     # the rest of the body stays with the client: no request may follow
-        now = time.monotonic()
-        self.up_moved = self.down_moved = now   # when bytes last moved, each way
-        self.gone_at = math.inf                 # the client has closed: wait for the backend no longer than this
-        self.watching = True                    # for the client to close
-        self.poll = Poll()
+        self.head_since = now    # time.monotonic() since when the response head is due
+        self.gone_at = math.inf  # ... at which a client that has closed is given up
+        self.up.pending = head
+        self.feed(self.up, now)
+
+    def feed(self, flow, now):
+        """Give source.buffer to the scanner of a flow; what it does not take stays there."""
+        data, flow.source.buffer = flow.source.buffer, b""
+        try:
+            if flow.scanner.done:
+                flow.source.buffer = data
+            elif data:
+                flow.take(data, now)
+        except ValueError as error:
+            raise self.bad_body(flow, error)
+        self.keep_rest(flow)
+
+    def keep_rest(self, flow):
+        """Put back what was read after the end of a body."""
+        if flow.scanner.done and flow.scanner.rest:
+            flow.source.buffer, flow.scanner.rest = flow.scanner.rest, b""
+            flow.bytes -= len(flow.source.buffer)
+
+    def bad_body(self, flow, error):
+        """Return the exception for a body that its scanner refuses."""
+        if flow is self.up:
+            return HTTPError(400, "bad_request", "request body: %s" % error)
+        return BackendError(502, "backend_bad_response", "response body: %s" % error, sent=True)
 
     def final_response(self, interim):
-        """Read heads up to the final one -> Response. interim: pass 1xx on to the client. Raises BackendError."""
-        self.move_up()
-        for _ in range(INTERIM_LIMIT + 1):
-            response = parse_response_head(self.response_head())
-            if response.status >= 200 or response.status == 101:
-                return response
-            if interim:
-                lines = [b"HTTP/1.1 %d %s" % (response.status, response.reason)]
-                gone = HOP_BY_HOP.union(response.fields.tokens(b"connection"), (b"content-length",))
-                lines += [b"%s: %s" % pair for pair in response.fields if pair[0].lower() not in gone]
-                self.down_pending = memoryview(bytes(self.down_pending) + b"\r\n".join(lines) + b"\r\n\r\n")
-                self.move_down()
-        raise BackendError(502, "backend_bad_response", "more than %d interim answers" % INTERIM_LIMIT, sent=True)
+        """Read heads up to the final one, return its Response. interim: pass 1xx to the client.
+
+        Raises BackendError, HTTPError, ClientGone.
+        """
+        try:
+            self.up.flush(time.monotonic())
+            for _ in range(INTERIM_LIMIT + 1):
+                response = parse_response_head(self.response_head())
+                if response.status >= 200:
+                    return response
+                if response.status == 101:
+                    return self.switched(response)
+                self.head_since = time.monotonic()
+                if interim:
+                    self.pass_interim(response)
+            raise BackendError(502, "backend_bad_response",
+                               "more than %d interim responses" % INTERIM_LIMIT, sent=True)
+        except BaseException:
+            self.close_pipes()
+            raise
+
+    def switched(self, response):
+        """Return a 101, which must not come before the request body is sent."""
+        if self.up.writing() or not self.up.scanner.done:
+            raise BackendError(502, "backend_bad_101", "101 before the end of the request",
+                               sent=True)
+        self.close_pipes()
+        return response
+
+    def pass_interim(self, response):
+        """Pass a 1xx response to the client."""
+        lines = [b"HTTP/1.1 %d %s" % (response.status, response.reason)]
+        withheld = HOP_BY_HOP.union(response.fields.tokens(b"connection"), (b"content-length",))
+        lines += [b"%s: %s" % pair for pair in response.fields if pair[0].lower() not in withheld]
+        self.down.pending += b"\r\n".join(lines) + b"\r\n\r\n"
+        self.down.flush(time.monotonic())
 
     def response_head(self):
-        """Wait for a response head, while the request body goes up -> bytes."""
+        """Wait for a response head while the request body goes up; return its bytes."""
         while True:
-            if not b"HTTP/".startswith(self.backend.buffer[:5]):
-                raise BackendError(502, "backend_bad_response", "no HTTP: %s" % printable(self.backend.buffer[:60]),
-                                   sent=True)
+            buffer = self.backend.buffer
+            if not b"HTTP/".startswith(buffer[:5]):
+                raise BackendError(502, "backend_bad_response", "not HTTP: %s"
+                                   % printable(buffer[:60]), sent=True)
             try:
                 head = take_head(self.backend, self.limit)
             except HTTPError as error:
@@ -3769,391 +4140,178 @@ class HTTPRelay:
             self.turn()
 
     def pass_response(self, head, body):
-        """Send a final head and relay its body to the end. Raises BackendError when the backend cuts it, ClientGone."""
-        self.down_body = body
-        self.down_pending = memoryview(bytes(self.down_pending) + head)
-        self.take_down(self.backend.buffer)
-        self.backend.buffer = b""
-        self.move_down()
-        while self.down_pending or not self.down_body.done:
-            self.turn()
+        """Send a final head and relay its body to the end. Raises BackendError, ClientGone."""
+        try:
+            now = time.monotonic()
+            self.down.pending += head
+            self.down.bytes = 0  # those of the head do not count
+            self.down.scanner = body
+            self.feed(self.down, now)
+            self.down.flush(now)
+            while self.down.writing() or not body.done:
+                self.turn()
+        finally:
+            self.close_pipes()
 
     def turn(self):
         """Wait until something can move, and move it."""
-        reading_body = not self.up_body.done and not self.up_pending
-        reading_answer = not self.down_pending and not (self.down_body and self.down_body.done)
-        client_events = ((self.client.read_event if reading_body else 0)
-                         | (self.client.write_event if self.down_pending else 0)
-                         | (POLLRDHUP if self.watching and self.up_body.done else 0))
-        backend_events = ((self.backend.read_event if reading_answer else 0)
-                          | (self.backend.write_event if self.up_pending else 0))
-        self.poll.register(self.client.fileno(), client_events)
-        self.poll.register(self.backend.fileno(), backend_events)
-        if not backend_events:  # else a reset would be reported again and again
-            self.poll.unregister(self.backend.fileno())
-        ready = ()
-        if not (self.client.tls and reading_body and self.client.sock.pending()):
-            deadline, awaited = self.next_deadline(reading_body, reading_answer)
-            ready = self.poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        up, down = self.up, self.down
+        uploading = up.reading() and up.sink_state is OPEN
+        responding = down.reading()
+        client_events = ((self.client.read_event if uploading else 0)
+                         | (self.client.write_event if down.writing() else 0)
+                         | (POLLRDHUP if self.uploaded() and self.gone_at == math.inf else 0))
+        backend_events = ((self.backend.read_event if responding else 0)
+                          | (self.backend.write_event if up.writing() else 0))
+        self.watch(self.client.fileno(), client_events)
+        self.watch(self.backend.fileno(), backend_events or None)
+        if not up.decrypted() and not down.decrypted():
+            deadline, awaited = self.next_deadline(uploading, responding)
+            ready = self.wait(deadline - time.monotonic())
             if not ready and time.monotonic() >= deadline:
                 raise timeout_error(awaited)
-        for fd, event in ready:
-            if fd == self.client.fileno():
-                self.notice_client(event)
-        if reading_body or self.up_pending:
-            self.move_up()
-        if reading_answer:
-            self.read_answer()
-        self.move_down()
+            for fd, event in ready:
+                if fd == self.client.fileno():
+                    self.check_client(event)
+        now = time.monotonic()
+        if up.writing():
+            up.flush(now)
+        elif uploading:
+            self.move(up, now)
+        if down.writing():
+            down.flush(now)
+        elif responding:
+            self.move(down, now)
+        if down.sink_state is BROKEN:
+            raise ClientGone("client_gone")
 
-    def next_deadline(self, reading_body, reading_answer):
-        """-> (time.monotonic() at which to give up, what was awaited: for timeout_error())"""
+    def uploaded(self):
+        """Return True if nothing more of the request body is read."""
+        return self.up.scanner.done or self.up.sink_state is BROKEN
+
+    def move(self, flow, now):
+        """Move bytes of one flow, look at how its source has ended."""
+        try:
+            flow.move(now)
+        except ValueError as error:
+            raise self.bad_body(flow, error)
+        self.keep_rest(flow)
+        if flow is self.down and self.gone_at < math.inf:
+            self.gone_at = max(self.gone_at, flow.last_read + 0.5)
+        if flow.source_state is OPEN or flow.scanner.done:
+            return
+        if flow is self.up:  # it has more to send, so an end is not one
+            raise ClientGone("client_gone")
+        if flow.source_state is RESET or not flow.scanner.at_end():
+            self.response_ended()
+
+    def response_ended(self):
+        """Raise the BackendError for a response that is incomplete."""
+        if not isinstance(self.down.scanner, HeadScanner):
+            raise BackendError(502, "backend_truncated", "backend closed the connection while"
+                               " sending the response", sent=True)
+        began = bool(self.backend.buffer)
+        raise BackendError(502, "backend_bad_response" if began else "backend_closed",
+                           "backend closed the connection before sending a response", sent=True,
+                           retry=not began)
+
+    def next_deadline(self, uploading, responding):
+        """Return (time.monotonic() at which to give up, what is awaited: for timeout_error())."""
+        up, down = self.up, self.down
         deadlines = [(self.gone_at, "client_gone")]
-        if reading_answer and (self.down_body or (self.up_body.done and not self.up_pending)):
-            moved = max(self.down_moved, self.up_moved)
-            deadlines.append((moved + self.location.proxy_read_timeout, "backend_timeout"))
-        if self.up_pending:
-            deadlines.append((self.up_moved + self.location.proxy_send_timeout, "backend_timeout"))
-        if reading_body:
-            deadlines.append((self.up_moved + self.server.client_body_timeout, "body_timeout"))
-        if self.down_pending:
-            deadlines.append((self.down_moved + self.server.send_timeout, "send_timeout"))
+        if responding and not (uploading or up.writing()):
+            since = max(self.head_since, up.last_progress)
+            if not isinstance(down.scanner, HeadScanner):
+                since = max(since, down.last_progress)
+            deadlines.append((since + self.location.proxy_read_timeout, "backend_timeout"))
+        if up.writing():
+            deadlines.append((up.last_progress + self.location.proxy_send_timeout,
+                              "backend_timeout"))
+        if uploading:
+            deadlines.append((up.last_progress + self.server.client_body_timeout, "body_timeout"))
+        if down.writing():
+            deadlines.append((down.last_progress + self.server.send_timeout, "send_timeout"))
         return min(deadlines)
 
-    def notice_client(self, event):
-        """The client closed or broke its connection; an answer that comes soon may still reach it (nc -N)."""
+    def check_client(self, event):
+        """Raise ClientGone if the client broke off; one that half-closed is given 0.5 s (nc -N)."""
         if event & (POLLERR | POLLHUP):
             raise ClientGone("client_gone")
-        if event & POLLRDHUP and self.up_body.done:
-            self.watching = False
+        if event & POLLRDHUP and self.uploaded():
             self.gone_at = time.monotonic() + 0.5
-
-    def move_up(self):
-        """Send what is pending, read on in the request body, a bounded number of times."""
-        for _ in range(8):
-            if self.up_pending:
-                try:
-                    sent = self.backend.write(self.up_pending)
-                except OSError:  # it reads no more; perhaps it has answered already
-                    self.unread = not self.up_body.done
-                    self.up_body, self.up_pending = NoBody(), memoryview(b"")
-                    return
-                if not sent:
-                    return
-                self.up_moved = time.monotonic()
-                self.up_pending = self.up_pending[sent:]
-                continue
-            if self.up_body.done:
-                return
-            data = self.client.buffer or self.read_client()
-            if not data:
-                return
-            try:
-                out, used = self.up_body.feed(data)
-            except ValueError as error:
-                raise HTTPError(400, "bad_request", "request body: %s" % error)
-            self.client.buffer = data[used:]
-            self.sent_up += len(out)
-            self.up_moved = time.monotonic()
-            self.up_pending = memoryview(out)
-
-    def read_client(self):
-        """Read once from the client -> bytes or None; it has more to say, so an end is not one."""
-        try:
-            data = self.client.read(BIG_READ)
-        except OSError:
-            data = b""
-        if data == b"":
-            raise ClientGone("client_gone")
-        return data
-
-    def read_answer(self):
-        """Read once from the backend."""
-        try:
-            data = self.backend.read(BIG_READ if self.down_body else SMALL_READ)
-        except OSError as error:
-            raise BackendError(502, "backend_closed", str(error), sent=True,
-                               retry=not self.backend.buffer and not self.down_body)
-        if data is None:
-            return
-        self.down_moved = time.monotonic()
-        if self.gone_at < math.inf:
-            self.gone_at = self.down_moved + 0.5
-        if self.down_body is None:
-            if not data:
-                raise BackendError(502, "backend_bad_response" if self.backend.buffer else "backend_closed",
-                                   "it closed before its answer was complete", sent=True, retry=not self.backend.buffer)
-            self.backend.buffer += data
-        elif data:
-            self.take_down(data)
-        elif not self.down_body.at_end():
-            raise BackendError(502, "backend_truncated", "it closed in the middle of its answer", sent=True)
-
-    def take_down(self, data):
-        """Bytes of the response body."""
-        try:
-            out, _ = self.down_body.feed(data)
-        except ValueError as error:
-            raise BackendError(502, "backend_bad_response", "response body: %s" % error, sent=True)
-        self.sent_down += len(out)
-        self.down_pending = memoryview(bytes(self.down_pending) + out) if self.down_pending else memoryview(out)
-
-    def move_down(self):
-        """Send what is pending to the client. Raises ClientGone."""
-        while self.down_pending:
-            try:
-                sent = self.client.write(self.down_pending)
-            except OSError:
-                raise ClientGone("client_gone")
-            if not sent:
-                return
-            self.down_moved = time.monotonic()
-            self.down_pending = self.down_pending[sent:]
 
 
 def timeout_error(awaited):
-    """-> the exception that says what an HTTPRelay has waited for in vain."""
+    """Return the exception for what an HTTPRelay has awaited for too long."""
     if awaited == "backend_timeout":
-        return BackendError(504, awaited, "the backend did not go on within proxy_read_timeout", sent=True)
+        return BackendError(504, awaited, "timed out waiting for the backend (proxy_read_timeout)",
+                            sent=True)
     if awaited == "body_timeout":
-        return HTTPError(408, awaited, "the request body did not go on within client_body_timeout")
+        return HTTPError(408, awaited, "timed out reading the request body (client_body_timeout)")
     return ClientGone(awaited)
 
 
-BUSY = 0.5               # seconds without a byte after which a tunnel is quiet
-HALF_CLOSE = 10.0        # seconds that one direction may go on when the other has ended
-PIPE_SIZE = 1 << 20      # bytes under way in the kernel while a stream is bulk
-SPLICE_LEAST = 16 * 1024 # payload for which splice is worth its calls
-CAN_SPLICE = hasattr(os, "splice")
-SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
-
-
-class Flow:
-    """One direction of a tunnel: what is read from source is written to sink, in its order.
-
-    At most one read is pending, or one pipe full: source is read only while nothing is. That
-    is the back-pressure: a reader that stalls costs kernel buffers and no memory here.
-    """
-
-    __slots__ = ("source", "sink", "read", "write", "scanner", "pending", "pipe", "piped", "bulk", "eof", "broken",
-                 "discard", "fin", "done", "cut", "bytes", "heard", "moved")
-
-    def __init__(self, source, sink, scanner, now):
-        self.source = source
-        self.sink = sink
-        # One step from here to the socket; only TLS needs the Stream, which knows what it waits for.
-        self.read = source.read if source.tls else source.sock.recv
-        self.write = sink.write if sink.tls else sink.sock.send
-        self.scanner = scanner    # FrameScanner, or None when the bytes are not frames
-        self.pending = b""        # read, but not taken by sink yet
-        self.pipe = None          # (read end, write end) while the stream is bulk
-        self.piped = 0            # bytes in it; they come before pending
-        self.bulk = False         # the last read filled its buffer
-        self.eof = False          # source has ended
-        self.broken = False       # ... with an error
-        self.discard = False      # what source still says goes nowhere
-        self.fin = False          # end sink when nothing is pending
-        self.done = False         # sink is ended, or cannot be written to
-        self.cut = False          # it cannot be written to
-        self.bytes = 0            # taken from source
-        self.heard = now          # time.monotonic() of the last byte from source
-        self.moved = now          # ... or to sink
-
-    def reading(self):
-        """Whether source is to be polled."""
-        return not (self.eof or self.pending or self.piped)
-
-    def writing(self):
-        """Whether sink is to be polled."""
-        return bool(self.pending or self.piped)
-
-    def move(self, now):
-        """Read once and pass it on. -> True if there is nothing else to see to."""
-        scanner = self.scanner
-        size = SMALL_READ
-        if self.bulk:
-            if CAN_SPLICE and self.spliceable():
-                return self.splice(now)
-            size = BIG_READ
-        try:
-            data = self.read(size)
-        except BlockingIOError:
-            return False
-        except OSError:
-            self.eof = self.broken = True
-            return False
-        if not data:
-            self.eof = data is not None
-            return False
-        self.heard = self.moved = now
-        self.bytes += len(data)
-        self.bulk = len(data) == size
-        if self.discard:
-            return True
-        if scanner is not None:
-            data = scanner.feed(data, now)
-        try:
-            sent = self.write(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.abandon()
-            return False
-        if sent != len(data):
-            self.pending = data[sent:]
-            return False
-        return scanner is None or not scanner.notable
-
-    def flush(self, now):
-        """Write what is pending, then end sink if that was asked for."""
-        try:
-            while self.piped:
-                self.piped -= os.splice(self.pipe[0], self.sink.fileno(), self.piped, flags=SPLICE_FLAGS)
-                self.moved = now
-            while self.pending:
-                sent = self.write(self.pending)
-                if not sent:
-                    return
-                self.pending = self.pending[sent:]
-                self.moved = now
-        except BlockingIOError:
-            return
-        except OSError:
-            self.abandon()
-        if self.fin and not self.done:
-            self.done = True
-            self.sink.end()
-
-    def spliceable(self):
-        """Whether the next bytes can pass without being looked at: no TLS, no frame header among them."""
-        if self.discard or self.source.tls or self.sink.tls:
-            return False
-        scanner = self.scanner
-        return scanner is None or scanner.left >= SPLICE_LEAST or (
-            scanner.large and scanner.control is None and not scanner.head and not scanner.held)
-
-    def splice(self, now):
-        """Move bulk from socket to pipe to socket; the kernel hands pages on and copies nothing.
-
-        Between two frames the next header is looked at where it lies, and spliced with its payload.
-        """
-        if self.pipe is None and not self.open_pipe():
-            self.bulk = False
-            return self.move(now)
-        scanner, room = self.scanner, PIPE_SIZE
-        source, pipe, recv, splice = self.source.fileno(), self.pipe[1], self.source.sock.recv, os.splice
-        try:
-            while room > 0:
-                left = room if scanner is None else scanner.left or scanner.peeked(
-                    recv(LONGEST_HEADER, socket.MSG_PEEK), now)
-                if not left:
-                    self.bulk = False  # a small frame, or the end: for move()
-                    break
-                count = splice(source, pipe, left if left < room else room, flags=SPLICE_FLAGS)
-                if not count:
-                    self.eof = True
-                    break
-                if scanner is not None:
-                    scanner.skip(count)
-                self.piped += count
-                room -= count
-        except BlockingIOError:  # nothing more to read, or the pipe is full
-            pass
-        except OSError:
-            self.eof = self.broken = True
-        if self.piped:
-            self.bytes += self.piped
-            self.heard = self.moved = now
-            if scanner is None and self.piped < SMALL_READ:
-                self.bulk = False
-            self.flush(now)
-        return not (self.eof or self.piped or self.done)
-
-    def open_pipe(self):
-        """-> whether there is a pipe to splice through now"""
-        try:
-            self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:  # out of descriptors: bytes are copied, then
-            return False
-        with contextlib.suppress(OSError):  # above the user's limit: the kernel's size will do
-            fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-        return True
-
-    def close_pipe(self):
-        """The bulk is over: give two descriptors back."""
-        if self.pipe is not None:
-            os.close(self.pipe[0])
-            os.close(self.pipe[1])
-            self.pipe = None
-
-    def inject(self, frame, now):
-        """Put a control frame between two frames of the stream -> whether this was possible."""
-        if self.writing() or self.fin or self.done or not self.scanner.between():
-            return False
-        self.pending = frame
-        self.flush(now)
-        return True
-
-    def end(self, frame, now):
-        """Let nothing more pass, and end sink; a frame goes first where one may stand."""
-        self.discard = True
-        if frame and not self.fin and self.scanner is not None and self.scanner.between() and not self.scanner.close:
-            self.pending = bytes(self.pending) + frame
-        self.fin = True
-        self.flush(now)
-
-    def abandon(self):
-        """sink cannot be written to any more."""
-        self.pending, self.piped, self.bulk = b"", 0, False
-        self.close_pipe()
-        self.discard = self.fin = self.done = self.cut = True
-
-
 # ------------------------------------------------------------------- The tunnel
+#
+# How a tunnel ends. A peer's end is passed on as it came, so that the other side sees what
+# it would see without a proxy; only the gate's own decisions are told by a Close frame.
+#
+#   what ended                 the other side gets           the tunnel is over
+#   FIN                        what is pending, FIN          after the other FIN, or HALF_CLOSE
+#                                                            of silence; with TLS, or after both
+#                                                            Close frames, without waiting
+#   RST                        what is pending, RST          when that is written
+#   a write failed             -                             LINGER later, what comes is passed on
+#   Tunnel.finish(): a timer,  both get a Close, where one   after both FINs, or LINGER later
+#   a limit, drain, shutdown   can be placed, and FIN
+
+QUIET = 0.5              # seconds without a byte after which a tunnel is quiet
+HALF_CLOSE = 10.0        # seconds of silence that one direction may last when the other has ended
 
 
-class Tunnel:
-    """What a connection is after a 101: two Flows, one poll object, one clock."""
+class Tunnel(Relay):
+    """What a connection is after a 101: two Flows of frames, and a clock."""
 
-    __slots__ = ("gate", "record", "up", "down", "idle_timeout", "ping_interval", "ping_timeout", "send_timeout",
-                 "poll",
-                 "interest", "wakeup", "seen_wakeup", "end_at", "deadline", "over", "pinged", "rtt", "opened")
+    __slots__ = ("gate", "record", "idle_timeout", "ping_interval", "ping_timeout", "ping_peers",
+                 "send_timeout", "wakeup", "seen_wakeup", "end_at", "deadline", "over", "ended_by",
+                 "rtt", "opened")
 
     def __init__(self, connection, backend, head, scan, extensions):
         location, now = connection.location, time.monotonic()
+        limit = location.max_message_size
+        up, down = ((FrameScanner(True, extensions, limit, now),
+                     FrameScanner(False, extensions, limit, now)) if scan else
+                    (UntilClose(), UntilClose()))
+        super().__init__(connection.stream, backend, up, down, now)
         self.gate = connection.gate
         self.record = connection.record
         self.idle_timeout = location.idle_timeout
         self.ping_interval = location.ping_interval
         self.ping_timeout = location.ping_timeout
+        self.ping_peers = location.ping_peers
         self.send_timeout = connection.config.server.send_timeout
-        limit = location.max_message_size
-        self.up = Flow(connection.stream, backend, FrameScanner(True, extensions, limit, now) if scan else None, now)
-        self.down = Flow(backend, connection.stream, FrameScanner(False, extensions, limit, now) if scan else None, now)
         self.opened = now
         self.end_at = math.inf       # when draining ends this tunnel
         self.deadline = math.inf     # when a tunnel that is ending is closed, whatever its peers do
         self.over = False
-        self.pinged = {}             # {flow to the side that was pinged: time of the ping}
+        self.ended_by = None         # "client", "backend" or "gate"
         self.rtt = None              # of the last pong, in seconds
-        self.poll = Poll()
-        self.interest = {}           # {descriptor: events registered for it}
-        self.wakeup = None            # the descriptor of seen_wakeup while it is polled
+        self.wakeup = None           # the descriptor of seen_wakeup while it is polled
         self.seen_wakeup = self.gate.wakeup
         self.down.pending = head
-        for flow in (self.up, self.down):  # bytes that came with the heads are the first of the tunnel
+        for flow in (self.up, self.down):  # bytes that came with the heads are the first
             early, flow.source.buffer = flow.source.buffer, b""
-            flow.bytes = len(early)
-            flow.pending += flow.scanner.feed(early, now) if scan and early else early
+            if early:
+                flow.take(early, now)
 
     @property
     def last_byte(self):
         """time.monotonic() of the last byte either way."""
-        return max(self.up.moved, self.down.moved)
+        return max(self.up.last_progress, self.down.last_progress)
 
     def run(self):
-        """Relay until both directions have ended, a peer breaks off, a timer runs out or the gate ends it."""
-        up, down, poll = self.up, self.down, self.poll
+        """Relay until both directions have ended, a timer expires or the gate ends the tunnel."""
+        up, down = self.up, self.down
         client = up.source.fileno()
         plain = not (up.source.tls or down.source.tls)
         monotonic = time.monotonic
@@ -4163,264 +4321,262 @@ class Tunnel:
         self.settle(now)
         if self.gate.state != "running":  # the wakeup was set before this tunnel knew it
             self.on_wakeup(now)
-        wake = self.timers(now)
+        wake = self.check_timers(now)
         while not self.over:
-            events = poll.poll((wake - now) * 1000 if wake > now else 0)
+            events = self.wait(wake - now)
             before, now = now, monotonic()
             for fd, event in events:
-                reader = up if fd == client else down
                 if event != POLLIN or not plain or fd == self.wakeup:
-                    self.act(fd, reader, down if reader is up else up, event, now)
-                elif reader.move(now):
+                    self.on_event(fd, event, now)
+                elif (up if fd == client else down).move(now):
                     continue
                 self.settle(now)
                 wake = now
             if now >= wake or not events:
-                wake = self.timers(now)
-            elif self.wakeup is not None and now - before < BUSY / 10:
-                self.watch_wakeup(False)
-                wake = min(wake, now + BUSY)
+                wake = self.check_timers(now)
+            elif self.wakeup is not None and now - before < QUIET / 10:
+                self.ignore_wakeup()
+                wake = min(wake, now + QUIET)
 
-    def act(self, fd, reader, writer, event, now):
-        """Do what an event asks for, where it is more than plain bytes to be read."""
+    def on_event(self, fd, event, now):
+        """Take an event that is not just plain bytes to be read."""
         if fd == self.wakeup:
             self.on_wakeup(now)
-        else:
-            if writer.writing():
-                writer.flush(now)
-            if reader.reading():
-                reader.move(now)
-            elif event & POLLERR:
-                reader.eof = reader.broken = True
-            elif event & POLLHUP and not writer.writing():
-                self.interest.pop(fd)  # both ends closed, bytes still to be read: later
-                self.poll.unregister(fd)
+            return
+        up, down = self.up, self.down
+        reader, writer = (up, down) if fd == up.source.fileno() else (down, up)
+        if writer.writing():
+            writer.flush(now)
+        if reader.reading():
+            reader.move(now)
+        elif event & POLLERR:
+            reader.source_state = RESET
+        elif event & POLLHUP and not writer.writing():
+            self.watch(fd, None)  # both ends closed, bytes still to be read: later
 
     def settle(self, now):
-        """Draw the conclusions of what has happened, and poll for what can go on."""
+        """Act on what flows and scanners have seen, then poll for what can move."""
         up, down = self.up, self.down
         for flow in (up, down):
-            # Decrypted bytes are invisible to poll: read them before it is asked.
-            while flow.source.tls and flow.reading() and flow.source.sock.pending():
+            while flow.decrypted():
                 flow.move(now)
-            if flow.scanner is not None and flow.scanner.notable:
-                self.note(flow, now)
+            if flow.scanner.notable:
+                self.on_scanner(flow, now)
         for flow, back in ((up, down), (down, up)):
-            flow.broken = flow.broken or (flow.eof and back.cut)  # the same socket, whose error was told to its writer
-            if flow.eof and not flow.fin:
-                self.source_ended(flow, back, now)
-            if flow.eof and flow.broken and not back.done:
-                back.abandon()
-            if flow.done and not flow.eof and self.deadline == math.inf:
-                self.deadline = now + LINGER  # the sink broke while it was written to
-                self.ended_by(back, "eof")
-        if up.done and down.done and up.eof and down.eof:
-            self.over = True
+            if flow.source_state is EOF and back.sink_state is BROKEN:
+                flow.source_state = RESET  # the same socket, whose error its writer has got
+            if flow.source_state is not OPEN and flow.sink_state is OPEN:
+                self.on_source_end(flow, back, now)
+            if flow.source_state is RESET:
+                back.break_sink()
+                self.over = self.over or flow.sink_state is not CLOSING
+            elif flow.sink_state is BROKEN and flow.source_state is OPEN:
+                self.note_end("backend" if flow is up else "client", EOF)
+                self.deadline = min(self.deadline, now + LINGER)
+        ended = [flow.source_state is not OPEN and flow.sink_state in (CLOSED, BROKEN)
+                 for flow in (up, down)]
+        self.over = self.over or all(ended)
         for reader, writer in ((up, down), (down, up)):
             stream = reader.source
-            self.watch(stream.fileno(), (stream.read_event if reader.reading() else 0)
-                       | (stream.write_event if writer.writing() else 0), reader.eof and writer.done)
+            finished = reader.source_state is not OPEN and writer.sink_state in (CLOSED, BROKEN)
+            events = ((stream.read_event if reader.reading() else 0)
+                      | (stream.write_event if writer.writing() else 0))
+            self.watch(stream.fileno(), None if finished else events)
 
-    def watch(self, fd, events, finished):
-        """Register interest in a socket, if it has changed; a finished one would only report POLLHUP."""
-        if finished:
-            if self.interest.pop(fd, None) is not None:
-                self.poll.unregister(fd)
-        elif self.interest.get(fd) != events and (events or fd in self.interest):
-            self.interest[fd] = events
-            self.poll.register(fd, events)
-
-    def source_ended(self, flow, back, now):
-        """A peer has ended its side, or broken off. Without a Close frame before it, one is made for the other."""
-        self.ended_by(flow, "rst" if flow.broken else "eof")
-        code = 1001 if flow is self.up else 1014
-        scanner = flow.scanner
-        frame = b""
-        if scanner is not None and not scanner.close:
-            frame = close_frame(code, self.record.reason or "gone", flow is self.up)
-        clean = frame and scanner.between() and not flow.done
-        if scanner is not None and scanner.held:
-            flow.pending = bytes(flow.pending) + scanner.give_up_held()
-        both_closed = scanner is not None and scanner.close and back.scanner is not None and back.scanner.close
-        self.deadline = min(self.deadline, now + (LINGER if clean or flow.broken else HALF_CLOSE))
-        if clean:
-            flow.pending = bytes(flow.pending) + frame
-        flow.fin = True
-        flow.flush(now)
-        if flow.broken:
-            back.abandon()
-        elif both_closed or flow.source.tls or flow.sink.tls:
+    def on_source_end(self, flow, back, now):
+        """A peer has ended its direction, or broken off: pass that on after its bytes."""
+        self.note_end("client" if flow is self.up else "backend", flow.source_state)
+        flow.release()
+        flow.end(b"", now)
+        tls = flow.source.tls or flow.sink.tls
+        if flow.source_state is RESET or tls:
+            self.deadline = min(self.deadline, now + LINGER)
+        if flow.source_state is EOF and (tls or self.closed_both_ways()):
             back.end(b"", now)
-        if (both_closed or (flow.broken and not clean)) and flow.done and back.done:
-            self.over = True
+            self.over = self.over or (not tls and flow.sink_state is CLOSED
+                                      and back.sink_state is CLOSED)
 
-    def ended_by(self, flow, how):
-        """Remember who ended the tunnel, if nobody has before. flow: the one whose source did."""
-        if not self.record.close:
-            side = "client" if flow is self.up else "backend"
+    def closed_both_ways(self):
+        """Return True if a Close frame has passed each way (RFC 6455 7.1.4)."""
+        return bool(self.up.scanner.close and self.down.scanner.close)
+
+    def note_end(self, side, how, reason=None):
+        """Record who has ended the tunnel, how and why; the first one counts."""
+        if self.ended_by is None:
+            self.ended_by = side
             self.record.close = "%s:%s" % (side, how)
-            self.record.reason = side + "_gone"
+            self.record.reason = reason or side + "_gone"
 
-    def note(self, flow, now):
-        """A scanner has seen something: a Close, too large a message, a pong, or bytes that are no frames."""
+    def on_scanner(self, flow, now):
+        """Act on a Close, a message too big, a pong, or bytes that are not frames."""
         scanner = flow.scanner
         scanner.notable = False
-        back = self.down if flow is self.up else self.up
         if scanner.lost and scanner.limit:  # what cannot be counted cannot be limited
             self.finish("bad_frames", 1002, 1002, now)
-            return
-        if scanner.lost:
+        elif scanner.lost:
             self.record.frames = "lost"
-            flow.pending = bytes(flow.pending)
             self.record.take_counts(self)
-            self.up.scanner = self.down.scanner = None
-            return
-        if scanner.too_big:
-            reason = "message_too_big"
-            codes = (1009, 1001) if flow is self.up else (1001, 1009)
-            self.finish(reason, codes[0], codes[1], now)
-            return
-        if scanner.rtt is not None:
+            for each in (self.up, self.down):
+                each.release()
+                each.scanner = UntilClose()
+                each.flush(now)
+        elif scanner.too_big:
+            to_client, to_backend = (1009, 1001) if flow is self.up else (1001, 1009)
+            self.finish("message_too_big", to_client, to_backend, now)
+        elif scanner.rtt is not None:
             self.rtt, scanner.rtt = scanner.rtt, None
-        if scanner.close and not self.record.close:
-            self.record.close = "%s:%s" % ("client" if flow is self.up else "backend", scanner.close[0])
-        if scanner.close and back.scanner is not None and back.scanner.close:
-            self.deadline = min(self.deadline, now + HALF_CLOSE)
+        if scanner.close and self.ended_by is None:
+            self.ended_by = "client" if flow is self.up else "backend"
+            self.record.close = "%s:%s" % (self.ended_by, scanner.close[0])
 
     def finish(self, reason, to_client, to_backend, now, seconds=LINGER):
-        """The gate ends the tunnel: Close frames where they may stand, FIN, and a moment of reading on."""
-        if not self.record.close or self.record.close.split(":")[0] == "gate":
-            self.record.close = "gate:%d" % to_client if self.down.scanner is not None else "gate:fin"
+        """End the tunnel: Close frames where they can be placed, FIN, and read on for a moment."""
+        if self.ended_by in (None, "gate"):
+            self.ended_by = "gate"
+            framed = isinstance(self.down.scanner, FrameScanner)
+            self.record.close = "gate:%d" % to_client if framed else "gate:fin"
         self.record.reason = reason
         self.deadline = min(self.deadline, now + seconds)
         self.down.end(close_frame(to_client, reason, False), now)
         self.up.end(close_frame(to_backend, reason, True), now)
         self.settle(now)
 
-    def timers(self, now):
-        """Do what is due -> time.monotonic() at which to look again."""
-        up, down = self.up, self.down
+    def check_timers(self, now):
+        """Do what is due, return the time.monotonic() at which to check again."""
+        if self.deadline == math.inf:
+            wake = self.check_ends(now)
         if self.deadline < math.inf:
-            if now >= self.deadline:
-                self.over = True
+            self.over = self.over or now >= self.deadline
             return self.deadline
-        idle_at = max(up.moved, down.moved, *self.pinged.values()) + self.idle_timeout if self.pinged \
-            else max(up.moved, down.moved) + self.idle_timeout
-        stalled_at = down.moved + self.send_timeout if down.writing() else math.inf
-        if now >= idle_at:
-            self.finish("idle_timeout", 1001, 1001, now)
-        elif now >= self.end_at:
-            left = self.gate.deadline - 0.2 - now  # so that the line of the log is written before the gate has gone
-            self.finish("drain", 1001, 1001, now, seconds=min(LINGER, max(0.1, left)))
-        elif now >= stalled_at:
-            self.finish("send_timeout", 1001, 1001, now)
-        if self.deadline < math.inf:
-            return self.deadline
-        wake = min(idle_at, self.end_at, stalled_at)
         if self.wakeup is None:
             if self.seen_wakeup is not self.gate.wakeup:
                 return self.on_wakeup(now)
-            if now - self.last_byte < BUSY:
-                wake = min(wake, now + BUSY)
+            if now - self.last_byte < QUIET:
+                wake = min(wake, now + QUIET)
             else:
-                self.watch_wakeup(True)
-        for flow in (up, down):
+                self.poll_wakeup()
+        for flow in (self.up, self.down):
             if flow.pipe is not None:
-                if now - flow.moved >= 1 and not flow.piped:
+                if now - flow.last_progress >= 1 and not flow.piped:
                     flow.close_pipe()
                 else:
                     wake = min(wake, now + 1)
-        if self.ping_interval and up.scanner is not None:
-            wake = min(wake, self.ping(up, down, now), self.ping(down, up, now))
-        return wake if self.deadline == math.inf else min(wake, self.deadline)
+        if self.ping_interval:
+            wake = min(wake, self.check_pings(now))
+        return wake
 
-    def ping(self, hears, tells, now):
-        """Ping the side that `hears` comes from when it has been silent -> when to look again."""
-        sent = self.pinged.get(tells)
-        if hears.scanner.close or tells.scanner.close:
-            return math.inf  # it is closing, and need not answer any more
-        if sent is not None and hears.heard < sent:
+    def check_ends(self, now):
+        """Finish the tunnel if one of its times has come; return the next of them."""
+        up, down = self.up, self.down
+        half_closed = (self.closed_both_ways() or up.source_state is not OPEN
+                       or down.source_state is not OPEN)
+        idle_at = max(self.last_byte, up.pinged or 0, down.pinged or 0) + (
+            min(HALF_CLOSE, self.idle_timeout) if half_closed else self.idle_timeout)
+        stalled_at = down.last_progress + self.send_timeout if down.writing() else math.inf
+        if now >= idle_at and half_closed:
+            self.deadline = now
+        elif now >= idle_at:
+            self.finish("idle_timeout", 1001, 1001, now)
+        elif now >= self.end_at:
+            left = self.gate.deadline - 0.2 - now  # the log line is written before the gate ends
+            self.finish("drain", 1001, 1001, now, seconds=min(LINGER, max(0.1, left)))
+        elif now >= stalled_at:
+            self.finish("send_timeout", 1001, 1001, now)
+        return min(idle_at, self.end_at, stalled_at)
+
+    def check_pings(self, now):
+        """Ping each side that has been silent; return when to check again."""
+        wake = math.inf
+        if self.closed_both_ways() or self.up.scanner.close or self.down.scanner.close:
+            return wake  # a peer that is closing need not reply
+        for side, incoming, outgoing in (("client", self.up, self.down),
+                                         ("backend", self.down, self.up)):
+            if self.ping_peers in ("both", side) and self.deadline == math.inf:
+                wake = min(wake, self.check_ping(incoming, outgoing, now))
+        return min(wake, self.deadline)
+
+    def check_ping(self, incoming, outgoing, now):
+        """Ping the peer of these flows if it has been silent; return when to check again."""
+        sent, scanner = outgoing.pinged, incoming.scanner
+        if (not isinstance(scanner, FrameScanner) or incoming.source_state is not OPEN
+                or outgoing.sink_state is not OPEN):
+            return math.inf
+        if sent is not None and incoming.last_read < sent:
             if now >= sent + self.ping_timeout:
-                codes = (1011, 1001) if hears is self.up else (1014, 1011)
-                self.finish("ping_timeout", codes[0], codes[1], now)
-                return self.deadline
+                self.finish("ping_timeout", 1011, 1001, now)
             return sent + self.ping_timeout
-        due = max(hears.heard, sent or 0.0) + self.ping_interval
-        if hears is self.down:
+        due = max(incoming.last_read, sent or 0) + self.ping_interval
+        if incoming is self.down:
             due += min(1.0, self.ping_interval / 4)  # the backend's turn is a little later
         if now < due:
             return due
         payload = os.urandom(8)
-        if not tells.inject(make_frame(PING, payload, masked=tells is self.up), now):
+        if not outgoing.place(make_frame(PING, payload, masked=outgoing is self.up), now):
             return now + 0.25  # inside a frame, or stalled: soon again
-        hears.scanner.expect_pong(payload, now)
-        self.pinged[tells] = now
+        scanner.expect_pong(payload, now)
+        outgoing.pinged = now
         return now + min(self.ping_timeout, self.ping_interval)
 
-    def watch_wakeup(self, quiet):
-        """Poll the gate's wakeup while the tunnel is quiet. A busy one saves that third descriptor: it
-        comes by timers() twice a second anyway, and sees there that the wakeup is not the one it knows."""
-        if quiet:
-            self.wakeup = self.seen_wakeup.fileno()
-            self.poll.register(self.wakeup, POLLIN)
-        else:
-            self.poll.unregister(self.wakeup)
-            self.wakeup = None
+    def poll_wakeup(self):
+        """Poll the gate's wakeup too, since the tunnel is quiet.
+
+        A busy tunnel saves that third descriptor: its timers run twice a second, and see there
+        that the gate has another wakeup than the one they know.
+        """
+        self.wakeup = self.seen_wakeup.fileno()
+        self.poll.register(self.wakeup, POLLIN)
+
+    def ignore_wakeup(self):
+        """The tunnel is busy again."""
+        self.poll.unregister(self.wakeup)
+        self.wakeup = None
 
     def on_wakeup(self, now):
-        """The wakeup was set: the gate is being drained or stopped -> when to look again."""
+        """The gate is draining or stopping: return when to check the timers again."""
         if self.wakeup is not None:
-            self.watch_wakeup(False)
+            self.ignore_wakeup()
         self.seen_wakeup = self.gate.wakeup  # it may be set once more
         if self.gate.state == "stopping":
             self.finish("shutdown", 1001, 1001, now, seconds=0.8)
-        elif self.gate.state == "draining" and self.end_at == math.inf:  # opened after the plan was made
+        elif self.gate.state == "draining" and self.end_at == math.inf:  # opened after the plan
             self.end_at = now + random.random() * max(0.0, self.gate.deadline - 1 - now)
         return now
 
     def close(self):
-        """Give back what the sockets do not own, and tell the record how much has passed."""
-        for flow in (self.up, self.down):
-            flow.close_pipe()
+        """Close the pipes, pass a reset on, report the counts."""
+        self.close_pipes()
         self.record.take_counts(self)
+        for flow in (self.up, self.down):
+            if flow.source_state is RESET and flow.sink_state is CLOSED:
+                flow.sink.abort()
 
 
 # ------------------------------------------------ WebSocket frames (RFC 6455 5)
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 LONGEST_HEADER = 14
+SPLICE_MINIMUM = 16 * 1024  # payload for which splicing is worth its calls
 
 
 def make_frame(opcode, payload, masked):
-    """A final frame -> bytes. masked: towards the backend (RFC 6455 5.3)."""
-    length, bit = len(payload), 0x80 if masked else 0
+    """Return a final frame as bytes. masked: towards a server (RFC 6455 5.3)."""
+    length, mask_bit = len(payload), 0x80 if masked else 0
     if length < 126:
-        head = bytes((0x80 | opcode, bit | length))
+        header = bytes((0x80 | opcode, mask_bit | length))
     elif length < 1 << 16:
-        head = struct.pack("!BBH", 0x80 | opcode, bit | 126, length)
+        header = struct.pack("!BBH", 0x80 | opcode, mask_bit | 126, length)
     else:
-        head = struct.pack("!BBQ", 0x80 | opcode, bit | 127, length)
+        header = struct.pack("!BBQ", 0x80 | opcode, mask_bit | 127, length)
     if not masked:
-        return head + payload
+        return header + payload
     mask = os.urandom(4)
-    return head + mask + apply_mask(payload, mask)
+    return header + mask + apply_mask(payload, mask)
 
 
 def close_frame(code, reason, masked):
-    """A Close frame with code and a short reason text."""
-    return make_frame(CLOSE, struct.pack("!H", code) + reason.encode("ascii", "replace")[:60], masked)
-
-
-def header_length(head):
-    """How many bytes the header that begins with these (at least two) has."""
-    short = head[1] & 0x7F
-    return (2 if short < 126 else 4 if short == 126 else 10) + (4 if head[1] & 0x80 else 0)
-
-
-def payload_length(head):
-    """What a whole header says of the payload."""
-    short = head[1] & 0x7F
-    return short if short < 126 else struct.unpack_from("!H" if short == 126 else "!Q", head, 2)[0]
+    """Return a Close frame with a code and a short reason."""
+    payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:60]
+    return make_frame(CLOSE, payload, masked)
 
 
 def apply_mask(payload, mask):
@@ -4428,199 +4584,215 @@ def apply_mask(payload, mask):
     return bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
 
 
-class FrameScanner:
+def frame_header(data, position=0):
+    """Decode the frame header at position (RFC 6455 5.2).
+
+    Return (size of the header, size of the payload), or None while the header is incomplete.
+    FIN, reserved bits and opcode are its first byte, as it is.
+    """
+    available = len(data) - position
+    if available < 2:
+        return None
+    second = data[position + 1]
+    length = second & 0x7F
+    size = 6 if second & 0x80 else 2
+    if length >= 126:
+        width = 2 if length == 126 else 8
+        size += width
+        length = int.from_bytes(data[position + 2:position + 2 + width], "big")
+    return (size, length) if available >= size else None
+
+
+def parse_close(payload):
+    """Return (code, reason bytes) of the payload of a Close frame (RFC 6455 7.1.5: 1005 if none)."""
+    code = struct.unpack_from("!H", payload)[0] if len(payload) > 1 else 1005
+    return code, payload[2:]
+
+
+# What the first byte of a frame may be: kinds of frames, in this order.
+INVALID_FRAME, CONTROL_FRAME, FRAGMENT, LAST_FRAGMENT, WHOLE_MESSAGE = range(5)
+
+
+def frame_kinds(reserved):
+    """Return the kind for each of the 256 first bytes. reserved: the bits that must be 0."""
+    kinds = [INVALID_FRAME] * 256
+    for first in range(256):
+        opcode, final = first & 0x0F, first & 0x80
+        if first & reserved:
+            continue
+        if opcode in (CONTINUATION, TEXT, BINARY):
+            last = LAST_FRAGMENT if opcode == CONTINUATION else WHOLE_MESSAGE
+            kinds[first] = last if final else FRAGMENT
+        elif opcode in (CLOSE, PING, PONG) and final:
+            kinds[first] = CONTROL_FRAME
+    return kinds
+
+
+# By whether an extension was negotiated, which may use the reserved bits.
+FRAME_KINDS = {False: frame_kinds(0x70), True: frame_kinds(0)}
+
+
+class FrameScanner(Scanner):
     """Follows the frames of one direction and keeps no payload (RFC 6455 5.2).
 
-    feed() is given every byte that passes and returns those that shall pass: all of them, but
-    for pongs that answer the gate's own pings. When the bytes are not frames it gives up (lost).
+    All bytes pass, but for pongs to the gate's own pings. A header or control frame that is
+    incomplete is held back (at most 139 bytes) and put in front of the next read, so that what has
+    passed is whole frames and the beginning of one payload, of which `remaining` bytes are to come.
+    When the bytes are not frames, it gives up (lost) and they pass as they are.
     """
 
-    __slots__ = ("masked", "reserved", "limit", "whole", "bias", "left", "head", "mask", "control", "message",
-                 "messages", "last_data", "close", "lost", "too_big", "large", "alike", "size", "burst",
-                 "notable", "pings", "held", "rtt")
+    __slots__ = ("mask_bit", "kinds", "limit", "remaining", "held", "message", "messages",
+                 "last_data", "last_size", "last_header", "close", "lost", "too_big", "notable",
+                 "pings", "rtt")
 
     def __init__(self, masked, extensions, limit, now):
-        self.masked = masked                     # frames of a client are masked, those of a server are not
-        self.reserved = 0 if extensions else 0x70  # bits that must be 0 while no extension uses them
-        self.limit = limit                       # max_message_size
-        # feed() knows a chunk that is one whole small frame by a comparison: its second
-        # byte is its size plus bias, and its size is below `whole`.
-        self.whole = 0 if 0 < limit < 126 else 132 if masked else 128
-        self.bias = 122 if masked else -2
-        self.left = 0                            # payload bytes of the current frame still to come
-        self.head = b""                          # of a header that has not come whole
-        self.mask = b""
-        self.control = None                      # payload so far of a Close
-        self.message = 0                         # payload of the current message in earlier fragments
+        self.mask_bit = 0x80 if masked else 0    # frames of a client are masked (RFC 6455 5.1)
+        self.kinds = FRAME_KINDS[extensions]
+        self.limit = limit                       # max_message_size, 0 for none
+        self.remaining = 0                       # bytes of the current frame still to come
+        self.held = b""                          # an incomplete header or control frame
+        self.message = 0                         # payload of the current message in earlier frames
         self.messages = 0                        # text and binary messages that have ended
         self.last_data = now                     # time.monotonic() of the last text or binary frame
+        # Of the last message of one frame: its size, and its header without mask. As often as not
+        # the next is alike, and a comparison tells.
+        self.last_size, self.last_header = 0, b""
         self.close = None                        # (code, reason) of a Close that passed
-        self.lost = False
-        self.too_big = False
-        self.large = False                       # the last frame was large: the next may be spliced too
-        self.alike, self.size = b"", 0           # header of the last large frame, without mask, and its size
-        self.burst = None                        # (size, [(place, header byte)]) of the frames in the last burst
-        self.notable = False                     # something for Tunnel.note
-        self.pings = {}                          # {payload: time.monotonic()} of pings that are not answered
-        self.held = b""                          # of a pong that may be the answer
+        self.lost = False                        # these bytes are not frames
+        self.too_big = False                     # a message exceeds the limit; it did not pass
+        self.notable = False
+        self.pings = {}                          # {payload: time.monotonic()} of unanswered pings
         self.rtt = None                          # of the last pong, in seconds
 
     def between(self):
-        """Whether all that passed are whole frames, so that one may be put in here."""
-        return not (self.left or self.head or self.held or self.lost)
+        """Return True if all that passed is whole frames, so that one may be placed here."""
+        return not (self.remaining or self.lost)
 
     def feed(self, data, now):
-        """-> the bytes to pass on."""
-        size = len(data)
-        if (5 < size < self.whole and data[1] == size + self.bias and not self.left and not self.head and not self.held
-                and (data[0] == 0x82 or data[0] == 0x81)):
-            self.messages += 1
-            self.last_data = now
-            self.message = 0
-            return data
-        if self.burst and not size % self.burst[0] and not self.left and not self.head and not self.held:
-            step, columns = self.burst
-            count = size // step
-            for place, column in columns:
-                if data[place::step] != column * count:
-                    return self.scan(data, now)
-            self.messages += count
-            self.last_data = now
-            return data
+        """Take the bytes of one read, return those that pass on."""
+        if self.last_size and not (self.remaining or self.held or self.message):
+            count = self.count_alike(data)
+            if count:
+                self.messages += count
+                self.last_data = now
+                return data
         return self.scan(data, now)
 
+    def count_alike(self, data):
+        """Return how many frames data is if all have the header of the last message, else 0.
+
+        Their headers are one frame size apart: each byte of a header is in a slice of that step.
+        """
+        step, header = self.last_size, self.last_header
+        if len(data) == step:
+            return int(data.startswith(header))
+        count, more = divmod(len(data), step)
+        if more:
+            return 0
+        for place in range(len(header)):
+            if data[place::step] != header[place:place + 1] * count:
+                return 0
+        return count
+
     def scan(self, data, now):
-        """feed() for everything but one small whole frame."""
-        position, size = 0, len(data)
-        out, begin = [], 0                       # what passes: out, then data[begin:]
+        """feed(), frame by frame."""
+        if self.held:
+            data, self.held = self.held + data, b""
+        position, size, last = self.remaining, len(data), None
+        passed, start = [], 0                    # what passes: passed, then data[start:]
         while position < size:
-            if self.left:
-                position = self.scan_payload(data, position)
-            elif self.pings and not self.head and (self.held or data[position] == 0x80 | PONG):
-                out.append(data[begin:position])
-                position = begin = self.scan_pong(data, position, out, now)
-            else:
-                start = position
-                position = self.scan_header(data, position, now)
-                if self.too_big:
-                    out.append(data[begin:max(begin, start)])
-                    return b"".join(out)
-                if self.lost:
+            kind, header = self.kinds[data[position]], frame_header(data, position)
+            if not self.valid(kind, data, position):
+                self.lost = self.notable = True
+                position = size
+                break
+            end = size + 1 if header is None else position + header[0] + header[1]
+            if kind == CONTROL_FRAME or header is None:
+                if end > size:
+                    self.held, data = data[position:], data[:position]
                     break
-        return b"".join(out) + data[begin:] if out else data
+                if not self.take_control(data[position:end], header[0], now):
+                    passed.append(data[start:position])
+                    start = end
+            elif not self.count(kind, header[1], now):
+                data = data[:position]           # a message too big ends before its last frame
+                break
+            elif kind == WHOLE_MESSAGE:
+                last = position, header[0], end
+            position = end
+        self.remaining = max(0, position - size)
+        if last:
+            self.remember(data[last[0]:last[0] + last[1]], last[2] - last[0])
+        return b"".join(passed) + data[start:] if passed else data
 
-    def scan_payload(self, data, position):
-        """-> the position behind what there is of the frame's payload."""
-        count = min(self.left, len(data) - position)
-        if self.control is not None:
-            self.control += data[position:position + count]
-        self.skip(count)
-        return position + count
-
-    def skip(self, count):
-        """Payload bytes passed, seen or unseen."""
-        self.left -= count
-        if not self.left and self.control is not None:
-            payload = apply_mask(self.control, self.mask) if self.masked else self.control
-            code = struct.unpack("!H", payload[:2])[0] if len(payload) > 1 else 1005
-            self.close = (code, payload[2:])
-            self.control = None
-            self.notable = True
-
-    def peeked(self, head, now):
-        """The next LONGEST_HEADER bytes are these; they are not taken from the socket yet.
-
-        -> the size of the frame if it is a large one, which may pass unseen; 0 if feed() must see it.
-        """
-        if self.alike and head.startswith(self.alike) and not self.pings and len(head) == LONGEST_HEADER:
-            self.messages += 1  # as large as the last one: no need to take it apart
-            self.last_data = now
-            self.left = self.size
-            return self.size
-        if len(head) < LONGEST_HEADER or self.pings or not self.plausible(head):
-            return 0
-        header, length = header_length(head), payload_length(head)
-        if not SPLICE_LEAST <= length < 1 << 62 or 0 < self.limit < self.message + length:
-            return 0
-        self.begin(head, length, b"", now)
-        self.left += header
-        alike = head[:header - 4 if self.masked else header]
-        self.alike, self.size = alike if head[0] & 0x80 and not self.limit else b"", self.left
-        return self.left
-
-    def scan_header(self, data, position, now):
-        """A frame begins at position, or goes on after self.head -> the position behind its header."""
-        head = self.head + data[position:position + LONGEST_HEADER - len(self.head)]
-        need = header_length(head) if len(head) > 1 else 2
-        if not self.plausible(head):
-            self.lose()
-        if len(head) < need:
-            self.head = head
-            return len(data)
-        split = bool(self.head)
-        position += need - len(self.head)
-        self.head = b""
-        length = payload_length(head)
-        if length >> 63:
-            self.lose()
-        if self.lost:
-            return position
-        self.begin(head, length, head[need - 4:need] if self.masked else b"", now)
-        if self.too_big:
-            self.left = int(split)  # the frame does not pass: this is a boundary, unless half its header has
-            return position
-        return self.skip_alike(data, position, head[:need], need + length) if self.left else position
-
-    def skip_alike(self, data, position, head, size):
-        """If frames of one size follow (a burst), skip them all: slices are compared instead of frames -> position.
-
-        Their headers stand `size` bytes apart, so each byte of a header is in a slice with that step.
-        """
-        behind = position + self.left
-        count = (len(data) - behind) // size
-        if count < 1 or head[0] & 0x8F not in (0x81, 0x82):
-            return position
-        for place in range(len(head) - 4 if self.masked else len(head)):
-            column = data[behind + place:behind + count * size:size]
-            count = min(count, len(column) - len(column.lstrip(head[place:place + 1])))
-        self.left = 0
-        self.messages += count
-        self.burst = (size, [(place, head[place:place + 1]) for place in range(4 if head[1] & 0x7F == 126 else 2)])
-        return behind + count * size
-
-    def plausible(self, head):
-        """Whether the first one or two bytes of a header can be those of a frame."""
-        first = head[0]
-        opcode = first & 0x0F
-        if first & self.reserved or opcode > PONG or 2 < opcode < 8:
+    def valid(self, kind, data, position):
+        """Return True if the one or two bytes that are here can begin a frame of this direction."""
+        if kind == INVALID_FRAME or position + 1 == len(data):
+            return kind != INVALID_FRAME
+        second = data[position + 1]
+        if second & 0x80 != self.mask_bit or (kind == CONTROL_FRAME and second & 0x7F > 125):
             return False
-        if len(head) < 2:
-            return opcode < 8 or bool(first & 0x80)
-        if bool(head[1] & 0x80) != self.masked:
-            return False
-        return opcode < 8 or (bool(first & 0x80) and head[1] & 0x7F < 126)
+        return second & 0x7F != 127 or position + 2 == len(data) or data[position + 2] < 0x80
 
-    def begin(self, head, length, mask, now):
-        """A whole header has been read."""
-        self.left = length
-        opcode = head[0] & 0x0F
-        if opcode >= CLOSE:
-            if opcode == CLOSE:
-                self.mask, self.control = mask, b""
-                self.skip(0)
-            return
-        self.large = length >= SPLICE_LEAST
+    def count(self, kind, length, now):
+        """Count a text or binary frame. Return False if its message is too big."""
         self.last_data = now
         self.message += length
         if 0 < self.limit < self.message:
             self.too_big = self.notable = True
-        if head[0] & 0x80:
+            return False
+        if kind != FRAGMENT:
             self.messages += 1
             self.message = 0
+        return True
 
-    def lose(self):
-        """These bytes are no frames."""
-        self.lost = self.notable = True
+    def remember(self, header, size):
+        """Keep the header of a message of one frame for count_alike() and peek()."""
+        self.last_header = header[:-4] if self.mask_bit else header
+        self.last_size = size
+
+    def take_control(self, frame, header_size, now):
+        """Take a whole control frame. Return False for a pong to a ping of the gate's own."""
+        opcode, payload = frame[0] & 0x0F, frame[header_size:]
+        if self.mask_bit and opcode != PING:
+            payload = apply_mask(payload, frame[header_size - 4:header_size])
+        if opcode == CLOSE:
+            self.close = parse_close(payload)
+            self.notable = True
+        elif opcode == PONG and payload in self.pings:
+            self.rtt = now - self.pings.pop(payload)
+            self.notable = True
+            return False
+        return True
+
+    def skip(self, count):
+        self.remaining -= count
+
+    def bulk(self):
+        """Return True inside a large frame, and between two if the next may be as large."""
+        return self.remaining >= SPLICE_MINIMUM or (self.last_size >= SPLICE_MINIMUM
+                                                    and not self.held)
+
+    def peek(self, recv, now):
+        """Count the next frame, still in the socket, if it is large; return its size, else 0."""
+        head = recv(LONGEST_HEADER, socket.MSG_PEEK)
+        if len(head) < LONGEST_HEADER:
+            return 0
+        if self.last_size >= SPLICE_MINIMUM and head.startswith(self.last_header) and (
+                not self.message):
+            self.messages += 1
+            self.last_data = now
+            self.remaining = self.last_size
+            return self.remaining
+        kind, (size, length) = self.kinds[head[0]], frame_header(head)
+        if (kind < FRAGMENT or not self.valid(kind, head, 0) or length < SPLICE_MINIMUM
+                or 0 < self.limit < self.message + length):
+            return 0  # feed() has to see it
+        self.count(kind, length, now)
+        self.remaining = size + length
+        if kind == WHOLE_MESSAGE:
+            self.remember(head[:size], self.remaining)
+        return self.remaining
 
     def expect_pong(self, payload, now):
         """A ping with this payload was sent: its pong is not passed on."""
@@ -4628,33 +4800,7 @@ class FrameScanner:
         if len(self.pings) > 64:
             self.pings.pop(next(iter(self.pings)))
 
-    def scan_pong(self, data, position, out, now):
-        """A pong that may answer the gate's ping is held until it is whole -> the position behind it."""
-        before = len(self.held)
-        held = self.held + data[position:position + 6 + 125]
-        header = 6 if self.masked else 2
-        if len(held) > 1 and not self.plausible(held):
-            self.lose()
-        need = header + (held[1] & 0x7F) if len(held) > 1 else header
-        if self.lost:
-            need = len(held)
-        if len(held) < need:
-            self.held = held
-            return len(data)
-        self.held = b""
-        payload = held[header:need]
-        if self.masked:
-            payload = apply_mask(payload, held[2:6])
-        sent = self.pings.pop(payload, None)
-        if sent is None or self.lost:
-            out.append(held[:need])
-        else:
-            self.rtt = now - sent
-            self.notable = True
-        return position + need - before
-
-    def give_up_held(self):
-        """The stream ended inside a held frame: it passes as it is."""
+    def release(self):
         held, self.held = self.held, b""
         return held
 
@@ -4698,7 +4844,7 @@ class AccessLogEntry:
     def take_counts(self, tunnel):
         """What has passed through a tunnel; once its scanners are gone, messages are counted no more."""
         for name, flow in (("up", tunnel.up), ("down", tunnel.down)):
-            messages = flow.scanner.messages if flow.scanner else getattr(self, name)[0]
+            messages = max(flow.scanner.messages, getattr(self, name)[0])
             setattr(self, name, (messages, flow.bytes))
         self.rtt = tunnel.rtt
 
@@ -4883,12 +5029,12 @@ def status(gate):
     for tunnel in gate.tunnels():
         record, flows = tunnel.record, (tunnel.up, tunnel.down)
         scanners = [flow.scanner for flow in flows]
-        data = max([scanner.last_data for scanner in scanners if scanner] or [tunnel.last_byte])
+        data = max([scanner.last_data for scanner in scanners if scanner.last_data] or [tunnel.last_byte])
         tunnels.append({
             "id": record.id, "age": round(now - tunnel.opened, 1), "client": record.client, "location": record.location,
             "server": record.server, "last_data": round(now - data, 1), "last_byte": round(now - tunnel.last_byte, 1),
-            "up_messages": scanners[0].messages if scanners[0] else 0, "up_bytes": flows[0].bytes,
-            "down_messages": scanners[1].messages if scanners[1] else 0, "down_bytes": flows[1].bytes,
+            "up_messages": scanners[0].messages, "up_bytes": flows[0].bytes,
+            "down_messages": scanners[1].messages, "down_bytes": flows[1].bytes,
             "rtt": None if tunnel.rtt is None else round(tunnel.rtt, 4)})
     servers = [{"upstream": upstream.name, "server": server.name, "active": server.health.active,
                 "selected": server.health.selected, "up": not server.down and server.healthy(now),
@@ -5360,21 +5506,19 @@ class DemoConnection(socketserver.BaseRequestHandler):
 
 
 def read_frames(stream, deadline):
-    """Read whole frames of at most 1 MiB -> (opcode, payload), unmasked, up to the end of the stream."""
+    """Yield (opcode, payload) of frames of at most 1 MiB, unmasked, up to the end of the stream."""
     while True:
-        deadline.remaining()  # a flood must not go on for ever either
+        deadline.remaining()  # a flood must end, too
         data = stream.buffer
-        header = header_length(data) if len(data) > 1 else 2
-        if len(data) >= header:
-            length = payload_length(data)
-            if length > 1 << 20:
-                return
-            if len(data) >= header + length:
-                payload = data[header:header + length]
-                stream.buffer = data[header + length:]
-                yield data[0] & 0x0F, apply_mask(payload, data[header - 4:header]) if data[1] & 0x80 else payload
-                continue
-        if not stream.fill(deadline):
+        header, length = frame_header(data) or (0, 0)
+        if length > 1 << 20:
+            return
+        if header and len(data) >= header + length:
+            payload = data[header:header + length]
+            stream.buffer = data[header + length:]
+            masked = data[1] & 0x80
+            yield data[0] & 0x0F, apply_mask(payload, data[header - 4:header]) if masked else payload
+        elif not stream.fill(deadline):
             return
 
 
@@ -5678,8 +5822,8 @@ class Probe:
         scanner, body, deadline = self.response.body(b"GET", True), b"", Deadline(1)
         with contextlib.suppress(OSError, ValueError, HTTPError):  # what there is has to do
             while True:
-                data, used = scanner.feed(self.stream.buffer)
-                body, self.stream.buffer = body + data, self.stream.buffer[used:]
+                body += scanner.feed(self.stream.buffer, 0)
+                self.stream.buffer = b""
                 if scanner.done or len(body) > SMALL_READ or not self.stream.fill(deadline, quiet=True):
                     break
         return re.sub(br"(?is)<(style|script).*?</\1>|<[^>]*>|\s+", b" ", body).strip()
