@@ -5717,7 +5717,7 @@ def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_ga
 def test_a_want_of_descriptors_is_503_and_no_failure_of_the_server(tmp_path):
     location = location_of(load_text(tmp_path, "[server]\nproxy_pass = http://127.0.0.1:9\n"))
     with no_descriptor_free(), pytest.raises(wsgate.HTTPError) as caught:
-        location.upstream.connect(location, None, "127.0.0.1")
+        wsgate.Attempts(location.upstream, "127.0.0.1").connect(location, None)
     assert (caught.value.status, caught.value.reason) == (503, "conn_limit")
     health = location.upstream.servers[0].health
     assert (health.fails, health.active) == (0, 0) and not health.down_until

@@ -15,8 +15,8 @@ The file reads from top to bottom as a connection lives:
     The process           run_gate: from a configuration to a running Gate
     The gate              Gate.run accepts, obeys signals, reloads, drains, upgrades
     Listening             Listener gives each connection a thread, from Workers
-    One connection        ClientConnection.handle: begin (PROXY protocol, TLS), then
-                          serve for each request: admit, connect, forward, log
+    One connection        ClientConnection.handle: begin (PROXY protocol, TLS), then an
+                          Exchange for each request: receive, admit, respond, finish
     Streams               Stream and Deadline: bytes within a time; read_proxy_header
     TLS                   CertificateStore for clients, backend_context for backends
     HTTP/1.1 messages     read_head, parse_request_head, parse_response_head, ChunkedBody
@@ -35,7 +35,7 @@ The file reads from top to bottom as a connection lives:
     Probe                 probe: one handshake, explained
 
 Three rules hold everywhere. An exchange that cannot go on raises HTTPError.
-Only ClientConnection answers a client, ends it and logs it. Threads share the Gate
+Only an Exchange answers a client and logs it. Threads share the Gate
 and its Upstreams under their locks and nothing else; no lock is held over I/O.
 """
 
@@ -220,7 +220,7 @@ class ConfigError(Exception):
 
 
 class HTTPError(Exception):
-    """Ends the exchange with a response of wsgate's own; answered in ClientConnection.refuse only.
+    """Ends the exchange with a response of wsgate's own; answered in Exchange.refuse only.
 
     reason: a word of REASONS, for the log, the body and X-Wsgate-Reason.
     detail: one sentence for people. fields: (name, value) pairs of bytes to add to the response.
@@ -592,13 +592,13 @@ def parse_servers(text):
 class Template:
     """Text with $variables, compiled once (proxy_set_header, return)."""
 
-    VARIABLES = {  # Request -> bytes; $http_NAME is a field of the request
-        "host": lambda request: request.host.encode(),
-        "remote_addr": lambda request: request.connection.client.encode(),
-        "scheme": lambda request: b"https" if request.connection.stream.tls else b"http",
-        "request_uri": lambda request: request.target,
-        "server_port": lambda request: b"%d" % request.connection.port(),
-        "proxy_add_x_forwarded_for": lambda request: forwarded_for(request.connection),
+    VARIABLES = {  # (Request, ClientInfo) -> bytes; $http_NAME is a field of the request
+        "host": lambda request, client: request.host.encode(),
+        "remote_addr": lambda request, client: client.address.encode(),
+        "scheme": lambda request, client: client.scheme,
+        "request_uri": lambda request, client: request.target,
+        "server_port": lambda request, client: b"%d" % client.server_port,
+        "proxy_add_x_forwarded_for": lambda request, client: forwarded_for(request, client),
     }
 
     def __init__(self, text):
@@ -607,12 +607,12 @@ class Template:
             if name not in self.VARIABLES and not name.startswith("http_"):
                 raise ValueError("unknown variable $%s%s" % (name, nearest(name, self.VARIABLES)))
 
-    def render(self, request):
+    def render(self, request, client):
         """Return the text as bytes, with the values of the variables for this request."""
         parts = [part.encode() for part in self.parts]
         for place, name in list(enumerate(self.parts))[1::2]:
             if name in self.VARIABLES:
-                parts[place] = self.VARIABLES[name](request)
+                parts[place] = self.VARIABLES[name](request, client)
             else:
                 field = name[len("http_"):].replace("_", "-").encode()
                 parts[place] = b", ".join(request.fields.get_all(field))
@@ -1737,7 +1737,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except RuntimeError:
             request.setblocking(False)
             with contextlib.suppress(OSError):  # it would not have read it
-                request.send(make_response(503, "conn_limit", b"", retry_after(), True, False))
+                request.send(make_response(503, "conn_limit", fields=retry_after()))
             self.close_request(request)
 
     def shutdown_request(self, request):
@@ -1848,334 +1848,396 @@ class Workers:
 
 
 # --------------------------------------------------------------- One connection
+#
+# What keeps or ends a connection. Another request may follow a response only if the next
+# bytes are certain to be one: client, configuration and gate want it, the body of this
+# request was read to its end, the response has an end of its own, and no upgrade was
+# requested, because a client that expects one sends its frames next (RFC 9931). Else:
+#
+#     CLOSE             there is nothing to be sent, or nobody to send it to
+#     LINGERING_CLOSE   FIN, then read on: bytes that are unread at close() make the kernel send
+#                       a reset, which takes the response from the client (RFC 9112 9.6)
+#     RESET             the response is cut, and an orderly end would pass for its end
+
+KEEP_ALIVE, CLOSE, LINGERING_CLOSE, RESET = "keep-alive", "close", "lingering close", "reset"
+
+# What is known of a client; made once for a connection, and for a request whose real client
+# a trusted proxy names.
+ClientInfo = collections.namedtuple("ClientInfo", (
+    "peer",            # address of the peer, or of the source in its PROXY header; or "unix:"
+    "address",         # of the real client: that of the peer, unless a trusted proxy names it
+    "port",            # of the peer; 0 for a unix socket
+    "scheme",          # b"http" or b"https"
+    "subject",         # of the verified client certificate, bytes; empty if there is none
+    "trusted",         # what the peer says in forwarding fields is believed
+    "server_address",  # which the client connected to; "unix:" for a unix socket
+    "server_port",     # 0 for a unix socket
+))
 
 
 class ClientConnection(socketserver.BaseRequestHandler):
-    """One client connection in its own thread: begin, then serve for every request, then close.
-
-    The only place that answers a client, ends its connection and writes the access log.
-    """
+    """A client connection in its own thread: begin, then an Exchange per request, then close."""
 
     def setup(self):
         self.gate = self.server.gate
         self.listen, self.certificates = self.server.listen, self.gate.config.certificates
         self.stream = Stream(self.request)
-        # The client as the gate knows it; a trusted proxy may correct the address later.
-        # A client of a unix socket may have any name: text, bytes or none.
-        self.peer, self.peer_port = self.client_address[:2] if isinstance(self.client_address, tuple) else ("unix:", 0)
-        self.subject = None          # of the verified client certificate
-        self.deadline = Deadline(self.gate.config.server.client_header_timeout)
+        self.client = None           # ClientInfo, once the connection has begun
+        self.tunnel = None           # the Tunnel that the connection has become
         self.served = 0              # requests so far
-        self.reset_exchange()
-
-    def reset_exchange(self):
-        """Nothing of the last exchange is left for the next one."""
-        self.config = self.record = self.message = self.location = self.backend = self.tunnel = None
-        self.client = self.peer      # the real client's address
-        self.acquired = False        # whether the exchange is counted in Gate.in_use
-        self.answered = False        # whether a byte of the answer may have been sent
-        self.lingers = False         # whether that was the last one, and its client may still be sending
+        self.deadline = Deadline(self.gate.config.server.client_header_timeout)
 
     def handle(self):
         self.admitted = self.gate.enter(self)
+        end = KEEP_ALIVE
         try:
-            if self.begin():
-                while self.serve():
-                    self.served += 1
-                if self.lingers:
-                    self.stream.linger()
-                elif self.stream.tls and self.tunnel is None:
-                    self.stream.end()  # close_notify (RFC 8446 6.1)
+            if not self.begin():
+                return
+            while end is KEEP_ALIVE:
+                end = self.serve()
+                self.served += 1
+            if end is LINGERING_CLOSE:
+                self.stream.linger()
+            elif end is RESET:
+                self.stream.reset()
+            elif self.stream.tls and self.tunnel is None:
+                self.stream.end()  # close_notify (RFC 8446 6.1)
         except (ClientGone, TimedOut, OSError) as error:
-            log.debug("%s: connection ended: %s", self.peer, error)
+            log.debug("%s: connection ended: %s", self.client_address, error)
         finally:
             self.stream.close()
             self.gate.leave(self)
 
     def begin(self):
-        """PROXY protocol and TLS, as the listener wants them. -> False if there is no one to serve."""
+        """Read the PROXY header and do the TLS handshake. Return False if there is nobody to serve."""
+        server, address = self.gate.config.server, self.client_address
+        # A client on a unix socket may have any name: text, bytes or none.
+        peer, port = address[:2] if isinstance(address, tuple) else ("unix:", 0)
+        believed = trusted(server.set_real_ip_from, peer)
         if self.listen.proxy_protocol:
-            if not trusted(self.gate.config.server.set_real_ip_from, self.peer):
-                log.info("%s: closed, PROXY protocol is taken only from set_real_ip_from", self.peer)
+            if not believed:
+                log.info("%s: closed, PROXY protocol is taken only from set_real_ip_from", peer)
                 return False
             try:
                 source = read_proxy_header(self.stream, self.deadline)
             except ValueError as error:
-                log.info("%s: closed, bad PROXY header: %s", self.peer, error)
+                log.info("%s: closed, bad PROXY header: %s", peer, error)
                 return False
-            if source and self.gate.config.server.real_ip_header == "proxy_protocol":
-                self.peer, self.peer_port = self.client, _ = source
-        if self.listen.ssl:
-            return self.certificates is not None and self.begin_tls()  # None: a reload takes TLS away just now
+            if source and server.real_ip_header == "proxy_protocol":
+                peer, port = source
+                believed = trusted(server.set_real_ip_from, peer)
+        if self.listen.ssl and not self.begin_tls(peer):
+            return False
+        self.client = client_info(self.stream, peer, port, believed)
         return True
 
-    def begin_tls(self):
-        """The TLS handshake, in this thread, under the deadline of the head."""
+    def begin_tls(self, peer):
+        """Do the TLS handshake, under the deadline of the head. Return False if it failed."""
+        if self.certificates is None:  # a reload is taking TLS away from this listener
+            return False
         first = self.stream.peek(self.deadline)
         if first != b"\x16":
             if first:
-                self.stream.write_all(make_response(400, "http_on_tls_port",
-                                                  b"this port speaks TLS: use https:// or wss://",
-                                                  (), True, False), self.deadline)
+                self.stream.write_all(make_response(
+                    400, "http_on_tls_port", b"this port requires TLS: use https:// or wss://"),
+                    self.deadline)
                 self.stream.linger()
             return False
         try:
             self.stream.start_tls(self.certificates.contexts[None], self.deadline, server_side=True)
         except (OSError, ValueError) as error:
-            log.info("%s: TLS handshake failed: %s", self.peer, getattr(error, "reason", None) or error)
+            log.info("%s: TLS handshake failed: %s", peer, getattr(error, "reason", None) or error)
             return False
-        self.subject = distinguished_name(self.stream.sock.getpeercert() or {})
         return True
 
     def serve(self):
-        """One request, its answer and its line in the access log. -> whether another may follow."""
-        self.reset_exchange()
-        keep = False
-        try:
-            if self.receive():
-                self.admit()
-                keep = self.respond()
-                if self.tunnel:
-                    self.message = None  # a tunnel may live for days: keep no head for it
-                    self.tunnel.run()
-        except HTTPError as error:
-            keep = self.refuse(error)
-        except ClientGone as gone:
-            self.record.ended(str(gone), 499)  # nginx's word for it
-            self.stream.reset()
-        except Exception:
-            log.exception("internal error, request %s", self.record and self.record.id)
-            keep = self.refuse(HTTPError(500, "internal_error"))
-        finally:
-            self.end_exchange()
-        return keep
+        """Wait for a request and serve it. Return KEEP_ALIVE, CLOSE, LINGERING_CLOSE or RESET."""
+        deadline = self.await_request()
+        return CLOSE if deadline is None else Exchange(self).run(deadline)
 
-    def receive(self):
-        """Wait for a request and parse its head -> whether there was one."""
+    def await_request(self):
+        """Wait for the first byte of a request. Return the Deadline of its head, None if none comes."""
+        server, deadline = self.gate.config.server, self.deadline
         if self.served:
-            deadline = Deadline(self.gate.config.server.keepalive_timeout)
+            deadline = Deadline(server.keepalive_timeout)
             wakeup = self.gate.wakeup  # before the state is looked at: Gate.end changes that first
-            while b"\r\n".startswith(self.stream.buffer):  # nothing, or the empty line that is ignored
-                if self.gate.state != "running" or not self.stream.fill(deadline, wakeup, quiet=True, expected=False):
-                    return False
-        self.config = self.gate.config
-        server = self.config.server
-        deadline = Deadline(server.client_header_timeout) if self.served else self.deadline
+            # Nothing, or the empty line that is ignored:
+            while b"\r\n".startswith(self.stream.buffer):
+                if self.gate.state != "running" or not self.stream.fill(
+                        deadline, wakeup, quiet=True, expected=False):
+                    return None
+            deadline = Deadline(server.client_header_timeout)
         if not self.stream.buffer and not self.stream.fill(deadline, quiet=True):
-            return False
-        self.record = AccessLogEntry(self.gate, self.peer)
+            return None
+        return deadline
+
+
+def client_info(stream, peer, port, believed):
+    """Return the ClientInfo of a connection that has begun."""
+    name = stream.sock.getsockname()
+    server_address, server_port = name[:2] if isinstance(name, tuple) else ("unix:", 0)
+    subject = distinguished_name(stream.sock.getpeercert() or {}) if stream.tls else None
+    return ClientInfo(peer, peer, port, b"https" if stream.tls else b"http",
+                      (subject or "").encode("ascii", "backslashreplace"), believed,
+                      server_address, server_port)
+
+
+class Exchange:
+    """One request and its response, from the first byte of the head to the line in the log.
+
+    Nothing else sends a response to a client. Methods that do return what becomes of the
+    connection: KEEP_ALIVE, CLOSE, LINGERING_CLOSE or RESET.
+    """
+
+    __slots__ = ("connection", "gate", "stream", "config", "client", "entry", "request",
+                 "location", "backend", "acquired", "responded")
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.gate = connection.gate
+        self.stream = connection.stream
+        self.config = connection.gate.config  # of this request, whatever is reloaded meanwhile
+        self.client = connection.client
+        self.entry = AccessLogEntry(self.gate, self.client.address)
+        self.request = None
+        self.location = None
+        self.backend = None
+        self.acquired = False        # counted in Gate.in_use
+        self.responded = False       # a byte of the response may have been sent
+
+    def run(self, deadline):
+        """Serve the request and write its line in the log, whatever happens."""
         try:
-            head = read_head(self.stream, server.client_header_size, deadline)
+            self.receive(deadline)
+            self.admit()
+            end = self.respond()
+            tunnel = self.connection.tunnel
+            if tunnel:
+                self.request = None  # a tunnel may live for days: keep no head for it
+                tunnel.run()
+            return end
+        except HTTPError as error:
+            return self.refuse(error)
+        except ClientGone as gone:
+            self.entry.ended(str(gone), 499)  # as nginx calls it
+            return RESET
+        except Exception:
+            log.exception("internal error, request %s", self.entry.id)
+            return self.refuse(HTTPError(500, "internal_error"))
+        finally:
+            self.finish()
+
+    def receive(self, deadline):
+        """Read the request head and parse it."""
+        try:
+            head = read_head(self.stream, self.config.server.client_header_size, deadline)
         except TimedOut:
-            raise HTTPError(408, "header_timeout", "the request head did not arrive within client_header_timeout")
+            raise HTTPError(408, "header_timeout",
+                            "the request head did not arrive within client_header_timeout")
         except EOFError:
             raise ClientGone("client_gone")
-        self.message = parse_request_head(head)
-        self.message.connection = self
-        self.record.take_request(self.message)
+        self.request = parse_request_head(head)
+        self.entry.take_request(self.request)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s request from %s:\n%s", self.record.id, self.client, show_head(self.message))
-        return True
+            log.debug("%s request from %s:\n%s", self.entry.id, self.client.address,
+                      show_head(self.request))
 
     def admit(self):
-        """Everything that may refuse the request before a backend is touched, in one order for all."""
-        message, server = self.message, self.config.server
-        if not self.admitted:
+        """Check everything that may refuse the request before a backend is connected to."""
+        request, gate = self.request, self.gate
+        if not self.connection.admitted:
             raise HTTPError(503, "conn_limit", "max_connections is reached", retry_after())
-        if self.gate.state == "stopping" or (self.gate.state == "draining" and message.fields.get_all(b"upgrade")):
-            raise HTTPError(503, "draining", "this gate is being stopped", retry_after())
-        self.client = self.record.client = real_client(server, self.peer, message.fields)
-        self.location = self.config.route(message.host, message.path)
-        if self.location is None:
+        if gate.state == "stopping" or (gate.state == "draining"
+                                        and request.fields.get_all(b"upgrade")):
+            raise HTTPError(503, "draining", "wsgate is shutting down", retry_after())
+        address = real_client(self.config.server, self.client, request.fields)
+        self.client = self.client._replace(address=address)
+        self.entry.client = address
+        self.location = location = self.config.route(request.host, request.path)
+        if location is None:
             raise HTTPError(404, "no_route", "no [location] matches")
-        self.record.location = self.location.name
-        self.gate.acquire(self.location, self.client)
+        self.entry.location = location.name
+        gate.acquire(location, address)
         self.acquired = True
-        check_address(self.location, self.client)
-        check_origin(self.location, message)
-        check_password(self.location, message)
-        if self.location.auth is not None:
+        check_address(location, address)
+        check_origin(location, request)
+        check_password(location, request)
+        if location.auth is not None:
             self.authorize()
-        if message.length and 0 < self.location.client_max_body_size < message.length:
-            raise HTTPError(413, "body_too_large", "client_max_body_size is %d" % self.location.client_max_body_size)
+        if request.length and 0 < location.client_max_body_size < request.length:
+            raise HTTPError(413, "body_too_large",
+                            "client_max_body_size is %d" % location.client_max_body_size)
 
     def authorize(self):
-        """Ask the auth_request service; it fails closed."""
+        """Ask the auth_request service; whatever it does, only 2xx lets the request pass."""
         location = self.location
         try:
-            backend = location.auth.connect(location, location.auth_context, self.client)
+            backend = Attempts(location.auth, self.client.address).connect(
+                location, location.auth_context)
             try:
-                relay = HTTPRelay(self.stream, backend.stream, auth_request_head(self), NoBody(), location,
+                head = auth_request_head(self.request, location, self.client)
+                relay = HTTPRelay(self.stream, backend.stream, head, NoBody(), location,
                                   self.config.server)
-                response = relay.final_response(False)
+                response = relay.final_response(interim=False)
             finally:
                 backend.close()
         except BackendError as error:
-            raise HTTPError(502, "auth_unavailable", "auth_request: %s: %s" % (error.reason, error))
+            raise HTTPError(502, "auth_unavailable",
+                            "auth_request: %s: %s" % (error.reason, error))
         if response.status in (401, 403):
             raise HTTPError(response.status, "auth_denied", "", [
-                pair for pair in response.fields if pair[0].lower() in (b"www-authenticate", b"set-cookie")])
+                pair for pair in response.fields
+                if pair[0].lower() in (b"www-authenticate", b"set-cookie")])
         if not 200 <= response.status < 300:
-            raise HTTPError(502, "auth_unavailable", "auth_request answered %d" % response.status)
+            raise HTTPError(502, "auth_unavailable",
+                            "auth_request: status %d" % response.status)
 
     def respond(self):
-        """Answer the request from `return` or from a backend. -> whether another request may follow."""
-        message, location = self.message, self.location
+        """Respond as `return` says or from a backend."""
+        request, location = self.request, self.location
         if location.return_:
-            return self.answer_return(location.return_)
-        protocol = upgrade_wanted(message, location)
+            return self.send_return(location.return_)
+        protocol = upgrade_wanted(request, location)
         relay, response = self.ask_backend(protocol)
-        self.record.status = response.status
+        self.entry.status = response.status
         if response.status == 101:
-            check_101(message, response, location, protocol)
+            check_101(request, response, location, protocol)
             return self.open_tunnel(response, protocol)
         if protocol:
-            self.record.note_refusal(message, response)
+            self.entry.note_refusal(request, response)
             if location.reject_with == "close":
                 raise HTTPError(response.status, "backend_said_%d" % response.status)
-        return self.forward(relay, response, keep=not protocol)
+        return self.forward(relay, response, protocol)
 
-    def answer_return(self, return_):
-        """Answer what `return` says -> whether another request may follow."""
-        text = return_.text.render(self.message)
-        self.record.status = return_.status
+    def send_return(self, return_):
+        """Send the response that `return` describes."""
+        text = return_.text.render(self.request, self.client)
+        self.entry.status = return_.status
         if return_.status in REDIRECTS:
-            return self.answer(return_.status, None, b"", ((b"Location", text),))
-        return self.answer(return_.status, None, text)
+            return self.send_response(return_.status, fields=((b"Location", text),))
+        return self.send_response(return_.status, body=text)
 
     def ask_backend(self, protocol):
-        """Ask one server after the other until one answers -> (HTTPRelay, Response).
+        """Return (HTTPRelay, Response) of the first server that responds.
 
-        After a failed connect every request may go on to the next server; once it may have been
-        seen, only a GET or HEAD without a body may, and only if not a byte came back.
+        After a failed connect every request may go to the next server; once a server may have
+        seen it, only a GET or HEAD without a body may, and only if not a byte came back.
         """
-        message, location = self.message, self.location
-        tried, error = [], None
+        request, location, client = self.request, self.location, self.client
+        preface = proxy_line(client) if location.proxy_protocol else b""
+        attempts = Attempts(location.upstream, client.address)
         while True:
-            preface = proxy_line(self) if location.proxy_protocol else b""
             try:
-                self.backend = location.upstream.connect(location, location.context, self.client, preface, tried, error)
+                self.backend = attempts.connect(location, location.context, preface)
             finally:
-                if tried:
-                    self.record.server, self.record.failed = tried[-1].name, len(tried) - bool(self.backend)
-            relay = HTTPRelay(self.stream, self.backend.stream, request_head_for_backend(self, protocol),
-                              message.body(location.client_max_body_size, location.withheld), location, self.config.server)
+                self.entry.server, self.entry.failed = attempts.last, attempts.failures
+            head = request_head_for_backend(request, location, client, self.backend.server, protocol)
+            relay = HTTPRelay(self.stream, self.backend.stream, head,
+                              request.body(location.client_max_body_size, location.withheld),
+                              location, self.config.server)
             try:
-                response = relay.final_response(message.minor > 0)
+                response = relay.final_response(interim=request.minor > 0)
                 location.upstream.succeeded(self.backend.server)
                 return relay, response
-            except BackendError as failure:
-                error = failure
+            except BackendError as error:
                 if error.retry:
-                    location.upstream.failed(self.backend.server, error)
-                if not error.retry or not message.repeatable():
+                    attempts.failed(self.backend.server, error)
+                if not error.retry or not request.repeatable():
                     raise
             self.drop_backend()
 
-    def forward(self, relay, response, keep):
-        """Pass an answer on, whole -> whether another request may follow."""
-        message = self.message
-        body = response.body(message.method, decode=message.minor == 0)
-        keep = (keep and self.persistent() and relay.up.scanner.done
+    def forward(self, relay, response, protocol):
+        """Pass a response on, whole."""
+        request = self.request
+        body = response.body(request.method, decode=request.minor == 0)
+        keep = (not protocol and self.persistent() and relay.up.scanner.done
                 and not isinstance(body, UntilClose))
-        self.answered = True
+        self.responded = True
         try:
-            relay.pass_response(response_head_for_client(response, message, keep), body)
-        except BackendError as error:  # too late for another answer: the client must see that this one is cut
-            self.record.ended(error.reason)
-            self.lingers = response.length is not None or (response.chunked and message.minor > 0)
-            if not self.lingers:  # it would take an orderly end for the end of the body
-                self.stream.reset()
-            return False
+            relay.pass_response(response_head_for_client(response, request, keep), body)
+        except BackendError as error:  # the client must see that the response is cut
+            self.entry.ended(error.reason)
+            framed = response.length is not None or (response.chunked and request.minor > 0)
+            return LINGERING_CLOSE if framed else RESET
         finally:
-            self.record.up, self.record.down = (0, relay.up.bytes), (0, relay.down.bytes)
-        self.lingers = not keep
-        return keep
+            self.entry.up, self.entry.down = (0, relay.up.bytes), (0, relay.down.bytes)
+        return KEEP_ALIVE if keep else LINGERING_CLOSE
 
     def open_tunnel(self, response, protocol):
-        """Answer 101 and make the Tunnel; serve() runs it."""
-        head = response_head_for_client(response, self.message, True)
-        self.answered = True
+        """Send the 101 and make the Tunnel, which run() runs."""
+        head = response_head_for_client(response, self.request, True)
+        self.responded = True
         if not self.backend.server.address.path:
             set_tcp_options(self.backend.stream.sock)
-        # With a limit unknown extensions are scanned too: what turns out to be no frames ends the tunnel.
-        scan = protocol == b"websocket" and bool(self.location.max_message_size or extensions_known(response))
-        self.tunnel = Tunnel(self, self.backend.stream, head, scan, extensions_used(response))
-        self.record.tunnel_begins()
-        return False
+        # With a limit unknown extensions are scanned too: bytes that are not frames end the tunnel.
+        scan = protocol == b"websocket" and bool(
+            self.location.max_message_size or extensions_known(response))
+        self.connection.tunnel = Tunnel(self, self.backend.stream, head, scan,
+                                        extensions_used(response))
+        self.entry.tunnel_begins()
+        return CLOSE
 
     def persistent(self):
-        """Whether client and gate both want the connection to stay."""
-        return (self.message.persistent() and self.config.server.keepalive_timeout > 0
-                and self.gate.state == "running" and self.admitted)
+        """Return True if client, configuration and gate want the connection to stay."""
+        return (self.request.persistent() and self.config.server.keepalive_timeout > 0
+                and self.gate.state == "running" and self.connection.admitted)
 
     def refuse(self, error):
-        """Answer an HTTPError by the gate itself -> whether another request may follow."""
-        if self.record is None:
-            return False
+        """Send the response for an HTTPError."""
         self.drop_backend()
-        self.record.ended(error.reason, error.status, error.detail)
-        if self.answered:
-            self.stream.reset()
-            return False
-        if self.location is not None and self.location.reject_with == "close" and is_handshake(self.message):
+        self.entry.ended(error.reason, error.status, error.detail)
+        if self.responded:
+            return RESET
+        if self.location and self.location.reject_with == "close" and is_handshake(self.request):
             return self.refuse_in_band(error)
         text = "%d %s: %s\n" % (error.status, reason_phrase(error.status), error.reason)
-        if error.status < 500:  # what is wrong behind the gate is for the log alone
+        if error.status < 500:  # what is wrong with a backend is for the log alone
             text += "%s\n" % error
-        return self.answer(error.status, error.reason, text.encode("ascii", "replace"), error.fields)
+        return self.send_response(error.status, error.reason, text.encode("ascii", "replace"),
+                                  error.fields)
 
-    def answer(self, status, reason, body, fields=()):
-        """Send an answer of the gate's own -> whether another request may follow.
-
-        The connection stays only if what comes next must be a request: the head was good,
-        no body is outstanding, and no upgrade was asked for (RFC 9931).
-        """
-        message = self.message
-        keep = (message is not None and self.persistent() and not message.has_body() and status not in (400, 408)
-                and not message.fields.get_all(b"upgrade") and not message.fields.get_all(b"sec-websocket-key"))
-        self.answered = True
-        head_only = message is not None and message.method == b"HEAD"
+    def send_response(self, status, reason=None, body=b"", fields=()):
+        """Send a response of wsgate's own; reason: the word of X-Wsgate-Reason."""
+        request = self.request
+        keep = (request is not None and self.persistent() and not request.has_body()
+                and status not in (400, 408) and not request.fields.get_all(b"upgrade")
+                and not request.fields.get_all(b"sec-websocket-key"))
+        self.responded = True
+        response = make_response(status, reason, body, fields, close=not keep,
+                                 head_only=request is not None and request.method == b"HEAD")
         try:
-            self.stream.write_all(make_response(status, reason, body, fields, not keep, head_only),
-                                  Deadline(self.gate.config.server.send_timeout))
-        except (OSError, TimedOut):  # it does not want the answer
-            return False
-        self.lingers = not keep
-        return keep
+            self.stream.write_all(response, Deadline(self.config.server.send_timeout))
+        except (OSError, TimedOut):  # the client does not take it
+            return CLOSE
+        return KEEP_ALIVE if keep else LINGERING_CLOSE
 
     def refuse_in_band(self, error):
-        """reject_with = close: 101 and a Close frame, the only refusal that JavaScript can read."""
+        """Send 101 and a Close frame: the only refusal that JavaScript can read."""
         code = {401: 4401, 403: 4403, 429: 4429, 500: 1011, 503: 1013}.get(
             error.status, 4000 + error.status if error.status < 500 else 1014)
-        accept = accept_for(handshake_key(self.message))
-        head = (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
-                b"Sec-WebSocket-Accept: %s\r\n\r\n" % accept)
-        with contextlib.suppress(OSError, TimedOut):  # it does not want the answer
+        accept = accept_for(handshake_key(self.request))
+        head = (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
+                b"Connection: upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n" % accept)
+        try:
             self.stream.write_all(head + close_frame(code, error.reason, masked=False), Deadline(5))
-            self.lingers = True
-        return False
-
-    def port(self):
-        """The port that the client has connected to, 0 for a unix socket."""
-        name = self.stream.sock.getsockname()
-        return name[1] if isinstance(name, tuple) else 0
+        except (OSError, TimedOut):  # the client does not take it
+            return CLOSE
+        return LINGERING_CLOSE
 
     def drop_backend(self):
-        """Let the backend go: nothing is expected from it any more."""
+        """Close the backend connection, if there is one."""
         if self.backend:
             self.backend.close()
             self.backend = None
 
-    def end_exchange(self):
-        """Whatever happened: let the backend go, give the place free, write the line."""
-        if self.tunnel:
-            self.tunnel.close()
+    def finish(self):
+        """Give back what the exchange holds, and write its line in the log."""
+        if self.connection.tunnel:
+            self.connection.tunnel.close()
         self.drop_backend()
         if self.acquired:
-            self.gate.release(self.location, self.client)
-        if self.record:
-            self.record.write()
+            self.gate.release(self.location, self.client.address)
+        self.entry.write()
 
 
 # ---------------------------------------------------------------------- Streams
@@ -2641,7 +2703,7 @@ def take_head(stream, limit):
 class Request:
     """A parsed request head. length: of the body, None if chunked or without one."""
 
-    __slots__ = ("method", "target", "path", "minor", "fields", "host", "authority", "length", "chunked", "connection")
+    __slots__ = ("method", "target", "path", "minor", "fields", "host", "authority", "length", "chunked")
 
     def has_body(self):
         return bool(self.chunked or self.length)
@@ -2673,7 +2735,6 @@ def parse_request_head(head):
     request = Request()
     request.method, request.target = match.group(1, 2)
     request.minor = min(1, int(match.group(4)))  # HTTP/1.2 would be understood as 1.1 (RFC 9110 2.5)
-    request.connection = None
     try:
         request.fields = fields = parse_fields(block)
     except ValueError as error:
@@ -3006,7 +3067,7 @@ class ChunkedBody(Scanner):
                     or b"_" in name or name.startswith(b"x-forwarded-"))
 
 
-def make_response(status, reason, body, fields, close, head_only):
+def make_response(status, reason, body=b"", fields=(), close=True, head_only=False):
     """A complete answer of the gate's own -> bytes. reason: the word of X-Wsgate-Reason, or None."""
     lines = [b"HTTP/1.1 %d %s" % (status, reason_phrase(status).encode()),
              b"Date: " + email.utils.formatdate(usegmt=True).encode()]
@@ -3137,23 +3198,23 @@ def raw_length(raw, prefix):
 FORWARDED_PORT = re.compile(r"^\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?$|^([0-9.]+):[0-9]{1,5}$")  # some proxies write it
 
 
-def real_client(server, peer, fields):
-    """The client's address as text: the peer, or whom a trusted proxy names."""
-    if server.real_ip_header == "proxy_protocol" or not trusted(server.set_real_ip_from, peer):
-        return peer
+def real_client(server, client, fields):
+    """Return the address of the real client: the peer, or the one that a trusted proxy names."""
+    if server.real_ip_header == "proxy_protocol" or not client.trusted:
+        return client.peer
     if server.real_ip_header == "X-Real-IP":
         named = [fields.get(b"x-real-ip") or b""]
     else:
         named = [part.strip(b" \t") for value in fields.get_all(b"x-forwarded-for") for part in value.split(b",")]
-    client = peer
+    found = client.peer
     for part in reversed(named):  # from the right: the left end is what the client claims
         address = parse_ip(FORWARDED_PORT.sub(r"\1\2", part.decode("latin-1")))
         if address is None:
             break
-        client = str(address)
-        if not trusted(server.set_real_ip_from, client):
+        found = str(address)
+        if not trusted(server.set_real_ip_from, found):
             break
-    return client
+    return found
 
 
 @functools.lru_cache(1024)
@@ -3338,29 +3399,6 @@ class Upstream:
         for server in self.servers:
             server.health = known.get(server.name, server.health)
 
-    def connect(self, location, context, client, preface=b"", tried=None, error=None):
-        """Connect to a server that is not in tried, and to the next when that fails -> Backend.
-
-        error: why the last one tried has failed. Raises it, or BackendError, HTTPError 503 when none is left.
-        """
-        tried = [] if tried is None else tried
-        while True:
-            server = self.pick(tried, client)
-            if server is None:
-                raise error or HTTPError(503, "conn_limit" if any(each.full() for each in self.servers) else "no_backend",
-                                         "every server of %s has its max_conns or is down" % self.name, retry_after())
-            tried.append(server)
-            try:
-                return Backend(self, server, server.connect(
-                    location.proxy_connect_timeout, context, location.proxy_ssl_name, preface))
-            except BackendError as failure:
-                error = failure
-                self.release(server)
-                self.failed(server, error)
-            except BaseException:
-                self.release(server)
-                raise
-
     def pick(self, tried, client):
         """Choose a server that is not in tried and count it as active -> Server, or None.
 
@@ -3418,6 +3456,54 @@ class Upstream:
             with self.lock:
                 server.health.fails = 0
                 server.health.down_until = 0.0
+
+
+class Attempts:
+    """The servers of an Upstream that one request tries in turn, each at most once."""
+
+    __slots__ = ("upstream", "client", "tried", "failures", "error")
+
+    def __init__(self, upstream, client):
+        self.upstream = upstream
+        self.client = client     # address, for ip_hash
+        self.tried = []          # Servers
+        self.failures = 0        # how many of them have failed
+        self.error = None        # of the last one that failed
+
+    @property
+    def last(self):
+        """The name of the last server tried, "-" if there was none."""
+        return self.tried[-1].name if self.tried else "-"
+
+    def connect(self, location, context, preface=b""):
+        """Return a Backend at the next server that accepts.
+
+        Raise the error of the last one that failed, or HTTPError 503 if none could be tried.
+        """
+        upstream = self.upstream
+        while True:
+            server = upstream.pick(self.tried, self.client)
+            if server is None:
+                full = any(each.full() for each in upstream.servers)
+                raise self.error or HTTPError(
+                    503, "conn_limit" if full else "no_backend",
+                    "every server of %s has its max_conns or is down" % upstream.name, retry_after())
+            self.tried.append(server)
+            try:
+                return Backend(upstream, server, server.connect(
+                    location.proxy_connect_timeout, context, location.proxy_ssl_name, preface))
+            except BackendError as error:
+                upstream.release(server)
+                self.failed(server, error)
+            except BaseException:
+                upstream.release(server)
+                raise
+
+    def failed(self, server, error):
+        """Count a failure of a server that was tried."""
+        self.failures += 1
+        self.error = error
+        self.upstream.failed(server, error)
 
 
 def rendezvous(client, name, weight):
@@ -3578,97 +3664,84 @@ PROTECTED_FIELDS = FORWARDED_FIELDS | GENERATED_FIELDS | frozenset(
     b" sec-websocket-protocol sec-websocket-extensions".split())
 
 
-def request_head_for_backend(connection, protocol):
-    """The head that the backend gets -> bytes. protocol: what to upgrade to, or None."""
-    message, location = connection.message, connection.location
-    lines = [b"%s %s HTTP/1.1" % (message.method, location.rewrite(message))]
-    lines += end_to_end_fields(connection, location.withheld)
-    if not message.authority and b"host" not in location.replaced:
-        server = connection.backend.server  # HTTP/1.0 may come without
+def request_head_for_backend(request, location, client, server, protocol):
+    """Return the head for a backend server as bytes. protocol: what to upgrade to, or None."""
+    lines = [b"%s %s HTTP/1.1" % (request.method, location.rewrite(request))]
+    lines += end_to_end_fields(request, client, location.withheld)
+    if not request.authority and b"host" not in location.replaced:  # HTTP/1.0 may come without
         lines.insert(1, b"Host: " + (b"localhost" if server.address.path else server.name.encode()))
-    if message.chunked:
+    if request.chunked:
         lines.append(b"Transfer-Encoding: chunked")
     if protocol:
         lines.append(b"Upgrade: " + protocol)
         lines.append(b"Connection: upgrade")
     else:
         lines.append(b"Connection: close")
-    lines += forwarded_fields(connection, location.replaced)
+    lines += forwarded_fields(request, client, location.replaced)
     for name, template in location.proxy_set_header:
-        value = template.render(message)
+        value = template.render(request, client)
         if value:
             lines.append(name + b": " + value)
     lines.append(b"\r\n")
     return b"\r\n".join(lines)
 
 
-def end_to_end_fields(connection, withheld):
-    """The client's fields that go on to a backend -> list of lines. withheld: names that never do."""
-    fields = connection.message.fields
+def end_to_end_fields(request, client, withheld):
+    """Return the client's fields that a backend gets, as lines. withheld: names that it does not."""
+    fields = request.fields
     listed = fields.tokens(b"connection")
-    believed = from_trusted_proxy(connection)
     lines = []
     for name, value in fields:
         lower = name.lower()
         if lower in withheld or lower in listed or b"_" in name:
             continue  # names with _ are aliases of those with - in CGI and WSGI
-        if not believed and (lower in FORWARDED_FIELDS or lower.startswith(b"x-forwarded-")):
+        if not client.trusted and (lower in FORWARDED_FIELDS or lower.startswith(b"x-forwarded-")):
             continue
         lines.append(name + b": " + value)
     return lines
 
 
-def forwarded_fields(connection, without):
-    """What the gate knows about the client -> list of lines."""
-    message = connection.message
-    scheme, host = b"https" if connection.stream.tls else b"http", message.authority
-    if from_trusted_proxy(connection):
-        scheme = message.fields.get(b"x-forwarded-proto") or scheme
-        host = message.fields.get(b"x-forwarded-host") or host
-    own = [(b"X-Forwarded-For", forwarded_for(connection)), (b"X-Forwarded-Proto", scheme),
-           (b"X-Forwarded-Host", host), (b"X-Real-IP", connection.client.encode())]
-    if connection.subject:
-        own.append((b"X-SSL-Client-S-DN", connection.subject.encode("ascii", "backslashreplace")))
+def forwarded_fields(request, client, without):
+    """Return the fields that describe the client, as lines. without: names of those left out."""
+    scheme, host = client.scheme, request.authority
+    if client.trusted:
+        scheme = request.fields.get(b"x-forwarded-proto") or scheme
+        host = request.fields.get(b"x-forwarded-host") or host
+    own = [(b"X-Forwarded-For", forwarded_for(request, client)), (b"X-Forwarded-Proto", scheme),
+           (b"X-Forwarded-Host", host), (b"X-Real-IP", client.address.encode()),
+           (b"X-SSL-Client-S-DN", client.subject)]
     return [name + b": " + value for name, value in own if value and name.lower() not in without]
 
 
-def forwarded_for(connection):
-    """X-Forwarded-For: appended to what a trusted proxy said, else begun afresh."""
-    before = connection.message.fields.get_all(b"x-forwarded-for") if from_trusted_proxy(connection) else ()
-    return b", ".join(list(before) + [connection.peer.encode()])
+def forwarded_for(request, client):
+    """Return X-Forwarded-For as bytes: the peer, after what it reports itself if it is trusted."""
+    before = request.fields.get_all(b"x-forwarded-for") if client.trusted else ()
+    return b", ".join(list(before) + [client.peer.encode()])
 
 
-def from_trusted_proxy(connection):
-    """Whether the peer is one of set_real_ip_from, so that what it says of the client is believed."""
-    return trusted(connection.config.server.set_real_ip_from, connection.peer)
-
-
-def auth_request_head(connection):
-    """The question to the auth_request service: the client's fields, no body, no handshake -> bytes."""
-    message, location = connection.message, connection.location
-    without = (b"content-length expect sec-websocket-key sec-websocket-version sec-websocket-extensions"
-               b" x-original-uri x-original-method").split()
+def auth_request_head(request, location, client):
+    """Return the head of the subrequest to auth_request: no body, no handshake (bytes)."""
+    without = (b"content-length expect sec-websocket-key sec-websocket-version"
+               b" sec-websocket-extensions x-original-uri x-original-method").split()
     lines = [b"GET %s HTTP/1.1" % (location.auth_request.uri or "/").encode()]
-    lines += end_to_end_fields(connection, HOP_BY_HOP.union(GENERATED_FIELDS, without))
-    if not message.authority:
+    lines += end_to_end_fields(request, client, HOP_BY_HOP.union(GENERATED_FIELDS, without))
+    if not request.authority:
         lines.append(b"Host: auth")
-    lines += forwarded_fields(connection, without)
-    lines += [b"X-Original-URI: " + message.target, b"X-Original-Method: " + message.method, b"Connection: close",
-              b"\r\n"]
+    lines += forwarded_fields(request, client, without)
+    lines += [b"X-Original-URI: " + request.target, b"X-Original-Method: " + request.method,
+              b"Connection: close", b"\r\n"]
     return b"\r\n".join(lines)
 
 
-def proxy_line(connection):
-    """The PROXY v1 line for the backend -> bytes."""
-    address = parse_ip(connection.client)
+def proxy_line(client):
+    """Return the PROXY v1 line for the backend as bytes."""
+    address, server = parse_ip(client.address), parse_ip(client.server_address)
     if address is None:
         return b"PROXY UNKNOWN\r\n"
-    family, local = (b"TCP6", "::1") if address.version == 6 else (b"TCP4", "127.0.0.1")
-    name = connection.stream.sock.getsockname()
-    if isinstance(name, tuple) and parse_ip(name[0]) is not None and parse_ip(name[0]).version == address.version:
-        local = str(parse_ip(name[0]))
-    return b"PROXY %s %s %s %d %d\r\n" % (family, str(address).encode(), local.encode(), connection.peer_port,
-                                          connection.port())
+    if server is None or server.version != address.version:
+        server = "::1" if address.version == 6 else "127.0.0.1"
+    return b"PROXY TCP%d %s %s %d %d\r\n" % (address.version, str(address).encode(),
+                                             str(server).encode(), client.port, client.server_port)
 
 
 def response_head_for_client(response, message, keep):
@@ -4276,20 +4349,20 @@ class Tunnel(Relay):
                  "send_timeout", "wakeup", "seen_wakeup", "end_at", "deadline", "over", "ended_by",
                  "rtt", "opened")
 
-    def __init__(self, connection, backend, head, scan, extensions):
-        location, now = connection.location, time.monotonic()
+    def __init__(self, exchange, backend, head, scan, extensions):
+        location, now = exchange.location, time.monotonic()
         limit = location.max_message_size
         up, down = ((FrameScanner(True, extensions, limit, now),
                      FrameScanner(False, extensions, limit, now)) if scan else
                     (UntilClose(), UntilClose()))
-        super().__init__(connection.stream, backend, up, down, now)
-        self.gate = connection.gate
-        self.record = connection.record
+        super().__init__(exchange.stream, backend, up, down, now)
+        self.gate = exchange.gate
+        self.record = exchange.entry
         self.idle_timeout = location.idle_timeout
         self.ping_interval = location.ping_interval
         self.ping_timeout = location.ping_timeout
         self.ping_peers = location.ping_peers
-        self.send_timeout = connection.config.server.send_timeout
+        self.send_timeout = exchange.config.server.send_timeout
         self.opened = now
         self.end_at = math.inf       # when draining ends this tunnel
         self.deadline = math.inf     # when a tunnel that is ending is closed, whatever its peers do
@@ -5616,15 +5689,15 @@ def probe_config(arguments):
     location = config.route(message.host, message.path)
     if location is None:
         raise ValueError("no [location] for this at %s; --header 'Host: NAME' names another" % message.host)
-    client = "::1" if ":" in (host or "") else "127.0.0.1"
-    message.connection = connection = argparse.Namespace(  # the probe, as the gate would see it
-        message=message, location=location, config=config, listen=listen, stream=argparse.Namespace(tls=listen.ssl),
-        peer=client, client=client, peer_port=0, subject=None, backend=None)
+    address = "::1" if ":" in (host or "") else "127.0.0.1"
+    client = ClientInfo(  # the probe, as the gate would see it
+        peer=address, address=address, port=0, scheme=b"https" if listen.ssl else b"http",
+        subject=b"", trusted=trusted(config.server.set_real_ip_from, address),
+        server_address=address, server_port=listen.address.port or 0)
     probes = []
     for server in location.upstream.servers if location.upstream else ():
         print_line("The backend %s of [location %s] directly:" % (server.name, location.name))
-        connection.backend = argparse.Namespace(server=server)
-        head_there = request_head_for_backend(connection, b"websocket")
+        head_there = request_head_for_backend(message, location, client, server, b"websocket")
         probes.append(Probe(arguments, server, head_there, location.context, location.proxy_ssl_name,
                             location.proxy_protocol).run())
     print_line("The gate at %s:" % gate.name)
