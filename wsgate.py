@@ -4708,22 +4708,23 @@ FRAME_KINDS = {False: frame_kinds(0x70), True: frame_kinds(0)}
 class FrameScanner(Scanner):
     """Follows the frames of one direction and keeps no payload (RFC 6455 5.2).
 
-    All bytes pass, but for pongs to the gate's own pings. A header or control frame that is
-    incomplete is held back (at most 139 bytes) and put in front of the next read, so that what has
-    passed is whole frames and the beginning of one payload, of which `remaining` bytes are to come.
+    All bytes pass at once, but for what may be a pong to a ping of the gate's own: that is held
+    back until it is whole. A header or control frame that is incomplete is kept (at most 139
+    bytes) and put in front of the next read, so that only whole ones are ever decoded.
     When the bytes are not frames, it gives up (lost) and they pass as they are.
     """
 
-    __slots__ = ("mask_bit", "kinds", "limit", "remaining", "held", "message", "messages",
-                 "last_data", "last_size", "last_header", "close", "lost", "too_big", "notable",
-                 "pings", "rtt")
+    __slots__ = ("mask_bit", "kinds", "limit", "remaining", "partial", "partial_passed", "message",
+                 "messages", "last_data", "last_size", "last_header", "close", "lost", "too_big",
+                 "notable", "pings", "rtt")
 
     def __init__(self, masked, extensions, limit, now):
         self.mask_bit = 0x80 if masked else 0    # frames of a client are masked (RFC 6455 5.1)
         self.kinds = FRAME_KINDS[extensions]
         self.limit = limit                       # max_message_size, 0 for none
         self.remaining = 0                       # bytes of the current frame still to come
-        self.held = b""                          # an incomplete header or control frame
+        self.partial = b""                       # an incomplete header or control frame
+        self.partial_passed = 0                  # bytes of it that passed: all, or none if held
         self.message = 0                         # payload of the current message in earlier frames
         self.messages = 0                        # text and binary messages that have ended
         self.last_data = now                     # time.monotonic() of the last text or binary frame
@@ -4739,11 +4740,11 @@ class FrameScanner(Scanner):
 
     def between(self):
         """Return True if all that passed is whole frames, so that one may be placed here."""
-        return not (self.remaining or self.lost)
+        return not (self.remaining or self.partial_passed or self.lost)
 
     def feed(self, data, now):
         """Take the bytes of one read, return those that pass on."""
-        if self.last_size and not (self.remaining or self.held or self.message):
+        if self.last_size and not (self.remaining or self.partial or self.message):
             count = self.count_alike(data)
             if count:
                 self.messages += count
@@ -4769,10 +4770,9 @@ class FrameScanner(Scanner):
 
     def scan(self, data, now):
         """feed(), frame by frame."""
-        if self.held:
-            data, self.held = self.held + data, b""
+        passed, start = [], self.partial_passed  # what passes: passed, then data[start:]
+        data, self.partial, self.partial_passed = self.partial + data, b"", 0
         position, size, last = self.remaining, len(data), None
-        passed, start = [], 0                    # what passes: passed, then data[start:]
         while position < size:
             kind, header = self.kinds[data[position]], frame_header(data, position)
             if not self.valid(kind, data, position):
@@ -4780,15 +4780,16 @@ class FrameScanner(Scanner):
                 position = size
                 break
             end = size + 1 if header is None else position + header[0] + header[1]
-            if kind == CONTROL_FRAME or header is None:
-                if end > size:
-                    self.held, data = data[position:], data[:position]
-                    break
+            if header is None or (kind == CONTROL_FRAME and end > size):
+                data = self.keep(data, position, start)
+                break
+            if kind == CONTROL_FRAME:
                 if not self.take_control(data[position:end], header[0], now):
                     passed.append(data[start:position])
                     start = end
             elif not self.count(kind, header[1], now):
-                data = data[:position]           # a message too big ends before its last frame
+                data = data[:position]           # of a message too big the last frame is dropped
+                position = size + (end - start if start > position else 0)
                 break
             elif kind == WHOLE_MESSAGE:
                 last = position, header[0], end
@@ -4796,7 +4797,18 @@ class FrameScanner(Scanner):
         self.remaining = max(0, position - size)
         if last:
             self.remember(data[last[0]:last[0] + last[1]], last[2] - last[0])
-        return b"".join(passed) + data[start:] if passed else data
+        return b"".join(passed) + data[start:] if passed else data[start:]
+
+    def keep(self, data, position, start):
+        """Keep the incomplete frame at position; return what of data passes up to its end.
+
+        start: up to where data has passed before. Only a pong that may be awaited is held back.
+        """
+        self.partial = data[position:]
+        if self.pings and data[position] & 0x0F == PONG and start <= position:
+            return data[:position]
+        self.partial_passed = len(self.partial)
+        return data
 
     def valid(self, kind, data, position):
         """Return True if the one or two bytes that are here can begin a frame of this direction."""
@@ -4844,7 +4856,7 @@ class FrameScanner(Scanner):
     def bulk(self):
         """Return True inside a large frame, and between two if the next may be as large."""
         return self.remaining >= SPLICE_MINIMUM or (self.last_size >= SPLICE_MINIMUM
-                                                    and not self.held)
+                                                    and not self.partial)
 
     def peek(self, recv, now):
         """Count the next frame, still in the socket, if it is large; return its size, else 0."""
@@ -4874,7 +4886,7 @@ class FrameScanner(Scanner):
             self.pings.pop(next(iter(self.pings)))
 
     def release(self):
-        held, self.held = self.held, b""
+        held, self.partial = self.partial[self.partial_passed:], b""
         return held
 
 
