@@ -641,7 +641,7 @@ BAD_CONFIGURATIONS = [
     (SERVER + "listen = 127.0.0.1:0 ssl", "[server]", "ssl_certificate_key"),
     (SERVER + "status_listen = a:b:c", ":3: [server] status_listen:", "'a:b:c'"),
     (SERVER + "ssl_protocols = SSLv3", ":3:", "TLSv1.2"),
-    (SERVER + "ssl_certificate = /no/such/file", ":3: [server] ssl_certificate: cannot read /no/such/file (No such file"),
+    (SERVER + "ssl_certificate = /no/such/file", ":3: [server] ssl_certificate: cannot open /no/such/file (No such file"),
     (SERVER + "allow = 10.0.0.1/8", ":3: [server] allow:", "10.0.0.1/8"),
     (SERVER + "allowed_origins = example.com", ":3:", "https://example.com"),
     (SERVER + "user = nobody_by_this_name", ":3:", "unknown user"),
@@ -683,7 +683,7 @@ BAD_CONFIGURATIONS = [
     (SERVER + "# a\u2028b\x1cc\x85\nproxy_pas = x", "wsgate.ini:4: [server] proxy_pas: unknown key"),
     ("[server]\nlisten = x\nreturn = 200 some text\n  listen = is more of it", "wsgate.ini:2: [server] listen:"),
     ("[server]\nreturn = 200 some text\n  [location /a]\nlisten = x", "wsgate.ini:4: [server] listen:"),
-    (PASS, "wsgate.ini:1: key outside of a section: proxy_pass = http://127.0.0.1:9"),
+    (PASS, "wsgate.ini:1: outside of a section: proxy_pass = http://127.0.0.1:9"),
     (SERVER + "nonsense", "wsgate.ini:3: invalid line: nonsense"),
     ("[server]\n", "wsgate.ini: no location", "proxy_pass"),
     ("", "wsgate.ini: no location"),
@@ -829,7 +829,7 @@ def test_every_key_has_a_meaning_and_a_default_that_parses(table):
 # ---------------------------------------------------------------------- Routes
 
 ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "host.test/chat/", "= host.test/exact",
-          "*.test/", "*.sub.test/", "[::1]/v6", "/caf\u00e9/", "/a+b/", "/x%2Fy/"]
+          "*.test/", "*.sub.test/", "[::1]/v6", "/caf\u00e9/", "/a+b/"]
 
 
 @pytest.mark.parametrize("host, path, name", [
@@ -844,7 +844,7 @@ ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "hos
     ("any", "/chat%2fdeep", "/"), ("any", "/chat/%64eep//x", "/chat/deep/"), ("any", "/chat?/chat/deep/", "/chat"),
     ("any", "/caf%C3%A9/x", "/caf\u00e9/"), ("any", "/caf%E9/x", "/"), ("any", "/a%2Bb/", "/a+b/"),
     ("[::1]", "/v6", "[::1]/v6"), ("[::1]:80", "/v6/x", "[::1]/v6"), ("[::1]", "/v", "/"),
-    ("any", "/x%2Fy/", "/x%2Fy/"), ("any", "/x%2fy/", "/x%2Fy/"), ("any", "/x/y/", "/"),
+    ("any", "/x/y/", "/"),
 ])
 def test_the_most_special_location_takes_a_request(tmp_path, host, path, name):
     config = load_text(tmp_path, SERVER + "".join(
@@ -1174,7 +1174,10 @@ def test_logs_go_to_files_that_are_made_anew_after_a_rename(tmp_path):
 def test_a_log_that_cannot_be_opened_leaves_the_old_ones(tmp_path):
     with own_logging():
         paths, _ = log_to_files(tmp_path)
-        server = load_text(tmp_path, SERVER + "access_log = %s\n" % os.path.join(str(tmp_path), "no", "folder")).server
+        folder = os.path.join(str(tmp_path), "gone")
+        os.mkdir(folder)
+        server = load_text(tmp_path, SERVER + "access_log = %s\n" % os.path.join(folder, "log")).server
+        os.rmdir(folder)
         before = descriptors()
         with pytest.raises(OSError):
             wsgate.setup_logging(server)
@@ -5569,7 +5572,7 @@ def test_a_probe_without_a_connection_says_why(capsys):
         assert 299 * MS <= time.monotonic() - began < 2000 * MS
         assert probed(capsys, "wss://" + backend.where, "--timeout", "%dms" % (300000 * MS))[:2] == (1, "timeout")
     assert probed(capsys, "ws://" + backend.where)[:2] == (1, "refused")
-    assert probed(capsys, "ws://a..b/")[:2] == (1, "unresolved")
+    assert probed(capsys, "ws://[fe80::1%nosuch0]/")[:2] == (1, "unresolved")
     with ScriptedBackend(lambda peer: peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as backend:
         assert probed(capsys, "wss://" + backend.where)[:2] == (1, "plain_port")
 

@@ -9,9 +9,11 @@ backend answers 101, and closes the tunnel when no byte passed for a while.
 The file reads from top to bottom as a connection lives:
 
     Errors                HTTPError ends an exchange, BackendError tries another server
-    Configuration: values parse_*: the text of a value -> what it means
+    Configuration: values parse_*: the text of a value -> what it means; Template
+    Configuration: hosts  parse_listen, parse_networks, parse_proxy_pass, parse_location
     Configuration: keys   SERVER_KEYS, LOCATION_KEYS, UPSTREAM_KEYS: the reference
-    Configuration: file   load_config: wsgate.ini -> one frozen Config, by a ConfigReader
+    Configuration: file   load_config: wsgate.ini -> one immutable Config, by a ConfigReader
+    Configuration: checks warn_of_mistakes, warn_of_machine: valid but surely not meant
     The process           run_gate: from a configuration to a running Gate
     The gate              Gate.run accepts, obeys signals, reloads, drains, upgrades
     Listening             Listener gives each connection a thread, from Workers
@@ -53,7 +55,6 @@ import collections
 import concurrent.futures
 import configparser
 import contextlib
-import difflib
 import email.utils
 import errno
 import functools
@@ -83,6 +84,7 @@ import subprocess
 import textwrap
 import threading
 import time
+import urllib.parse
 
 try:
     import fcntl
@@ -219,6 +221,14 @@ class ConfigError(Exception):
         self.errors = errors
 
 
+class SettingError(ValueError):
+    """The value of a key, valid in itself, cannot be used; key names it."""
+
+    def __init__(self, key, message):
+        super().__init__(message)
+        self.key = key
+
+
 class HTTPError(Exception):
     """Ends the exchange with a response of wsgate's own; answered in Exchange.refuse only.
 
@@ -266,9 +276,6 @@ def describe_error(error):
 # A parser takes the text of a value and returns what it means. It raises ValueError,
 # with the value, what is wrong with it and, in parentheses, what was expected.
 
-Address = collections.namedtuple("Address", "host port path")  # path: of a Unix socket
-Listen = collections.namedtuple("Listen", "address ssl proxy_protocol reuseport")
-Target = collections.namedtuple("Target", "tls authority uri")  # a parsed proxy_pass
 Return = collections.namedtuple("Return", "status text")
 
 TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
@@ -307,6 +314,14 @@ def parse_size(text):
     if not match:
         raise ValueError("invalid size %r (expected e.g. 512, 16k, 1m or 1g)" % text)
     return int(match.group(1)) * SIZE_UNITS[match.group(2)]
+
+
+def parse_head_size(text):
+    """Return a size in bytes that has room for a request head."""
+    size = parse_size(text)
+    if size < 128:
+        raise ValueError("invalid size %r (expected at least 128)" % text)
+    return size
 
 
 def parse_count(text):
@@ -356,16 +371,134 @@ def parse_list(text):
 
 def parse_log(text):
     """Return the destination of a log as it is written: path, -, off or syslog:[HOST[:PORT]]."""
-    syslog = re.fullmatch(r"syslog:([^\s:]+(:[0-9]{1,5})?)?", text)
-    if not text or (text.startswith("syslog:") and not syslog):
+    if text in ("-", "off") or re.fullmatch(r"syslog:([^\s:]+(:[0-9]{1,5})?)?", text):
+        return text
+    if not text or text.startswith("syslog:"):
         raise ValueError("invalid log destination %r (expected a path, -, off, syslog: or"
                          " syslog:HOST:PORT)" % text)
+    return parse_path(text)
+
+
+def parse_path(text):
+    """Return the path of a file to write; raise OSError if its directory does not exist."""
+    if re.search(r"[\n\0\"']|;$|\s[#;]", text):
+        raise ValueError("invalid path %r" % text)
+    if os.path.isdir(text):
+        raise ValueError("%s is a directory (expected a file)" % text)
+    check_directory(text)
     return text
+
+
+def check_directory(path):
+    """Raise OSError unless the directory of this path exists."""
+    os.stat(os.path.join(os.path.dirname(path) or ".", ""))
 
 
 def optional(parse):
     """Return a parser that returns None for an empty value."""
     return lambda text: parse(text) if text else None
+
+
+TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
+
+
+def parse_protocols(text):
+    """Return a list of TLS versions, a tuple of str."""
+    words = parse_list(text)
+    unknown = [word for word in words if word not in TLS_VERSIONS]
+    if unknown or not words:
+        raise ValueError("unknown TLS version %r (expected some of: %s)" % (
+            " ".join(unknown), " ".join(TLS_VERSIONS)))
+    return words
+
+
+def parse_return(text):
+    """Return 'CODE', 'CODE TEXT' or '30x URL' as a Return."""
+    match = re.fullmatch(r"([2-5][0-9]{2})(?:\s+(\S.*))?", text, re.S)
+    if not match:
+        raise ValueError("invalid response %r (expected CODE, CODE TEXT or 30x URL)" % text)
+    status = int(match.group(1))
+    if status in REDIRECTS and not match.group(2):
+        raise ValueError("missing URL of the redirect (expected e.g. %d https://example.com/)"
+                         % status)
+    return Return(status, Template(match.group(2) or ""))
+
+
+# Fields that wsgate manages itself: neither a client nor proxy_set_header can set them.
+MANAGED_FIELDS = frozenset(b"connection upgrade keep-alive content-length te trailer"
+                           b" transfer-encoding proxy-connection http2-settings".split())
+
+
+def parse_set_headers(text):
+    """Return header fields ('Name: value', one per line), a tuple of (name bytes, Template)."""
+    headers = []
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        name, colon, value = line.partition(":")
+        raw = name.strip().encode()
+        if not colon or not TOKEN.fullmatch(raw):
+            raise ValueError("invalid header field %r (expected Name: value)" % line.strip())
+        if raw.lower() in MANAGED_FIELDS:
+            raise ValueError("%s is managed by wsgate (remove this line)" % name.strip())
+        if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):
+            raise ValueError("control character in the value of %s" % name.strip())
+        headers.append((raw, Template(value.strip())))
+    return tuple(headers)
+
+
+def parse_pem(text):
+    """Return the path of a file that can be read, else raise OSError."""
+    open(text, "rb").close()
+    return text
+
+
+def parse_user(text):
+    """Return the name of a user of this system."""
+    if pwd is None:
+        raise ValueError("user is not supported on this platform")
+    try:
+        pwd.getpwnam(text)
+    except KeyError:
+        raise ValueError("unknown user %r" % text)
+    return text
+
+
+class Template:
+    """Text with $variables, compiled once (proxy_set_header, return)."""
+
+    VARIABLES = {  # (Request, ClientInfo) -> bytes; $http_NAME is a field of the request
+        "host": lambda request, client: request.host.encode(),
+        "remote_addr": lambda request, client: client.address.encode(),
+        "scheme": lambda request, client: client.scheme,
+        "request_uri": lambda request, client: request.target,
+        "server_port": lambda request, client: b"%d" % client.server_port,
+        "proxy_add_x_forwarded_for": lambda request, client: forwarded_for(request, client),
+    }
+
+    def __init__(self, text):
+        self.parts = re.split(r"\$\{?(\w+)\}?", text)  # text, name, text, name, ..., text
+        for name in self.parts[1::2]:
+            if name not in self.VARIABLES and not name.startswith("http_"):
+                raise ValueError("unknown variable $%s%s" % (name, nearest(name, self.VARIABLES)))
+
+    def render(self, request, client):
+        """Return the text as bytes, with the values of the variables for this request."""
+        parts = [part.encode() for part in self.parts]
+        for place, name in list(enumerate(self.parts))[1::2]:
+            if name in self.VARIABLES:
+                parts[place] = self.VARIABLES[name](request, client)
+            else:
+                field = name[len("http_"):].replace("_", "-").encode()
+                parts[place] = b", ".join(request.fields.get_all(field))
+        return b"".join(parts)
+
+
+# --------------------------------------------------------- Configuration: hosts
+
+Address = collections.namedtuple("Address", "host port path")  # path: of a Unix socket
+Listen = collections.namedtuple("Listen", "address ssl proxy_protocol reuseport")
+Target = collections.namedtuple("Target", "tls authority uri")  # a parsed proxy_pass
 
 
 def parse_address(text, default_port=None, default_host=None):
@@ -374,28 +507,57 @@ def parse_address(text, default_port=None, default_host=None):
     A host or a port may be left out only if there is a default for it.
     """
     if text.startswith("unix:"):
-        if not text.startswith("unix:/"):
-            raise ValueError("invalid address %r (expected unix:/absolute/path)" % text)
+        if not re.fullmatch(r"unix:/.*[^/]", text) or len(text.encode()) > 108:
+            raise ValueError("invalid address %r (expected unix:/absolute/path, a path of at most"
+                             " 103 bytes)" % text)
         return Address(None, None, text[5:])
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]*))(?::([0-9]{1,5}))?", text)
+    match = re.fullmatch(r"(\[[^\[\]]+\]|[^\s:\[\]/]*)(?::([0-9]+))?", text)
     if not match:
         raise ValueError("invalid address %r (expected host:port, [v6]:port or unix:/path)" % text)
-    host, port = match.group(1) or match.group(2), match.group(3)
-    if default_host is not None and port is None and re.fullmatch(r"[0-9]{1,5}", host):
+    host, port = match.groups()
+    if default_host is not None and port is None and re.fullmatch(r"[0-9]+", host):
         host, port = "", host  # a listener may be a port alone
-    port = int(port) if port else default_port
-    if port is not None and port > 65535:
-        raise ValueError("invalid port in %r (expected at most 65535)" % text)
-    if port is None:
-        raise ValueError("missing port in %r (expected host:port)" % text)
-    if not host and default_host is None:
+    if host == "*" and default_host is not None:
+        raise ValueError("invalid host '*' (expected :%s for every IPv4 address, [::]:%s for every"
+                         " IPv6 address)" % (port or "PORT", port or "PORT"))
+    if host:
+        check_host(host)
+    elif default_host is None:
         raise ValueError("missing host in %r (expected host:port)" % text)
-    return Address(host or default_host, port, None)
+    if port is None and default_port is None:
+        raise ValueError("missing port in %r (expected host:port)" % text)
+    if port is not None and int(port) > 65535:
+        raise ValueError("invalid port in %r (expected at most 65535)" % text)
+    return Address(host.strip("[]") or default_host, int(port) if port else default_port, None)
+
+
+HOST_NAME = re.compile(r"(?!-)[\w-]{1,63}(?:\.(?!-)[\w-]{1,63})*\.?")
+
+
+def check_host(host):
+    """Raise ValueError unless this is a host name, an IPv4 address or [IPv6 address]."""
+    try:
+        if host.startswith("["):
+            ipaddress.IPv6Address(re.sub(r"%[\w.-]+\]$|\]$", "", host[1:]))  # %: interface
+        elif re.search(r"(?:^|\.)[0-9]+$", host):
+            ipaddress.IPv4Address(host)
+        elif not HOST_NAME.fullmatch(host):
+            raise ValueError
+    except ValueError:
+        raise ValueError("invalid host %r (expected a host name or an IP address)" % host)
 
 
 def parse_status_listen(text):
     """Return an Address, or None for 'off' or ''."""
-    return None if text in ("", "off") else parse_address(text, default_host="127.0.0.1")
+    return None if text in ("", "off") else parse_listen_address(text, "127.0.0.1")
+
+
+def parse_listen_address(text, default_host):
+    """Return the Address of a listener; raise OSError if a Unix socket cannot be made there."""
+    address = parse_address(text, default_host=default_host)
+    if address.path:
+        check_directory(address.path)
+    return address
 
 
 def show_address(address):
@@ -418,7 +580,7 @@ def parse_listen(text):
             if word not in LISTEN_OPTIONS:
                 raise ValueError("unknown listen option %r (expected one of: %s)" % (
                     word, ", ".join(LISTEN_OPTIONS)))
-        address = parse_address(words[0], default_host="0.0.0.0")
+        address = parse_listen_address(words[0], "0.0.0.0")
         if address in seen:
             raise ValueError("duplicate address %s" % words[0])
         seen.add(address)
@@ -463,19 +625,6 @@ def parse_network(word):
     return network
 
 
-TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
-
-
-def parse_protocols(text):
-    """Return a list of TLS versions, a tuple of str."""
-    words = parse_list(text)
-    unknown = [word for word in words if word not in TLS_VERSIONS]
-    if unknown or not words:
-        raise ValueError("unknown TLS version %r (expected some of: %s)" % (
-            " ".join(unknown), " ".join(TLS_VERSIONS)))
-    return words
-
-
 def parse_proxy_pass(text):
     """Return the URL of a backend as a Target, None for ''.
 
@@ -492,43 +641,11 @@ def parse_proxy_pass(text):
     if "@" in match.group(2):
         raise ValueError("credentials are not allowed in a backend URL (expected"
                          " proxy_set_header = Authorization: ...)")
+    if "$" in match.group(2):
+        raise ValueError("variables are not allowed in the host of %r (expected host:port or the"
+                         " name of an [upstream])" % text)
     parse_address(match.group(2), default_port=80)  # raises ValueError
     return Target(match.group(1) in ("https", "wss"), match.group(2), match.group(4))
-
-
-def parse_return(text):
-    """Return 'CODE', 'CODE TEXT' or '30x URL' as a Return."""
-    match = re.fullmatch(r"([2-5][0-9]{2})(?:\s+(\S.*))?", text, re.S)
-    if not match:
-        raise ValueError("invalid response %r (expected CODE, CODE TEXT or 30x URL)" % text)
-    status = int(match.group(1))
-    if status in REDIRECTS and not match.group(2):
-        raise ValueError("missing URL of the redirect (expected e.g. %d https://example.com/)"
-                         % status)
-    return Return(status, Template(match.group(2) or ""))
-
-
-# Fields that wsgate manages itself: neither a client nor proxy_set_header can set them.
-MANAGED_FIELDS = frozenset(b"connection upgrade keep-alive content-length te trailer"
-                           b" transfer-encoding proxy-connection http2-settings".split())
-
-
-def parse_set_headers(text):
-    """Return header fields ('Name: value', one per line), a tuple of (name bytes, Template)."""
-    headers = []
-    for line in text.splitlines():
-        if not line.strip():
-            continue
-        name, colon, value = line.partition(":")
-        raw = name.strip().encode()
-        if not colon or not TOKEN.fullmatch(raw):
-            raise ValueError("invalid header field %r (expected Name: value)" % line.strip())
-        if raw.lower() in MANAGED_FIELDS:
-            raise ValueError("%s is managed by wsgate (remove this line)" % name.strip())
-        if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):
-            raise ValueError("control character in the value of %s" % name.strip())
-        headers.append((raw, Template(value.strip())))
-    return tuple(headers)
 
 
 def parse_origins(text):
@@ -540,20 +657,9 @@ def parse_origins(text):
     return None if not words or "any" in words else words
 
 
-def parse_pem(text):
-    """Return the path of a file that can be read, else raise OSError."""
-    open(text, "rb").close()
-    return text
-
-
-def parse_user(text):
-    """Return the name of a user of this system."""
-    if pwd is None:
-        raise ValueError("user is not supported on this platform")
-    try:
-        pwd.getpwnam(text)
-    except KeyError:
-        raise ValueError("unknown user %r" % text)
+def parse_server_name(text):
+    """Return a host name or an IP address, as it is written."""
+    check_host("[%s]" % text if ":" in text else text)
     return text
 
 
@@ -589,34 +695,35 @@ def parse_servers(text):
     return servers
 
 
-class Template:
-    """Text with $variables, compiled once (proxy_set_header, return)."""
+def parse_location(title):
+    """Return the title of a [location ...] as (hosts, path, True for an exact match).
 
-    VARIABLES = {  # (Request, ClientInfo) -> bytes; $http_NAME is a field of the request
-        "host": lambda request, client: request.host.encode(),
-        "remote_addr": lambda request, client: client.address.encode(),
-        "scheme": lambda request, client: client.scheme,
-        "request_uri": lambda request, client: request.target,
-        "server_port": lambda request, client: b"%d" % client.server_port,
-        "proxy_add_x_forwarded_for": lambda request, client: forwarded_for(request, client),
-    }
+    hosts: lower case, '*.suffix', or None for any. The path is compared with decoded paths
+    without // and dot segments; one that cannot be equal to any of these raises ValueError.
+    """
+    match = re.fullmatch(r"location ?(= ?)?([^/]*)(/.*)", title)
+    if not match:
+        raise ValueError("invalid location (expected [location /path], [location HOST/path] or"
+                         " [location = /path])")
+    exact, hosts, path = bool(match.group(1)), parse_list(match.group(2).lower()), match.group(3)
+    for host in hosts:
+        if host.strip("^~*") == "":
+            raise ValueError("regular expressions and modifiers are not supported (expected"
+                             " [location /prefix] or [location = /path])")
+        if not LOCATION_HOST.fullmatch(host):
+            raise ValueError("invalid host %r (expected a name without a port, in ASCII; * only as"
+                             " the first label)" % host)
+    decoded = urllib.parse.unquote(path)
+    plain = re.sub(r"//+", "/", decoded)
+    if plain != path:
+        raise ValueError("%s never matches (expected the decoded path, %s)" % (path, plain))
+    if re.search(r"(?:^|/)\.\.?(?:[/;]|$)|[\\?#{}\x00-\x1f\x7f]", path):
+        raise ValueError("%s never matches (expected a path without dot segments, queries, \\,"
+                         " braces and control characters)" % path)
+    return hosts or (None,), path, exact
 
-    def __init__(self, text):
-        self.parts = re.split(r"\$\{?(\w+)\}?", text)  # text, name, text, name, ..., text
-        for name in self.parts[1::2]:
-            if name not in self.VARIABLES and not name.startswith("http_"):
-                raise ValueError("unknown variable $%s%s" % (name, nearest(name, self.VARIABLES)))
 
-    def render(self, request, client):
-        """Return the text as bytes, with the values of the variables for this request."""
-        parts = [part.encode() for part in self.parts]
-        for place, name in list(enumerate(self.parts))[1::2]:
-            if name in self.VARIABLES:
-                parts[place] = self.VARIABLES[name](request, client)
-            else:
-                field = name[len("http_"):].replace("_", "-").encode()
-                parts[place] = b", ".join(request.fields.get_all(field))
-        return b"".join(parts)
+LOCATION_HOST = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]")
 
 
 # ---------------------------------------------------------- Configuration: keys
@@ -640,7 +747,7 @@ SERVER_KEYS = {
         parse_timeout, "10s",
         "time limit for the TLS handshake and the whole request head, however slowly it comes"),
     "client_header_size": Key(
-        parse_size, "16k", "maximum size of a request head in bytes, 431 beyond"),
+        parse_head_size, "16k", "maximum size of a request head in bytes, 431 beyond"),
     "client_body_timeout": Key(
         parse_timeout, "60s", "time limit between two reads of a request body, 408 beyond"),
     "keepalive_timeout": Key(
@@ -691,7 +798,7 @@ SERVER_KEYS = {
         optional(parse_user), "",
         "user to switch to after binding the listeners, when started as root"),
     "pid": Key(
-        optional(str), "", "file for the process ID; -s needs it"),
+        optional(parse_path), "", "file for the process ID; -s needs it"),
 }
 
 LOCATION_KEYS = {
@@ -770,7 +877,7 @@ LOCATION_KEYS = {
         optional(parse_pem), "",
         "CA file (PEM) to verify backends with; if unset, the system's CA store"),
     "proxy_ssl_name": Key(
-        optional(str), "",
+        optional(parse_server_name), "",
         "server name for SNI and verification; if unset, the host of proxy_pass"),
     "proxy_ssl_certificate": Key(
         optional(parse_pem), "", "client certificate (PEM) to present to backends"),
@@ -796,81 +903,237 @@ UPSTREAM_KEYS = {
         "how to choose a server: least_conn, round_robin or ip_hash"),
 }
 
+SECTIONS = (("server", SERVER_KEYS), ("location /path", LOCATION_KEYS),
+            ("upstream NAME", UPSTREAM_KEYS))
+
+# What is pasted from nginx, HAProxy and Caddy: what to do with it, and its directives.
+FOREIGN = (
+    ("built in: remove it",
+     "proxy_http_version proxy_buffering proxy_request_buffering proxy_buffer_size proxy_buffers"
+     " proxy_busy_buffers_size proxy_max_temp_file_size proxy_socket_keepalive tcp_nodelay"
+     " tcp_nopush sendfile sendfile_max_chunk chunked_transfer_encoding proxy_cache_bypass"
+     " proxy_no_cache proxy_ssl_server_name proxy_ssl_session_reuse proxy_next_upstream"
+     " proxy_pass_request_headers proxy_pass_request_body proxy_ignore_client_abort"
+     " client_body_buffer_size client_body_in_file_only lingering_close lingering_time"
+     " lingering_timeout keepalive_requests real_ip_recursive merge_slashes map resolver"
+     " resolver_timeout server_tokens reset_timedout_connection multi_accept use zone"
+     " ssl_prefer_server_ciphers ssl_session_cache ssl_session_timeout ssl_session_tickets"
+     " ssl_dhparam ssl_ecdh_curve http events mode option global defaults stream_close_delay"
+     " flush_interval keepalive_disable types_hash_max_size server_names_hash_bucket_size"
+     " variables_hash_max_size proxy_headers_hash_max_size proxy_headers_hash_bucket_size"
+     " ssl_buffer_size proxy_ssl_verify_depth absolute_redirect ignore_invalid_headers"),
+    ("expected listen = ADDRESS", "bind http_port https_port"),
+    ("expected listen = ADDRESS ssl", "ssl"),
+    ("expected [location HOST/path]", "server_name"),
+    ("expected [location /path]", "location handle handle_path route acl use_backend"),
+    ("expected proxy_pass in [location /path]", "reverse_proxy default_backend"),
+    ("expected [upstream NAME]", "upstream backend"),
+    ("expected [server]", "frontend"),
+    ("expected idle_timeout", "proxy_timeout timeout_tunnel stream_timeout"),
+    ("expected proxy_connect_timeout", "timeout_connect dial_timeout"),
+    ("expected proxy_read_timeout", "timeout_server response_header_timeout"),
+    ("expected keepalive_timeout", "timeout_client timeout_http-keep-alive"),
+    ("expected client_header_timeout", "timeout_http-request"),
+    ("expected client_header_size", "large_client_header_buffers client_header_buffer_size"),
+    ("expected client_max_body_size", "request_body"),
+    ("expected max_connections", "worker_connections maxconn"),
+    ("expected max_connections_per_ip or max_connections", "limit_conn limit_conn_zone"),
+    ("expected auth_basic_user_file", "auth_basic basic_auth basicauth"),
+    ("expected auth_request", "forward_auth"),
+    ("expected ssl_client_certificate",
+     "ssl_verify_client ssl_trusted_certificate ssl_verify_depth"),
+    ("expected ssl_certificate and ssl_certificate_key", "tls crt"),
+    ("expected proxy_set_header", "header_up header_upstream proxy_pass_header"),
+    ("expected add_header", "header header_down more_set_headers"),
+    ("expected add_header with an empty value", "proxy_hide_header more_clear_headers"),
+    ("expected proxy_keepalive in [location /path]", "keepalive keepalive_time"),
+    ("expected balance = ip_hash", "ip_hash hash sticky stick-table stick cookie"),
+    ("expected balance = least_conn", "least_conn lb_policy"),
+    ("expected balance = round_robin", "random"),
+    ("expected return", "redir respond http-request"),
+    ("expected status_listen", "stub_status stats"),
+    ("expected log_level", "error_log_level log"),
+    ("expected set_real_ip_from", "trusted_proxies"),
+    ("set it where wsgate is started: LimitNOFILE or ulimit -n", "worker_rlimit_nofile"),
+    ("one process uses one CPU: start several with listen = ... reuseport",
+     "worker_processes nbproc nbthread"),
+    ("out of scope: run it under systemd, see --print-unit", "daemon master_process"),
+    ("out of scope: a configuration is one file", "include import load_module"),
+    ("out of scope: serve files with nginx or Caddy",
+     "root alias index autoindex try_files expires etag types default_type file_server"
+     " error_page open_file_cache"),
+    ("out of scope: let the backend compress",
+     "gzip gzip_types gzip_vary gzip_proxied gzip_comp_level gzip_min_length gunzip brotli"
+     " encode compression"),
+    ("out of scope: HTTP/1.1 only", "http2 http3 http2_max_concurrent_streams quic_retry"),
+    ("out of scope: rewrite rules; return, or a /uri in proxy_pass",
+     "rewrite if set break rewrite_log uri strip_prefix"),
+    ("out of scope: cache in nginx or in the backend",
+     "proxy_cache proxy_cache_path proxy_cache_valid proxy_cache_key proxy_store"),
+    ("out of scope: HTTP backends only",
+     "fastcgi_pass fastcgi_param uwsgi_pass scgi_pass grpc_pass memcached_pass php_fastcgi"
+     " stream ssl_preread"),
+    ("out of scope: limit rates in nginx, HAProxy or a firewall",
+     "limit_req limit_req_zone limit_rate limit_rate_after"),
+    ("out of scope: bodies are not rewritten",
+     "sub_filter sub_filter_once addition_types proxy_cookie_path proxy_cookie_domain"),
+    ("out of scope: not supported",
+     "satisfy internal mirror proxy_bind proxy_method proxy_set_body geo split_clients js_import"
+     " perl lua limit_except ssl_stapling ssl_stapling_verify proxy_ssl_crl ssl_crl"),
+)
+
+
+def foreign(*words):
+    """Return what to do with the first word that is a directive of another proxy, or None."""
+    for word in words:
+        for advice, names in FOREIGN:
+            if word in names.split():
+                return advice
+    return None
+
+
+def unknown_key(name, table):
+    """Return what is wrong with a key that is not in the table of its section."""
+    for section, keys in SECTIONS:
+        if name in keys:
+            return "not allowed in this section (expected in [%s])" % section
+    word, space, _ = name.partition(" ")
+    if name.startswith("["):
+        return "invalid section (expected nothing after the ])"
+    if space and any(word in keys for _, keys in SECTIONS):
+        return "missing = after %s" % word
+    advice = foreign(name.replace(" ", "_"), word)
+    return "unknown key%s" % (" (%s)" % advice if advice else nearest(name, table))
+
+
+def expected_line(line):
+    """Return what to do with a line that is neither [section] nor key = value."""
+    words = re.findall(r"[^\s{};]+", line)
+    if not words:
+        return "remove it: a section ends where the next one begins"
+    if re.fullmatch(r"(?:server|location|upstream)\b[^{]*\{", line):
+        return "expected [%s]" % " ".join(words)
+    value = line[len(words[0]):].strip(" \t:;")
+    if value and any(words[0].rstrip(":") in keys for _, keys in SECTIONS):
+        return "expected %s = %s" % (words[0].rstrip(":"), value)
+    return (foreign("_".join(words[:2]), words[0]) or
+            "expected [section] or key = value; a line that continues a value is indented")
+
+
+def nearest(word, words):
+    """Return ' (did you mean ...?)' with the word of these that is a slip away, or ''."""
+    distance, near = min((edit_distance(word.lower(), each), each) for each in words)
+    return " (did you mean %r?)" % near if distance <= max(1, len(word) // 7) else ""
+
+
+def edit_distance(left, right):
+    """Return how many characters are wrong, missing, too much or swapped with the next one."""
+    before, row = [], list(range(len(right) + 1))
+    for i, char in enumerate(left):
+        before, last, row = row, before, [i + 1]
+        for j, other in enumerate(right):
+            cost = min(before[j] + (char != other), before[j + 1] + 1, row[j] + 1)
+            if i and j and char == right[j - 1] and left[i - 1] == other:
+                cost = min(cost, last[j - 1] + 1)
+            row.append(cost)
+    return row[-1]
+
 
 # ---------------------------------------------------------- Configuration: file
 
 
-def load_config(path, overrides=None, resolve=True):
-    """Return the Config of the file at path (None: no file, all defaults).
+def load_config(path, overrides=None):
+    """Return the Config of the file at path (None: no file, all defaults), for a start or -t.
 
     Raises ConfigError with every error of the file. overrides: {key: text} for [server].
-    resolve: warn of host names that cannot be resolved; that may take long, so not at a reload.
+    Its warnings include what depends on this machine; looking up host names may take long.
     """
-    return ConfigReader(path, overrides or {}, resolve).read()
+    reader = ConfigReader(path, overrides or {})
+    config = reader.read()
+    warn_of_machine(reader, config)
+    return config
+
+
+def reload_config(path, overrides=None):
+    """Return the Config as load_config does, without what may take long: connections wait."""
+    return ConfigReader(path, overrides or {}).read()
+
+
+INVALID = object()  # in place of a value that has an error
+
+# What is often left at the end of a value or around it: name, pattern, what remains.
+SLIPS = (("comment", r"(?m)[ \t]+[#;].*$", ""), ("semicolon", r"(?m)[ \t]*;+$", ""),
+         ("quotes", r"(?m)^([\"'])(.*)\1$", r"\2"))
+
+# A line of a value that looks like a key or section of its own, with the number that split() adds.
+STRAY_LINE = re.compile(r"\n(?:(?:%s)\s*|\[(?:server|location|upstream)\b[^\0\n]*)\0([0-9]+)" % (
+    "|".join(key for _, keys in SECTIONS for key in keys)))
 
 
 class ConfigReader:
-    """Reads and checks one file; collects all errors before it gives up."""
+    """Reads and checks one file; collects all errors before it gives up.
 
-    def __init__(self, path, overrides, resolve=True):
+    A section is named by its title, 'server', 'location /path' or 'upstream NAME'; its texts
+    are {key: text of the value}.
+    """
+
+    def __init__(self, path, overrides):
         self.path = path
         self.overrides = overrides
-        self.resolve = resolve
-        self.name = path or "command line"
-        self.lines = {}      # (section, key or None) -> line number
+        self.lines = {}      # (title, key or None) -> line number
         self.errors = []     # (line number, text)
         self.warnings = []
+        self.sections = {}   # title -> texts
+        self.defaults = {}   # the values of [server] that locations inherit
         self.upstreams = {}  # {name of an [upstream], or address: Upstream}: one object, one health
+        self.hosts = []      # (title, key, Address) of what is resolved at every connect
+        self.places = {}     # (host, path, exact) -> title of the location there
         self.locations = []
 
     def read(self):
         """Return the Config; raise ConfigError."""
-        sections = self.parse_file()
-        for key, text in self.overrides.items():
-            sections.setdefault("server", {})[key] = text
-        server_texts = sections.pop("server", {})
-        server = self.section("server", server_texts, dict(LOCATION_KEYS, **SERVER_KEYS))
-        defaults = {key: text for key, text in server_texts.items()
-                    if key in LOCATION_KEYS and key not in SERVER_KEYS}
-        for kind, read in (("upstream", self.read_upstream), ("location", self.read_location)):
-            for title in [each for each in sections if each.partition(" ")[0] == kind]:
-                read(title, sections.pop(title), defaults)
-        for title in sections:
-            close = nearest(title.partition(" ")[0], ("server", "location", "upstream"))
-            self.error(title, None, "unknown section%s" % close)
-        if defaults.get("proxy_pass") or defaults.get("return"):
-            root = (None, "/", False)
-            if not any((each.host, each.path, each.exact) == root for each in self.locations):
-                self.read_location("location /", {}, defaults)
-        if not self.errors and not self.locations:
-            advice = "" if self.path else "; or use --backend http://host:port, or --demo"
-            self.errors.append((0, "%s: no location (expected [location /] with proxy_pass ="
-                                   " http://host:port%s)" % (self.name, advice)))
+        if self.path is not None:
+            self.split(self.read_text())
+        self.sections.setdefault("server", {}).update(self.overrides)
+        server = self.read_server(self.sections["server"])
+        readers = {"upstream": self.read_upstream, "location": self.read_location}
+        titles = [title for title in self.sections if title != "server"]
+        for title in sorted(titles, key=lambda title: title.split()[:1] != ["upstream"]):
+            readers.get(title.partition(" ")[0], self.unknown_section)(title, self.sections[title])
+        self.add_root()
         self.raise_errors()
         config = Config(self.path, server, self.locations, list(self.upstreams.values()),
                         self.warnings)
         if any(listen.ssl for listen in server.listen):
-            try:
-                config.certificates = CertificateStore(config)
-            except (OSError, ValueError) as error:
-                self.error("server", "ssl_certificate", "%s" % error)
-                self.raise_errors()
+            config.certificates = self.checked("server", "ssl_certificate", CertificateStore,
+                                               config)
+            self.raise_errors()
+        warn_of_mistakes(self, config)
         return config
 
-    def place(self, section, key):
-        """Return (line number or 0, 'FILE:LINE: [section] key:')."""
-        line = self.lines.get((section, key)) or self.lines.get((section, None), 0)
-        return line, "%s%s: [%s]%s" % (self.name, ":%d" % line if line else "", section,
-                                       " %s:" % key if key else "")
+    # ---- errors and warnings
 
-    def error(self, section, key, message):
+    def place(self, title, key):
+        """Return (line number or 0, 'FILE:LINE: [section] key:')."""
+        title = title if title in self.sections else "server"  # [location /] made by add_root
+        if title == "server" and key in self.overrides:
+            return 0, {"listen": "--listen:", "proxy_pass": "--backend:"}.get(key, key + ":")
+        line = self.lines.get((title, key)) or self.lines.get((title, None), 0)
+        return line, "%s%s: [%s]%s" % (self.path or "command line", ":%d" % line if line else "",
+                                       title, " %s:" % key if key else "")
+
+    def error(self, title, key, message):
         """Add an error, FILE:LINE: [section] key: message."""
-        line, place = self.place(section, key)
+        line, place = self.place(title, key)
         self.errors.append((line, "%s %s" % (place, message)))
 
-    def warn(self, section, key, message):
-        """Add a warning of what is valid but surely not meant, in the same form."""
-        self.warnings.append("%s %s" % (self.place(section, key)[1], message))
+    def line_error(self, number, message):
+        """Add an error of a line that is in no section."""
+        self.errors.append((number, "%s:%d: %s" % (self.path, number, message)))
+
+    def warn(self, title, key, message):
+        """Add a warning of what is valid but surely not meant, in the form of an error."""
+        self.warnings.append("%s %s" % (self.place(title, key)[1], message))
 
     def raise_errors(self):
         """Raise ConfigError with all errors in the order of the file, if there are any."""
@@ -878,145 +1141,196 @@ class ConfigReader:
             errors = sorted(self.errors, key=lambda error: error[0])
             raise ConfigError([text for _, text in errors])
 
-    def parse_file(self):
-        """Return {section: {key: text}}; configparser with its traps switched off."""
-        if self.path is None:
-            return {}
-        parser = configparser.RawConfigParser(delimiters=("=",), strict=True, interpolation=None,
-                                              empty_lines_in_values=True, default_section="")
-        parser.optionxform = str
-        # Python 3.6 ends a header at the first ]: [location [::1]/]
-        parser.SECTCRE = re.compile(r"\[(?P<header>.+)\]")
+    def checked(self, title, key, make, *arguments):
+        """Return make(*arguments), INVALID after adding the error that it raises."""
+        try:
+            return make(*arguments)
+        except OSError as error:
+            self.error(title, key, "cannot open %s (%s)" % (error.filename, error.strerror))
+        except ValueError as error:
+            self.error(title, getattr(error, "key", key), str(error))
+        return INVALID
+
+    # ---- the file
+
+    def read_text(self):
+        """Return the text of the file; raise ConfigError."""
         try:
             with open(self.path, encoding="utf-8-sig") as file:  # Notepad writes a BOM
-                text = file.read()
-            parser.read_string(text, self.path)
+                return file.read()
         except OSError as error:
             raise ConfigError(["%s: cannot be read (%s)" % (self.path, error.strerror)])
         except UnicodeDecodeError as error:
             raise ConfigError(["%s: not UTF-8 (invalid byte at offset %d)" % (
                 self.path, error.start)])
-        except configparser.MissingSectionHeaderError as error:
-            raise ConfigError(["%s:%d: key outside of a section: %s (expected [server] or another"
-                               " section first)" % (self.path, error.lineno, error.line.strip())])
-        except configparser.ParsingError as error:
-            lines = text.split("\n")
-            raise ConfigError(["%s:%d: invalid line: %s (expected [section] or key = value)" % (
-                self.path, number, lines[number - 1].strip()) for number, _ in error.errors])
-        except configparser.DuplicateSectionError as error:
-            raise ConfigError(["%s:%d: [%s] duplicate section" % (
-                self.path, error.lineno, error.section)])
-        except configparser.DuplicateOptionError as error:
-            raise ConfigError(["%s:%d: [%s] %s: duplicate key" % (
-                self.path, error.lineno, error.section, error.option)])
-        self.number_lines(text)
-        sections = {}
-        for section in parser.sections():
-            title = " ".join(section.split())
-            if title in sections:
-                self.error(title, None, "duplicate section")
-            sections[title] = dict(parser.items(section))
-        return sections
 
-    def number_lines(self, text):
-        """Fill self.lines; configparser does not keep line numbers."""
-        section, indent = None, math.inf  # of the last key: lines indented more belong to its value
-        for number, line in enumerate(text.split("\n"), 1):
-            begin = re.match(r"\s*", line).end()
-            header = re.match(r"\s*\[(.+)\]", line)
-            key = re.match(r"\s*([^\s#;=\[][^=]*?)\s*=", line)
-            if header and begin <= indent:
-                section, indent = " ".join(header.group(1).split()), math.inf
-                self.lines[section, None] = number
-            elif key and begin <= indent:
-                indent = begin
-                self.lines[section, key.group(1)] = number
+    def split(self, text):
+        """Fill self.sections and self.lines from the text of a file.
 
-    def section(self, title, texts, keys, inherited=()):
-        """Return the values of a section as Settings, None after an error.
-
-        texts: {key: text}; keys: the table, whose defaults complete it.
-        inherited: keys whose errors have been reported for the section they come from.
+        configparser keeps no line numbers and stops at the first duplicate. So each line gets
+        its number, after a NUL, before the ] of a header or the first =: every key and every
+        section is then unique and has its line.
         """
-        values, bad = {}, []
-        for key in texts:
-            if key not in keys:
-                self.error(title, key, unknown_key(key, keys))
-        for name, key in keys.items():
-            text = texts.get(name, key.default).strip()
-            try:
-                values["return_" if name == "return" else name] = key.parse(text)
-            except (OSError, ValueError) as error:
-                bad.append(name)
-                if name not in inherited:
-                    self.error(title, name, "cannot read %s (%s)" % (text, error.strerror)
-                               if isinstance(error, OSError) else "%s%s" % (
-                                   error, "; remove the ;" if text.endswith(";") else ""))
-        return None if bad else Settings(values)
+        parser = configparser.RawConfigParser(delimiters=("=",), interpolation=None,
+                                              default_section="")
+        parser.optionxform = str  # keys are case-sensitive
+        parser.SECTCRE = re.compile(r"\[(?P<header>.*)\]$")  # to the last ]: [location [::1]/]
+        lines = text.replace("\0", "\N{REPLACEMENT CHARACTER}").split("\n")
+        try:
+            parser.read_string("\n".join(
+                re.sub(r"^(\s*\[.*(?=\]\s*$)|[^=]*(?==))", r"\g<1>" + "\0%d" % number, line)
+                for number, line in enumerate(lines, 1)))
+        except configparser.MissingSectionHeaderError as error:
+            line = lines[error.lineno - 1].strip()
+            self.line_error(error.lineno, "outside of a section: %s (%s)" % (
+                line, "expected [server] above it" if "=" in line else expected_line(line)))
+        except configparser.ParsingError as error:
+            for number, _ in error.errors:
+                line = lines[number - 1].strip()
+                self.line_error(number, "invalid line: %s (%s)" % (
+                    line, expected_line(line)))
+        self.raise_errors()
+        for header in parser.sections():
+            self.add_section(header, parser.items(header))
 
-    def read_upstream(self, title, texts, _):
+    def add_section(self, header, items):
+        """Add a section to self.sections; header and keys end with a NUL and their line."""
+        title, _, number = header.partition("\0")
+        title = " ".join(title.split())
+        if title in self.sections:
+            return self.line_error(int(number), "[%s] duplicate section (first in line %d)" % (
+                title, self.lines[title, None]))
+        self.lines[title, None] = int(number)
+        texts = self.sections[title] = {}
+        for key, text in items:
+            key, _, number = key.partition("\0")
+            key = key.strip()
+            if key in texts:
+                self.line_error(int(number), "[%s] %s: duplicate key (first in line %d)" % (
+                    title, key, self.lines[title, key]))
+            else:
+                self.lines[title, key] = int(number)
+                texts[key] = text
+
+    # ---- values
+
+    def values(self, title, texts, table):
+        """Return {key: value} of what a section gives; INVALID where it has an error."""
+        values = {}
+        for name, text in texts.items():
+            if name in table:
+                values[name] = self.value(title, name, text, table[name].parse)
+            else:
+                self.error(title, name, unknown_key(name, table))
+        return values
+
+    def value(self, title, name, text, parse):
+        """Return the value of a key, INVALID after an error; its text is that of split()."""
+        stray = STRAY_LINE.search(text)
+        text = re.sub("\0[0-9]+", "", text).strip()
+        slip = find_slip(text, parse)
+        if stray:
+            slip = "line %s is indented, so it continues %s of line %d (remove the indentation)" % (
+                stray.group(1), name, self.lines[title, name])
+        try:
+            value = parse(text)
+        except (OSError, ValueError):
+            if not slip:
+                return self.checked(title, name, parse, text)
+            self.error(title, name, slip)
+            return INVALID
+        if slip:
+            self.warn(title, name, slip)
+        return value
+
+    # ---- sections
+
+    def unknown_section(self, title, _):
+        """Add the error of a section whose title is not known."""
+        word = title.partition(" ")[0]
+        advice = foreign(word)
+        self.error(title, None, "unknown section%s" % (
+            " (%s)" % advice if advice else nearest(word, ("server", "location", "upstream"))))
+
+    def read_server(self, texts):
+        """Return the Settings of [server], which are also the defaults of all locations."""
+        table = dict(LOCATION_KEYS, **SERVER_KEYS)
+        given = self.values("server", texts, table)
+        values = {name: given[name] if name in given else key.parse(key.default)
+                  for name, key in table.items()}
+        self.defaults = {name: key.parse(key.default) if name in SERVER_KEYS else values[name]
+                         for name, key in LOCATION_KEYS.items()}
+        if "idle_timeout" not in given:
+            self.defaults["idle_timeout"] = self.defaults["proxy_read_timeout"]
+        return Settings(values)
+
+    def read_upstream(self, title, texts):
         """Add the Upstream of an [upstream NAME]."""
-        settings = self.section(title, texts, UPSTREAM_KEYS)
+        values = self.values(title, dict({"server": ""}, **texts), UPSTREAM_KEYS)
         name = title.partition(" ")[2]
-        if not name:
-            self.error(title, None, "missing name (expected [upstream NAME])")
-        elif settings:
-            for server in settings.server:
-                self.check_resolves(title, "server", server.address)
-            self.upstreams[name] = Upstream(name, settings.server, settings.balance)
+        if not re.fullmatch(r"[\w.-]+", name):
+            self.error(title, None, "invalid name %r (expected [upstream NAME])" % name)
+        elif INVALID not in values.values():
+            servers = values["server"]
+            self.hosts += [(title, "server", server.address) for server in servers]
+            self.upstreams[name] = Upstream(name, servers, values.get("balance", "least_conn"))
 
-    def read_location(self, title, texts, defaults):
-        """Add the Location of a [location ...] whose keys are texts, unless it has an error."""
-        merged = dict(defaults, **texts)
+    def read_location(self, title, texts):
+        """Add the Location of a [location ...], unless there is an error in it."""
+        given = self.values(title, texts, LOCATION_KEYS)
+        values = dict(self.defaults, **given)
         for key, other in (("proxy_pass", "return"), ("return", "proxy_pass")):
-            if key in texts and other not in texts:
-                merged.pop(other, None)
-        settings = self.section(title, merged, LOCATION_KEYS, set(merged) - set(texts))
-        place = self.location_place(title)
-        if settings is None or place is None:
+            if key in given and other not in given:
+                values[other] = None
+        if "idle_timeout" not in given and "idle_timeout" not in self.sections["server"]:
+            values["idle_timeout"] = values["proxy_read_timeout"]
+        place = self.checked(title, None, parse_location, title)
+        if INVALID in values.values() or place is INVALID or self.occupied(title, *place):
             return
-        target, auth_target = settings.proxy_pass, settings.auth_request
-        if target and settings.return_:
-            self.error(title, "return", "cannot be combined with proxy_pass (expected one of them)")
-        elif not target and not settings.return_:
-            self.error(title, None, "missing proxy_pass or return (expected one of them)")
-        values = dict(vars(settings))
-        if "idle_timeout" not in merged:
-            values["idle_timeout"] = settings.proxy_read_timeout
-        try:
-            upstream = target and self.upstream_for(title, "proxy_pass", target)
-            auth = auth_target and self.upstream_for(title, "auth_request", auth_target)
-            contexts = [each and each.tls and backend_context(settings)
-                        for each in (target, auth_target)]
-        except (ValueError, OSError) as error:
-            return self.error(title, "proxy_pass", str(error))
-        try:
-            location = Location(title.partition(" ")[2], place, values, upstream, contexts[0],
-                                auth, contexts[1])
-        except ValueError as error:
-            return self.error(title, "auth_basic_user_file", str(error))
-        if any(contexts) and not settings.proxy_ssl_verify:
-            self.warn(title, "proxy_ssl_verify",
-                      "off: backend TLS is open to man-in-the-middle attacks")
-        if target and target.uri == "/" and not location.path.endswith("/"):
-            self.warn(title, "proxy_pass", "requests for %s/x are forwarded as //x (expected"
-                      " [location %s/])" % (location.path, location.path))
-        self.locations.append(location)
+        target = values["proxy_pass"]
+        if target and values["return"]:
+            return self.error(title, "return", "cannot be combined with proxy_pass (expected one"
+                                               " of them)")
+        if not target and not values["return"]:
+            return self.error(title, None, "missing proxy_pass or return (expected one of them)")
+        self.add_location(title, place, values)
 
-    def location_place(self, title):
-        """Return (host or None, path, True for an exact match), None after an error."""
-        match = re.fullmatch(r"location (= ?)?([^/\s]*)(/\S*)", title)
-        if not match:
-            return self.error(title, None, "invalid location (expected [location /path],"
-                              " [location HOST/path] or [location = /path])")
-        host, path, exact = match.group(2).lower() or None, match.group(3), bool(match.group(1))
-        if host and not re.fullmatch(r"(\*\.)?[^*:]+|\[[0-9a-f:]+\]", host):
-            return self.error(title, None, "invalid host %r (expected a name without a port;"
-                              " * only as the first label)" % host)
-        if any((each.host, each.path, each.exact) == (host, path, exact)
-               for each in self.locations):
-            return self.error(title, None, "duplicate location")
-        return host, path, exact
+    def add_root(self):
+        """Add the [location /] that proxy_pass or return in [server] makes, if there is none."""
+        implied = self.defaults["proxy_pass"] or self.defaults["return"]
+        if implied and (None, "/", False) not in self.places:
+            self.read_location("location /", {})
+        if not self.locations and not self.errors:
+            advice = "" if self.path else "; or use --backend http://host:port, or --demo"
+            self.errors.append((0, "%s: no location (expected [location /] with proxy_pass ="
+                                   " http://host:port%s)" % (self.path or "command line", advice)))
+
+    def occupied(self, title, hosts, path, exact):
+        """Add an error and return True if another section is this location already."""
+        for host in hosts:
+            other = self.places.setdefault((host, path, exact), title)
+            if other != title:
+                self.error(title, None, "duplicate location (first in line %d: [%s])" % (
+                    self.lines[other, None], other))
+                return True
+        return False
+
+    def add_location(self, title, place, values):
+        """Make the Location and what it refers to; values has no error in itself."""
+        passwords, upstreams = None, []
+        for key in ("proxy_pass", "auth_request"):
+            upstreams.append(values[key] and self.upstream_for(title, key, values[key]))
+        if values["auth_basic_user_file"]:
+            passwords = self.checked(title, "auth_basic_user_file", PasswordFile,
+                                     values["auth_basic_user_file"])
+        if "ssl_certificate" in self.sections.get(title, ()) and values["ssl_certificate"]:
+            self.checked(title, "ssl_certificate", load_pair,
+                         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), values["ssl_certificate"],
+                         values["ssl_certificate_key"])
+        location = self.checked(title, "proxy_ssl_certificate", Location, values,
+                                title.partition(" ")[2], place, upstreams, passwords)
+        if location is not INVALID:
+            self.locations.append(location)
 
     def upstream_for(self, title, key, target):
         """Return the Upstream that a Target names, or one made for its single address."""
@@ -1025,34 +1339,28 @@ class ConfigReader:
         address = parse_address(target.authority, default_port=443 if target.tls else 80)
         name = show_address(address)
         if name not in self.upstreams:
-            self.check_resolves(title, key, address)
+            self.hosts.append((title, key, address))
             self.upstreams[name] = Upstream(name, (Server(address),), "round_robin")
         return self.upstreams[name]
 
-    def check_resolves(self, title, key, address):
-        """Warn of a host name that cannot be resolved; it is resolved again at every connect."""
-        if address.path or not self.resolve:
-            return
-        try:
-            socket.getaddrinfo(address.host, address.port, 0, socket.SOCK_STREAM)
-        except OSError:
-            self.warn(title, key, "host %s cannot be resolved now; it is resolved again at every"
-                      " connect%s" % (address.host, nearest(address.host, self.upstreams)))
-
-
-def unknown_key(key, keys):
-    """Return what is wrong with a key that is not in the table of its section."""
-    for section, table in (("server", SERVER_KEYS), ("location /", LOCATION_KEYS),
-                           ("upstream NAME", UPSTREAM_KEYS)):
-        if key in table:
-            return "not allowed in this section (expected in [%s])" % section
-    return "unknown key%s" % nearest(key, keys)
-
-
-def nearest(word, words):
-    """Return ' (did you mean ...?)' with the most similar of the known words, or ''."""
-    close = difflib.get_close_matches(word, list(words), 1)
-    return " (did you mean %r?)" % close[0] if close else ""
+def find_slip(text, parse):
+    """Return a sentence about what makes a value invalid or is part of it by mistake, or None."""
+    names, rest = [], text
+    for name, pattern, replacement in SLIPS:
+        shorter = re.sub(pattern, replacement, rest)
+        if shorter != rest:
+            names.append(name)
+            rest = shorter
+    try:
+        if not names:
+            return None
+        parse(rest.strip())
+    except (OSError, ValueError):
+        return None
+    line = next(line for line, without in zip(text.splitlines(), rest.splitlines() + [""])
+                if line != without)
+    pronoun = "them" if names[1:] or names == ["quotes"] else "it"
+    return "unexpected %s in %s (remove %s)" % (" and ".join(names), line, pronoun)
 
 
 class Settings:
@@ -1060,6 +1368,7 @@ class Settings:
 
     def __init__(self, values):
         self.__dict__.update(values)
+        self.__dict__["return_"] = values.get("return")  # return is a keyword of Python
 
     def __setattr__(self, name, value):
         raise AttributeError("the configuration is immutable")
@@ -1082,11 +1391,12 @@ class Config:
         # {host: ({exact path: Location}, [Location by falling length of the prefix])}
         self.by_host = {}
         for location in sorted(locations, key=lambda each: -len(each.path)):
-            exact, prefixes = self.by_host.setdefault(location.host, ({}, []))
-            if location.exact:
-                exact[location.path] = location
-            else:
-                prefixes.append(location)
+            for host in location.hosts:
+                exact, prefixes = self.by_host.setdefault(host, ({}, []))
+                if location.exact:
+                    exact[location.path] = location
+                else:
+                    prefixes.append(location)
 
     def route(self, host, path):
         """Return the Location for a host name and a decoded path, or None.
@@ -1115,6 +1425,116 @@ class Config:
         return groups
 
 
+# -------------------------------------------------------- Configuration: checks
+#
+# Of what is valid but surely not meant. -t and start print them.
+
+
+def warn_of_mistakes(reader, config):
+    """Add the warnings that follow from the file alone to a ConfigReader."""
+    for location in config.locations:
+        warn_of_location(reader, location)
+    if not any(listen.ssl for listen in config.server.listen):
+        for title, texts in reader.sections.items():
+            if texts.get("ssl_certificate"):
+                reader.warn(title, "ssl_certificate", "unused: no listener has the option ssl"
+                            " (expected e.g. listen = :443 ssl)")
+    warn_of_hidden(reader, config)
+
+
+def warn_of_location(reader, location):
+    """Warn of keys of a location that do not do what they seem to."""
+    title, target = "location " + location.name, location.proxy_pass
+    if not location.proxy_ssl_verify and (location.context or location.auth_context):
+        reader.warn(title, "proxy_ssl_verify",
+                    "off: backend TLS is open to man-in-the-middle attacks")
+    if target and target.uri == "/" and not location.path.endswith("/"):
+        reader.warn(title, "proxy_pass", "requests for %s/x are forwarded as //x (expected"
+                    " [location %s/])" % (location.path, location.path))
+    if target and "$" in (target.uri or ""):
+        reader.warn(title, "proxy_pass", "no variables in %s; without a URI, the request URI is"
+                    " forwarded unchanged" % target.uri)
+    if location.ping_interval >= location.idle_timeout:
+        reader.warn(title, "ping_interval", "not less than idle_timeout: a silent tunnel is"
+                    " closed before its first ping")
+
+
+def warn_of_hidden(reader, config):
+    """Warn of a location that one of a more specific host hides.
+
+    The host is chosen before the path: beside [location a.example/], no request for
+    a.example reaches [location /chat/].
+    """
+    hidden = set()
+    for host in filter(None, config.by_host):
+        name = host.replace("*", "x", 1)
+        groups = config.hosts_for(name)
+        for group in groups[groups.index(host) + 1:]:
+            exact, prefixes = config.by_host[group]
+            for location in list(exact.values()) + prefixes:
+                other = config.route(name, location.path)
+                if len(other.path) < len(location.path) and location not in hidden:
+                    hidden.add(location)
+                    reader.warn("location " + location.name, None, "hidden by [location %s] for"
+                                " requests to %s (expected [location %s%s] too)" % (
+                                    other.name, host, host, location.path))
+
+
+def warn_of_machine(reader, config):
+    """Add the warnings that depend on this machine: host names and permissions of files."""
+    for title, key, address in reader.hosts:
+        if not resolves(address):
+            reader.warn(title, key, "host %s cannot be resolved now; it is resolved again at every"
+                        " connect%s" % (address.host, nearest(address.host, reader.upstreams)))
+    for key in ("error_log", "access_log", "pid"):
+        file = getattr(config.server, key) or "off"
+        if file not in ("-", "off") and not file.startswith("syslog:"):
+            if not os.access(file if os.path.exists(file) else os.path.dirname(file) or ".",
+                             os.W_OK):
+                reader.warn("server", key, "%s is not writable for this user" % file)
+    user = config.server.user
+    for title, texts in reader.sections.items() if user else ():
+        for key in FILE_KEYS:
+            file = texts.get(key, "").strip()
+            if file and not readable_by(user, file):
+                reader.warn(title, key, "%s is not readable for user %s: reload and renewal would"
+                            " fail" % (file, user))
+
+
+FILE_KEYS = ("ssl_certificate", "ssl_certificate_key", "ssl_client_certificate",
+             "proxy_ssl_trusted_certificate", "proxy_ssl_certificate",
+             "proxy_ssl_certificate_key", "auth_basic_user_file")
+
+
+def resolves(address):
+    """True if the host of an Address has an IP address now; may take seconds."""
+    try:
+        return address.path or socket.getaddrinfo(address.host, address.port)
+    except OSError:
+        return False
+
+
+def readable_by(user, path):
+    """True if the permissions of a file and its directories let this user read it."""
+    entry = pwd.getpwnam(user)
+    groups = os.getgrouplist(user, entry.pw_gid)
+
+    def permits(path, bit):
+        status = os.stat(path)
+        if status.st_uid == entry.pw_uid:
+            bit <<= 6
+        elif status.st_gid in groups:
+            bit <<= 3
+        return status.st_mode & bit or entry.pw_uid == 0
+
+    path = os.path.realpath(path)
+    folders = [path[:place] for place, char in enumerate(path) if char == "/" and place]
+    try:
+        return bool(permits(path, 4) and all(permits(folder, 1) for folder in folders))
+    except OSError:
+        return False
+
+
 # ------------------------------------------------------------------ The process
 
 
@@ -1125,7 +1545,7 @@ def run_gate(path, overrides, ready=None):
     stay_on_one_processor(config.server.worker_cpu_affinity)
     threading.stack_size(256 * 1024)  # 10,000 threads of 8 MiB do not fit everywhere
     gate = Gate(config)
-    gate.load = lambda: load_config(path, overrides, resolve=False)
+    gate.load = lambda: reload_config(path, overrides)
     gate.open_logs = setup_logging
     gate.open(inherited_sockets())
     gate.write_pid(config.server.pid)
@@ -2541,8 +2961,9 @@ class CertificateStore:
         self.pairs = {None: (config.server.ssl_certificate, config.server.ssl_certificate_key)}
         for location in config.locations:
             pair = (location.ssl_certificate, location.ssl_certificate_key)
-            if location.host and pair[0] and pair != self.pairs[None]:
-                self.pairs.setdefault(location.host, pair)
+            for host in location.hosts:
+                if host and pair[0] and pair != self.pairs[None]:
+                    self.pairs.setdefault(host, pair)
         if not self.pairs[None][0] and len(self.pairs) > 1:
             self.pairs[None] = list(self.pairs.values())[1]
         self.stamp = self.stamps()
@@ -2577,7 +2998,11 @@ class CertificateStore:
         set_protocols(context, self.server.ssl_protocols)
         load_pair(context, certificate, key)
         if self.server.ssl_client_certificate:
-            context.load_verify_locations(self.server.ssl_client_certificate)
+            try:
+                context.load_verify_locations(self.server.ssl_client_certificate)
+            except ssl.SSLError as error:
+                raise SettingError("ssl_client_certificate", "%s has no CA certificate (%s)" % (
+                    self.server.ssl_client_certificate, error.reason or error))
             context.verify_mode = ssl.CERT_REQUIRED
         context.set_alpn_protocols(["http/1.1"])
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # Python 3.7
@@ -2624,7 +3049,8 @@ def backend_context(settings):
     try:
         context = ssl.create_default_context(cafile=settings.proxy_ssl_trusted_certificate)
     except ssl.SSLError as error:
-        raise ValueError("proxy_ssl_trusted_certificate: %s" % (error.reason or error))
+        raise SettingError("proxy_ssl_trusted_certificate", "%s has no CA certificate (%s)" % (
+            settings.proxy_ssl_trusted_certificate, error.reason or error))
     if not settings.proxy_ssl_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -3103,22 +3529,27 @@ def printable(data):
 # ---------------------------------------------------------------------- Routing
 
 
-class Location:
-    """One [location]: which requests it takes and what becomes of them. Frozen, as its Settings are."""
+class Location(Settings):
+    """One [location]: which requests it matches and how they are served; immutable.
 
-    def __init__(self, name, place, values, upstream, context, auth, auth_context):
-        self.__dict__.update(values)          # every key of LOCATION_KEYS
-        self.name = name                      # as the section has it
-        # host: lower case, '*.suffix' or None for any
-        self.host, self.path, self.exact = place
-        self.upstream = upstream
-        self.context = context                # ssl.SSLContext towards the backend, or None
-        self.auth = auth                      # Upstream of auth_request
-        self.auth_context = auth_context
-        self.passwords = PasswordFile(self.auth_basic_user_file) if self.auth_basic_user_file else None
-        # Fields of a request that proxy_set_header replaces.
-        self.replaced = frozenset(name.lower() for name, _ in self.proxy_set_header)
-        self.withheld = self.replaced | HOP_BY_HOP | GENERATED_FIELDS
+    Every key of LOCATION_KEYS is an attribute. name: the title of the section. hosts, path,
+    exact: see parse_location. upstream, auth: the Upstreams of proxy_pass and auth_request, or
+    None; context, auth_context: their SSLContexts, or None. passwords: a PasswordFile or None.
+    replaced: names of the request fields that proxy_set_header replaces; withheld: names of all
+    that the backend does not get from the client.
+    """
+
+    def __init__(self, values, name, place, upstreams, passwords):
+        super().__init__(values)
+        hosts, path, exact = place
+        contexts = [target and target.tls and backend_context(self)
+                    for target in (self.proxy_pass, self.auth_request)]
+        replaced = frozenset(name.lower() for name, _ in self.proxy_set_header)
+        vars(self).update(
+            name=name, hosts=hosts, path=path, exact=exact, passwords=passwords,
+            upstream=upstreams[0], context=contexts[0] or None,
+            auth=upstreams[1], auth_context=contexts[1] or None,
+            replaced=replaced, withheld=replaced | HOP_BY_HOP | GENERATED_FIELDS)
 
     def matches(self, path):
         """Whether a decoded path lies under this prefix, at a / boundary."""
@@ -5370,14 +5801,7 @@ def find_config(arguments):
 def check_config(arguments):
     """-t: print warnings and nginx's own line of success; raise ConfigError with all errors."""
     path, overrides = find_config(arguments)
-    config = load_config(path, overrides)
-    lines = ["warning: %s" % warning for warning in config.warnings]
-    for key in ("error_log", "access_log", "pid"):
-        file = getattr(config.server, key)
-        if file and file not in ("-", "off") and not file.startswith("syslog:"):
-            there = file if os.path.exists(file) else os.path.dirname(file) or "."
-            if os.path.isdir(file) or not os.access(there, os.W_OK):
-                lines.append("warning: [server] %s: this user cannot write %s" % (key, file))
+    lines = ["warning: %s" % warning for warning in load_config(path, overrides).warnings]
     what = "file %s" % path if path else "of the command line"
     lines.append("configuration %s test is successful" % what)
     print_error(*lines)
@@ -5388,7 +5812,7 @@ def send_signal(arguments):
     path, overrides = find_config(arguments)
     if not path:
         raise ValueError("-s reads pid from the configuration of the running process (use -c FILE)")
-    path = load_config(path, overrides).server.pid
+    path = reload_config(path, overrides).server.pid
     if not path:
         raise ValueError("-s needs pid = FILE in [server]")
     try:
