@@ -4,6 +4,7 @@ No mocks of sockets, no fixed ports, no bare sleeps: eventually() is the only pl
 waits for time to pass. A slow machine sets TIME_FACTOR=5.
 """
 
+import ast
 import base64
 import configparser
 import contextlib
@@ -1397,6 +1398,13 @@ def source_lines():
 def test_the_file_is_ascii_and_no_line_is_longer_than_130_columns():
     assert not [(number, len(line)) for number, line in enumerate(source_lines(), 1)
                 if len(line) > 130 or max(line, default=0) > 126]
+
+
+def test_no_name_of_the_module_is_bound_twice():
+    names = [name.id for node in ast.parse(b"\n".join(source_lines())).body
+             if isinstance(node, ast.Assign) for target in node.targets
+             for name in ast.walk(target) if isinstance(name, ast.Name)]
+    assert sorted(names) == sorted(set(names))
 
 
 def map_of_the_file():

@@ -2274,12 +2274,13 @@ class Workers:
 # request was read to its end, the response has an end of its own, and no upgrade was
 # requested, because a client that expects one sends its frames next (RFC 9931). Else:
 #
-#     CLOSE             there is nothing to be sent, or nobody to send it to
+#     PLAIN_CLOSE       there is nothing to be sent, or nobody to send it to
 #     LINGERING_CLOSE   FIN, then read on: bytes that are unread at close() make the kernel send
 #                       a reset, which takes the response from the client (RFC 9112 9.6)
-#     RESET             the response is cut, and an orderly end would pass for its end
+#     RESET_CLOSE       the response is cut, and an orderly end would pass for its end
 
-KEEP_ALIVE, CLOSE, LINGERING_CLOSE, RESET = "keep-alive", "close", "lingering close", "reset"
+KEEP_ALIVE, PLAIN_CLOSE = "keep-alive", "close"
+LINGERING_CLOSE, RESET_CLOSE = "lingering close", "reset"
 
 # What is known of a client; made once for a connection, and for a request whose real client
 # a trusted proxy names.
@@ -2316,9 +2317,10 @@ class ClientConnection(socketserver.BaseRequestHandler):
             while end is KEEP_ALIVE:
                 end = self.serve()
                 self.served += 1
+                self.stream.turns.take(time.monotonic())
             if end is LINGERING_CLOSE:
                 self.stream.linger()
-            elif end is RESET:
+            elif end is RESET_CLOSE:
                 self.stream.reset()
             elif self.stream.tls and self.tunnel is None:
                 self.stream.end()  # close_notify (RFC 8446 6.1)
@@ -2371,9 +2373,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
         return True
 
     def serve(self):
-        """Wait for a request and serve it. Return KEEP_ALIVE, CLOSE, LINGERING_CLOSE or RESET."""
+        """Wait for a request and serve it. Return KEEP_ALIVE, PLAIN_CLOSE, LINGERING_CLOSE or RESET_CLOSE."""
         deadline = self.await_request()
-        return CLOSE if deadline is None else Exchange(self).run(deadline)
+        return PLAIN_CLOSE if deadline is None else Exchange(self).run(deadline)
 
     def await_request(self):
         """Wait for the first byte of a request. Return the Deadline of its head, None if none comes."""
@@ -2406,7 +2408,7 @@ class Exchange:
     """One request and its response, from the first byte of the head to the line in the log.
 
     Nothing else sends a response to a client. Methods that do return what becomes of the
-    connection: KEEP_ALIVE, CLOSE, LINGERING_CLOSE or RESET.
+    connection: KEEP_ALIVE, PLAIN_CLOSE, LINGERING_CLOSE or RESET_CLOSE.
     """
 
     __slots__ = ("connection", "gate", "stream", "config", "client", "entry", "request",
@@ -2440,7 +2442,7 @@ class Exchange:
             return self.refuse(error)
         except ClientGone as gone:
             self.entry.ended(str(gone), 499)  # as nginx calls it
-            return RESET
+            return RESET_CLOSE
         except Exception:
             log.exception("internal error, request %s", self.entry.id)
             return self.refuse(HTTPError(500, "internal_error"))
@@ -2578,7 +2580,7 @@ class Exchange:
         except BackendError as error:  # the client must see that the response is cut
             self.entry.ended(error.reason)
             framed = response.length is not None or (response.chunked and request.minor > 0)
-            return LINGERING_CLOSE if framed else RESET
+            return LINGERING_CLOSE if framed else RESET_CLOSE
         finally:
             self.entry.up, self.entry.down = (0, relay.up.bytes), (0, relay.down.bytes)
         return KEEP_ALIVE if keep else LINGERING_CLOSE
@@ -2595,7 +2597,7 @@ class Exchange:
         self.connection.tunnel = Tunnel(self, self.backend.stream, head, scan,
                                         extensions_used(response))
         self.entry.tunnel_begins()
-        return CLOSE
+        return PLAIN_CLOSE
 
     def persistent(self):
         """Return True if client, configuration and gate want the connection to stay."""
@@ -2607,7 +2609,7 @@ class Exchange:
         self.drop_backend()
         self.entry.ended(error.reason, error.status, error.detail)
         if self.responded:
-            return RESET
+            return RESET_CLOSE
         if self.location and self.location.reject_with == "close" and is_handshake(self.request):
             return self.refuse_in_band(error)
         text = "%d %s: %s\n" % (error.status, reason_phrase(error.status), error.reason)
@@ -2679,7 +2681,7 @@ class Stream:
     Only the thread of its connection ever touches it (an SSL object knows no locks).
     """
 
-    __slots__ = ("sock", "buffer", "tls", "read_event", "write_event")
+    __slots__ = ("sock", "buffer", "tls", "read_event", "write_event", "turns")
 
     def __init__(self, sock):
         sock.setblocking(False)
@@ -2688,6 +2690,7 @@ class Stream:
         self.tls = False
         self.read_event = POLLIN     # what to poll for before the next read: TLS may have to write first
         self.write_event = POLLOUT   # and the reverse
+        self.turns = Turns()         # those of its thread
 
     def fileno(self):
         return self.sock.fileno()
@@ -2837,6 +2840,41 @@ def unsent(sock):
         return struct.unpack("i", fcntl.ioctl(sock, SIOCOUTQNSD, bytes(4)))[0]
     except (OSError, AttributeError):  # not Linux
         return 0
+
+
+class Turns:
+    """Makes a thread give way that never has to wait.
+
+    All threads share Python's lock, and one processor. A thread that is woken does not preempt the
+    one that runs, so one that always finds work (a client that pipelines, a flood of tiny frames)
+    would run for whole slices of the scheduler, and its neighbours would wait for as many slices
+    as there are such threads. Hence every loop that can run without waiting calls take() in each
+    turn. A few turns in a row are free, one comes back every INTERVAL, and a thread that takes
+    more gives way after each: a chat never does, a greedy client after every request.
+    """
+
+    __slots__ = ("spent_until",)
+
+    INTERVAL = 0.01  # seconds in which a turn comes back
+    FREE = 4 * INTERVAL
+
+    def __init__(self):
+        self.spent_until = 0.0  # time.monotonic() at which all turns taken have come back
+
+    def take(self, now):
+        """Count a turn that ended now, and let other threads run if it was one too many."""
+        self.spent_until = max(self.spent_until, now) + self.INTERVAL
+        if self.spent_until > now + self.FREE:
+            self.spent_until = now + self.FREE
+            give_way()
+
+
+def give_way():
+    """Let every thread run that waits for the processor, or for Python's lock."""
+    if hasattr(os, "sched_yield") and sys.version_info >= (3, 10, 8):
+        os.sched_yield()
+    else:  # there is none, or it keeps the lock
+        time.sleep(50e-6)
 
 
 class Deadline:
@@ -4320,8 +4358,8 @@ class Flow:
     """One direction of a relay: what is read from source passes scanner and is written to sink."""
 
     __slots__ = ("source", "sink", "read", "write", "scanner", "source_state", "sink_state",
-                 "pending", "pipe", "piped", "bulk", "bytes", "last_read", "last_progress",
-                 "pinged")
+                 "pending", "pipe", "piped", "size", "bulk", "bytes", "last_read",
+                 "last_progress", "pinged")
 
     def __init__(self, source, sink, scanner, now):
         self.source = source
@@ -4336,6 +4374,7 @@ class Flow:
         self.pending = b""        # read, but not written yet
         self.pipe = None          # (read end, write end) while the stream is bulk
         self.piped = 0            # bytes in it; they go before pending
+        self.size = SMALL_READ    # of the next read
         self.bulk = False         # the last read filled its buffer
         self.bytes = 0            # taken from source
         self.last_read = now      # time.monotonic() of the last byte from source
@@ -4357,13 +4396,10 @@ class Flow:
 
     def move(self, now):
         """Read once and pass it on. Return True if nothing else has to be looked at."""
-        size = SMALL_READ
-        if self.bulk:
-            if CAN_SPLICE and self.can_splice():
-                return self.splice(now)
-            size = BIG_READ
+        if self.bulk and CAN_SPLICE and self.can_splice():
+            return self.splice(now)
         try:
-            data = self.read(size)
+            data = self.read(self.size)
         except BlockingIOError:
             return False
         except OSError:
@@ -4374,7 +4410,9 @@ class Flow:
                 self.source_state = EOF
             return False
         self.last_read = self.last_progress = now
-        self.bulk = len(data) == size
+        self.bulk = len(data) == self.size
+        if not self.bulk and self.size > SMALL_READ:
+            self.size = SMALL_READ
         return self.sink_state is not OPEN or self.take(data, now)
 
     def take(self, data, now):
@@ -4382,6 +4420,8 @@ class Flow:
         scanner = self.scanner
         self.bytes += len(data)
         data = scanner.feed(data, now)
+        if self.bulk:
+            self.adapt_size(now)
         if self.pending:
             self.pending += data
             return False
@@ -4397,6 +4437,13 @@ class Flow:
                 self.pending = data[sent:]
                 return False
         return not (scanner.notable or scanner.done)
+
+    def adapt_size(self, now):
+        """Read more at a time while there is more, but not what takes over a millisecond to scan."""
+        if time.monotonic() - now > 0.001:
+            self.size = max(1024, self.size // 2)
+        else:
+            self.size = min(BIG_READ, self.size * 2)
 
     def flush(self, now):
         """Write what is pending, then end sink if it is CLOSING."""
@@ -4659,6 +4706,7 @@ class HTTPRelay(Relay):
 
     def turn(self):
         """Wait until something can move, and move it."""
+        self.client.turns.take(time.monotonic())
         up, down = self.up, self.down
         uploading = up.reading() and up.sink_state is OPEN
         responding = down.reading()
@@ -4818,7 +4866,7 @@ class Tunnel(Relay):
         up, down = self.up, self.down
         client = up.source.fileno()
         plain = not (up.source.tls or down.source.tls)
-        monotonic = time.monotonic
+        monotonic, turns = time.monotonic, up.source.turns
         now = monotonic()
         up.flush(now)
         down.flush(now)
@@ -4836,6 +4884,7 @@ class Tunnel(Relay):
                     continue
                 self.settle(now)
                 wake = now
+            turns.take(now)
             if now >= wake or not events:
                 wake = self.check_timers(now)
             elif self.wakeup is not None and now - before < QUIET / 10:
