@@ -4180,7 +4180,7 @@ WEIGHTS = {"a:1": 1, "b:1": 2, "c:1": 3}
 def test_ten_thousand_picks_are_shared_by_weight(balance):
     upstream = pool(*["%s weight=%d" % pair for pair in WEIGHTS.items()], balance=balance)
     for client in CLIENTS:
-        upstream.release(upstream.pick([], client))
+        upstream.release(upstream.pick([], client.encode()))
     for server in upstream.servers:
         expected = len(CLIENTS) * WEIGHTS[server.name] / sum(WEIGHTS.values())
         assert abs(server.health.selected - expected) < 0.05 * expected, server.name
@@ -4189,19 +4189,19 @@ def test_ten_thousand_picks_are_shared_by_weight(balance):
 def test_least_conn_never_differs_by_more_than_one_per_weight():
     upstream = pool(*["%s weight=%d" % pair for pair in WEIGHTS.items()], balance="least_conn")
     for client in CLIENTS[:300]:
-        upstream.pick([], client)
+        upstream.pick([], client.encode())
         loads = [server.load() for server in upstream.servers]
         assert max(loads) - min(loads) <= 1
     assert [server.health.active for server in upstream.servers] == [50, 100, 150]
     for _ in range(10):
         upstream.release(upstream.servers[0])
-    assert [upstream.pick([], "x").name for _ in range(10)] == ["a:1"] * 10
+    assert [upstream.pick([], b"x").name for _ in range(10)] == ["a:1"] * 10
 
 
 def test_ip_hash_chooses_alike_everywhere_and_a_lost_server_moves_only_its_clients():
     def choices(*lines):
         upstream = pool(*lines, balance="ip_hash")
-        return [upstream.pick([], client).name for client in CLIENTS[:1000]]
+        return [upstream.pick([], client.encode()).name for client in CLIENTS[:1000]]
 
     before = choices("a:1", "b:1", "c:1")
     assert choices("c:1", "a:1", "b:1") == before
@@ -4211,26 +4211,26 @@ def test_ip_hash_chooses_alike_everywhere_and_a_lost_server_moves_only_its_clien
 
 def test_backups_serve_only_when_all_others_rest_and_a_down_server_never():
     upstream = pool("a:1", "b:1 backup", "c:1 down")
-    assert {upstream.pick([], "x").name for _ in range(5)} == {"a:1"}
+    assert {upstream.pick([], b"x").name for _ in range(5)} == {"a:1"}
     upstream.failed(upstream.servers[0], wsgate.BackendError(502, "backend_refused"))
-    assert {upstream.pick([], "x").name for _ in range(5)} == {"b:1"}
+    assert {upstream.pick([], b"x").name for _ in range(5)} == {"b:1"}
     upstream.failed(upstream.servers[1], wsgate.BackendError(502, "backend_refused"))
     tried = []
     for _ in range(2):
-        tried.append(upstream.pick(tried, "x"))
-    assert {server.name for server in tried} == {"a:1", "b:1"} and upstream.pick(tried, "x") is None
+        tried.append(upstream.pick(tried, b"x"))
+    assert {server.name for server in tried} == {"a:1", "b:1"} and upstream.pick(tried, b"x") is None
 
 
 def test_max_fails_within_fail_timeout_rest_a_server():
     upstream = pool("a:1 max_fails=3 fail_timeout=10s", "b:1 max_fails=0")
     error = wsgate.BackendError(502, "backend_refused")
     for count in range(1, 4):
-        assert upstream.servers[0].healthy(time.monotonic())
+        assert upstream.servers[0].available(time.monotonic())
         upstream.failed(upstream.servers[0], error)
         upstream.failed(upstream.servers[1], error)
     now = time.monotonic()
-    assert not upstream.servers[0].healthy(now + 9) and upstream.servers[0].healthy(now + 10)
-    assert upstream.servers[1].healthy(now)
+    assert not upstream.servers[0].available(now + 9) and upstream.servers[0].available(now + 10)
+    assert upstream.servers[1].available(now)
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
@@ -4353,7 +4353,7 @@ def test_all_addresses_of_a_name_are_tried():
     with refusing() as dead, ScriptedBackend() as backend:
         server = wsgate.parse_server_line("name.test:80")
         addresses = dead.sock.getsockname(), backend.listener.getsockname()
-        server.addresses = lambda: [(socket.AF_INET, address) for address in addresses]
+        server.addresses = lambda deadline: [(socket.AF_INET, address) for address in addresses]
         server.connect(5.0).close()
         assert backend.peer().ended()
 
@@ -5588,7 +5588,7 @@ def test_a_probe_without_a_connection_says_why(capsys):
 def test_a_probe_tries_every_address_and_says_which_one_answers(capsys, monkeypatch):
     with ScriptedBackend(opens()) as backend:
         both = [(socket.AF_INET, (host, backend.port)) for host in ("127.0.0.2", "127.0.0.1")]
-        monkeypatch.setattr(wsgate.Server, "addresses", lambda self: both)
+        monkeypatch.setattr(wsgate.Server, "addresses", lambda self, deadline: both)
         result, _, report = probed(capsys, "ws://localhost:%d/" % backend.port)
     assert result == 0 and "is 127.0.0.2, 127.0.0.1" in report
     assert "127.0.0.2: Connection refused" in report and "127.0.0.1 answers" in report
@@ -5725,7 +5725,7 @@ def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_ga
 def test_a_want_of_descriptors_is_503_and_no_failure_of_the_server(tmp_path):
     location = location_of(load_text(tmp_path, "[server]\nproxy_pass = http://127.0.0.1:9\n"))
     with no_descriptor_free(), pytest.raises(wsgate.HTTPError) as caught:
-        wsgate.Attempts(location.upstream, "127.0.0.1").connect(location, None)
+        wsgate.Attempts(location.upstream, location, None, b"").connect()
     assert (caught.value.status, caught.value.reason) == (503, "conn_limit")
     health = location.upstream.servers[0].health
     assert (health.fails, health.active) == (0, 0) and not health.down_until

@@ -687,6 +687,17 @@ def parse_server_line(line):
                   parse_count(options["max_conns"]), "backup" in flags, "down" in flags)
 
 
+def parse_balance(text):
+    """Return 'least_conn', 'round_robin', 'ip_hash' or 'cookie NAME'."""
+    words = text.split()
+    if len(words) == 2 and words[0] == "cookie" and TOKEN.fullmatch(words[1].encode()):
+        return "cookie " + words[1]
+    if text not in ("least_conn", "round_robin", "ip_hash"):
+        raise ValueError("invalid method %r (expected least_conn, round_robin, ip_hash or"
+                         " cookie NAME)" % text)
+    return text
+
+
 def parse_servers(text):
     """Return the servers of an upstream, one per line, as a tuple of Server."""
     servers = tuple(parse_server_line(line) for line in text.splitlines() if line.strip())
@@ -871,6 +882,11 @@ LOCATION_KEYS = {
         parse_count, "0",
         "maximum number of requests and tunnels of this location at a time, 503 beyond;"
         " 0: no limit"),
+    "proxy_next_upstream_tries": Key(
+        parse_count, "16", "number of servers to try for one request; 0: all"),
+    "proxy_next_upstream_timeout": Key(
+        parse_seconds, "15s",
+        "time after which a request is not passed to another server; 0: no limit"),
     "proxy_ssl_verify": Key(
         parse_flag, "on", "verify the certificate of a https backend and its name"),
     "proxy_ssl_trusted_certificate": Key(
@@ -899,8 +915,9 @@ UPSTREAM_KEYS = {
         "servers, one per line: address, then parameters weight=1 max_fails=1 fail_timeout=10s"
         " max_conns=0 backup down"),
     "balance": Key(
-        choice("least_conn", "round_robin", "ip_hash"), "least_conn",
-        "how to choose a server: least_conn, round_robin or ip_hash"),
+        parse_balance, "least_conn",
+        "how to choose a server: least_conn, round_robin, ip_hash, or cookie NAME (by the value of"
+        " that cookie; ip_hash for requests without it)"),
 }
 
 SECTIONS = (("server", SERVER_KEYS), ("location /path", LOCATION_KEYS),
@@ -1509,8 +1526,9 @@ FILE_KEYS = ("ssl_certificate", "ssl_certificate_key", "ssl_client_certificate",
 def resolves(address):
     """True if the host of an Address has an IP address now; may take seconds."""
     try:
-        return address.path or socket.getaddrinfo(address.host, address.port)
-    except OSError:
+        return address.path or resolver.resolve(address.host, address.port,
+                                                Deadline(RESOLVE_TIMEOUT))
+    except (OSError, UnicodeError, TimedOut):
         return False
 
 
@@ -2494,8 +2512,8 @@ class Exchange:
         """Ask the auth_request service; whatever it does, only 2xx lets the request pass."""
         location = self.location
         try:
-            backend = Attempts(location.auth, self.client.address).connect(
-                location, location.auth_context)
+            key = location.auth.hash_key(self.client.address, self.request.fields)
+            backend = Attempts(location.auth, location, location.auth_context, key).connect()
             try:
                 head = auth_request_head(self.request, location, self.client)
                 relay = HTTPRelay(self.stream, backend.stream, head, NoBody(), location,
@@ -2547,10 +2565,11 @@ class Exchange:
         """
         request, location, client = self.request, self.location, self.client
         preface = proxy_line(client) if location.proxy_protocol else b""
-        attempts = Attempts(location.upstream, client.address)
+        key = location.upstream.hash_key(client.address, request.fields)
+        attempts = Attempts(location.upstream, location, location.context, key)
         while True:
             try:
-                self.backend = attempts.connect(location, location.context, preface)
+                self.backend = attempts.connect(preface)
             finally:
                 self.entry.server, self.entry.failed = attempts.last, attempts.failures
             head = request_head_for_backend(request, location, client, self.backend.server, protocol)
@@ -2563,7 +2582,7 @@ class Exchange:
                 return relay, response
             except BackendError as error:
                 if error.retry:
-                    attempts.failed(self.backend.server, error)
+                    attempts.failed(error)
                 if not error.retry or not request.repeatable():
                     raise
             self.drop_backend()
@@ -3850,49 +3869,74 @@ def verify_password(stored, password):
 
 
 # -------------------------------------------------------------------- Upstreams
+#
+# As in nginx, max_fails failures within fail_timeout make a server unavailable for
+# fail_timeout. After that one request tries it: a failure makes it unavailable again,
+# a success ends that. Unavailable servers are used only if no other is left, backups
+# only if no server without that mark is available. A name with several addresses is
+# treated alike: the address that worked last is tried first, those that failed within
+# fail_timeout last.
 
 
 class Upstream:
-    """A group of servers and the way to choose among them."""
+    """A group of servers and the method that distributes requests among them."""
 
     def __init__(self, name, servers, balance):
         self.name = name
         self.servers = servers
-        self.balance = balance
-        self.lock = threading.Lock()  # guards the Health of all servers
+        self.balance, _, cookie = balance.partition(" ")
+        self.cookie = cookie.encode()  # for balance = cookie NAME
+        self.lock = threading.Lock()   # guards the Health of all servers
 
     def inherit_health(self, old):
-        """Go on with what the old configuration's upstream of this name knows of the same servers."""
+        """Share the Health of the servers that the Upstream of the old configuration has too."""
         self.lock = old.lock
         known = {server.name: server.health for server in old.servers}
         for server in self.servers:
             server.health = known.get(server.name, server.health)
 
-    def pick(self, tried, client):
-        """Choose a server that is not in tried and count it as active -> Server, or None.
+    def hash_key(self, client, fields):
+        """Return what ip_hash and cookie hash, as bytes: the cookie, else the client's address."""
+        for value in fields.get_all(b"cookie") if self.cookie else ():
+            for pair in value.split(b";"):
+                name, _, value = pair.strip(b" \t").partition(b"=")
+                if name == self.cookie and value:
+                    return value
+        return client.encode()
 
-        Healthy servers come first, then healthy backups, then, rather than refuse, those that rest.
+    def pick(self, tried, key):
+        """Choose a server that is not in tried and count it as active; return None if none is left.
+
+        One pass over the servers. Hashes are computed before the lock is taken.
         """
+        servers = self.servers
+        hashed = self.balance in ("ip_hash", "cookie") and len(servers) > 1
+        if hashed:
+            servers = sorted(servers, key=lambda each: -rendezvous(key, each.name, each.weight))
         with self.lock:
             now = time.monotonic()
-            left = [each for each in self.servers if not each.down and not each.full() and each not in tried]
-            healthy = [each for each in left if each.healthy(now)]
-            for group in ([each for each in healthy if not each.backup], healthy, left):
-                if group:
-                    chosen = self.choose(group, client)
-                    chosen.health.active += 1
-                    chosen.health.selected += 1
-                    return chosen
-        return None
+            available, backups, unavailable = [], [], []
+            for server in servers:
+                if not server.down and not server.full() and server not in tried:
+                    group = (unavailable if not server.available(now) else
+                             backups if server.backup else available)
+                    group.append(server)
+            group = available or backups or unavailable
+            if not group:
+                return None
+            chosen = group[0] if hashed or len(group) == 1 else self.choose(group)
+            chosen.health.active += 1
+            chosen.health.selected += 1
+            if chosen.health.down_until:  # others wait for the result of this try
+                chosen.health.down_until = now + chosen.fail_timeout
+            return chosen
 
-    def choose(self, group, client):
-        """The one of these servers whose turn it is."""
-        if self.balance == "ip_hash":
-            return max(group, key=lambda each: rendezvous(client, each.name, each.weight))
+    def choose(self, group):
+        """Return the next server of a group by least_conn or round_robin; the lock is held."""
         if self.balance == "least_conn":
             least = min(each.load() for each in group)
             group = [each for each in group if each.load() == least]
-        # Smooth weighted round robin, as in nginx: nobody gets its share in one go.
+        # Smooth weighted round robin, as in nginx: a a b a, not a a a b.
         for each in group:
             each.health.current_weight += each.weight
         chosen = max(group, key=lambda each: each.health.current_weight)
@@ -3900,88 +3944,117 @@ class Upstream:
         return chosen
 
     def release(self, server):
-        """One exchange less."""
+        """Count one exchange less."""
         with self.lock:
             server.health.active -= 1
 
     def failed(self, server, error):
-        """Count a failure; max_fails of them within fail_timeout rest the server for as long."""
+        """Count a failure; log it if it makes the server unavailable. error: a BackendError."""
         health, now = server.health, time.monotonic()
         with self.lock:
-            if now - health.first_fail > server.fail_timeout:
+            if not health.failures or now - health.first_fail > server.fail_timeout:
                 health.fails, health.first_fail = 0, now
             health.fails += 1
-            rests = 0 < server.max_fails <= health.fails
-            if rests:
-                health.fails = 0
-                health.down_until = now + server.fail_timeout
-        group = " of " + self.name if self.name != server.name else ""
-        rest = ", resting for %gs" % server.fail_timeout if rests and len(self.servers) > 1 else ""
-        log.warning("backend %s%s failed: %s: %s%s", server.name, group, error.reason, error, rest)
+            health.failures += 1
+            was_down = health.down_since is not None
+            if was_down or health.fails >= max(1, server.max_fails):
+                health.down_since = health.down_since if was_down else now
+                health.down_until = now + server.fail_timeout if server.max_fails else 0.0
+        if health.down_since is not None and not was_down:
+            alone = len(self.servers) == 1 or not server.max_fails
+            log.warning("backend %s failed: %s: %s%s", self.title(server), error.reason, error,
+                        "" if alone else "; unavailable for %gs" % server.fail_timeout)
 
     def succeeded(self, server):
-        """It has answered: its failures are forgotten."""
-        if server.health.fails or server.health.down_until:
-            with self.lock:
-                server.health.fails = 0
-                server.health.down_until = 0.0
+        """Forget the failures of a server that responded; log it if it was unavailable."""
+        health = server.health
+        if not health.failures:
+            return
+        with self.lock:
+            failures, since = health.failures, health.down_since
+            health.fails = health.failures = 0
+            health.down_since, health.down_until = None, 0.0
+        if since is not None:
+            log.warning("backend %s is up again after %.1fs (failures: %d)",
+                        self.title(server), time.monotonic() - since, failures)
+
+    def title(self, server):
+        """Return the server's name for the log, with that of its group."""
+        return server.name if server.name == self.name else "%s of %s" % (server.name, self.name)
+
+
+def rendezvous(key, name, weight):
+    """Return the score of a server for a key, bytes (highest random weight hashing, weighted).
+
+    wsgates that share no state choose alike, and when a server fails only its clients move.
+    """
+    digest = hashlib.blake2b(key + b" " + name.encode(), digest_size=8).digest()
+    return -weight / math.log((int.from_bytes(digest, "big") + 1) / (2 ** 64 + 1))
 
 
 class Attempts:
-    """The servers of an Upstream that one request tries in turn, each at most once."""
+    """The servers tried for one request, at most proxy_next_upstream_tries of them.
 
-    __slots__ = ("upstream", "client", "tried", "failures", "error")
+    No other is tried once proxy_next_upstream_timeout has passed. Used by one thread.
+    """
 
-    def __init__(self, upstream, client):
+    __slots__ = ("upstream", "location", "context", "key", "tried", "server", "failures", "error",
+                 "end_at")
+
+    def __init__(self, upstream, location, context, key):
         self.upstream = upstream
-        self.client = client     # address, for ip_hash
-        self.tried = []          # Servers
-        self.failures = 0        # how many of them have failed
-        self.error = None        # of the last one that failed
+        self.location = location
+        self.context = context       # ssl.SSLContext towards the servers, or None
+        self.key = key               # Upstream.hash_key
+        self.tried = set()           # Servers
+        self.server = None           # the last one tried
+        self.failures = 0            # how many of them failed
+        self.error = None            # the BackendError of the last one that did
+        self.end_at = time.monotonic() + (location.proxy_next_upstream_timeout or math.inf)
+
+    def connect(self, preface=b""):
+        """Connect to the next server, and to another one if that fails; return a Backend.
+
+        preface: bytes to send before TLS. Raise the last BackendError when no server is left,
+        or HTTPError 503 if there was none at all.
+        """
+        location = self.location
+        while True:
+            server = self.server = self.next_server()
+            self.tried.add(server)
+            try:
+                return Backend(self.upstream, server, server.connect(
+                    location.proxy_connect_timeout, self.context, location.proxy_ssl_name, preface))
+            except BaseException as error:
+                self.upstream.release(server)
+                if not isinstance(error, BackendError):
+                    raise
+                self.failed(error)
 
     @property
     def last(self):
         """The name of the last server tried, "-" if there was none."""
-        return self.tried[-1].name if self.tried else "-"
+        return self.server.name if self.server else "-"
 
-    def connect(self, location, context, preface=b""):
-        """Return a Backend at the next server that accepts.
+    def next_server(self):
+        """Return the server to try next, counted as active; raise why there is none."""
+        limit, server = self.location.proxy_next_upstream_tries or math.inf, None
+        if not self.tried or (len(self.tried) < limit and time.monotonic() < self.end_at):
+            server = self.upstream.pick(self.tried, self.key)
+        if server is not None:
+            return server
+        if self.error:
+            raise self.error
+        full = any(each.full() for each in self.upstream.servers)
+        raise HTTPError(503, "conn_limit" if full else "no_backend",
+                        "all servers of %s are down or have max_conns connections"
+                        % self.upstream.name, retry_after())
 
-        Raise the error of the last one that failed, or HTTPError 503 if none could be tried.
-        """
-        upstream = self.upstream
-        while True:
-            server = upstream.pick(self.tried, self.client)
-            if server is None:
-                full = any(each.full() for each in upstream.servers)
-                raise self.error or HTTPError(
-                    503, "conn_limit" if full else "no_backend",
-                    "every server of %s has its max_conns or is down" % upstream.name, retry_after())
-            self.tried.append(server)
-            try:
-                return Backend(upstream, server, server.connect(
-                    location.proxy_connect_timeout, context, location.proxy_ssl_name, preface))
-            except BackendError as error:
-                upstream.release(server)
-                self.failed(server, error)
-            except BaseException:
-                upstream.release(server)
-                raise
-
-    def failed(self, server, error):
-        """Count a failure of a server that was tried."""
+    def failed(self, error):
+        """Count a BackendError of the last server tried."""
         self.failures += 1
         self.error = error
-        self.upstream.failed(server, error)
-
-
-def rendezvous(client, name, weight):
-    """A weighted score that depends on client and server alone (highest random weight hashing).
-
-    Gates that share no state choose alike, and when a server goes only its clients move.
-    """
-    digest = hashlib.blake2b(("%s %s" % (client, name)).encode(), digest_size=8).digest()
-    return -weight / math.log((int.from_bytes(digest, "big") + 1) / (2 ** 64 + 1))
+        self.upstream.failed(self.server, error)
 
 
 class Backend:
@@ -3995,17 +4068,21 @@ class Backend:
         self.stream = stream
 
     def close(self):
+        """Close the connection and count it no longer."""
         self.stream.close()
         self.upstream.release(self.server)
 
 
 class Server:
-    """One backend server: where it is, what it may be given, how it is doing."""
+    """One server of an upstream: its address, its parameters and its Health."""
 
-    def __init__(self, address, weight=1, max_fails=1, fail_timeout=10.0, max_conns=0, backup=False, down=False):
+    ADDRESSES = 16  # of a name, at most so many are tried
+
+    def __init__(self, address, weight=1, max_fails=1, fail_timeout=10.0, max_conns=0,
+                 backup=False, down=False):
         self.address = address
         self.name = show_address(address)
-        self.fixed = fixed_address(address)  # [(family, address)] of what need not be resolved, or None
+        self.fixed = fixed_address(address)
         self.weight = weight
         self.max_fails = max_fails
         self.fail_timeout = fail_timeout
@@ -4014,94 +4091,196 @@ class Server:
         self.down = down
         self.health = Health()
 
-    def healthy(self, now):
-        """Whether it does not rest."""
+    def available(self, now):
+        """Return False while max_fails is reached. now: time.monotonic()"""
         return now >= self.health.down_until
 
     def full(self):
+        """Return whether the server has max_conns connections."""
         return 0 < self.max_conns <= self.health.active
 
     def load(self):
-        """Live exchanges per weight, what least_conn compares."""
+        """Return the connections per weight, which least_conn compares."""
         return self.health.active / self.weight
 
-    def addresses(self):
-        """Resolve, now: backends move. -> [(family, address)]; raises OSError."""
-        return self.fixed or [(family, address) for family, _, _, _, address in socket.getaddrinfo(
-            self.address.host, self.address.port, 0, socket.SOCK_STREAM)]
+    def addresses(self, deadline):
+        """Return [(family, address)], resolved now; raise OSError, UnicodeError or TimedOut."""
+        return self.fixed or resolver.resolve(self.address.host, self.address.port, deadline)
 
     def connect(self, timeout, context=None, tls_name=None, preface=b""):
-        """Connect to the first address that answers, all within timeout -> Stream; raises BackendError.
+        """Resolve, connect and start TLS, all within timeout; return a Stream.
 
         context: for TLS, verified against tls_name or the host. preface: bytes to send before TLS.
+        Raise BackendError, or HTTPError 503 if this process has no descriptor left.
         """
         deadline = Deadline(timeout)
+        stream = self.connect_to_any(deadline)
         try:
-            addresses = self.addresses()
-        except (OSError, UnicodeError) as error:
-            raise BackendError(502, "backend_unresolved", "%s: %s" % (self.name, error))
+            if preface:
+                stream.write_all(preface, deadline)
+            if context:
+                stream.start_tls(context, deadline, server_hostname=tls_name or self.address.host)
+            return stream
+        except (OSError, ValueError, TimedOut) as error:  # ValueError: CertificateError, Python 3.6
+            stream.close()
+            if timed_out(error):
+                raise BackendError(504, "backend_timeout", "%s: no TLS handshake within"
+                                   " proxy_connect_timeout" % self.name)
+            raise BackendError(502, "backend_tls" if context else "backend_closed",
+                               "%s: %s" % (self.name, describe_error(error)))
+
+    def connect_to_any(self, deadline):
+        """Connect to the first address that accepts; return a Stream. Raise as connect() does."""
+        try:
+            addresses = self.in_order(self.addresses(deadline))
+        except (OSError, UnicodeError, TimedOut) as error:
+            raise BackendError(502, "backend_unresolved",
+                               "%s: %s" % (self.name, describe_error(error)))
         for place, (family, address) in enumerate(addresses):
             try:
                 share = deadline.remaining() / (len(addresses) - place)
                 stream = connect_socket(family, address, Deadline(share))
             except (OSError, TimedOut) as error:
                 if getattr(error, "errno", None) in EXHAUSTED:  # not the server's fault
-                    raise HTTPError(503, "conn_limit", "no connection to a backend: %s" % error, retry_after())
+                    raise HTTPError(503, "conn_limit", "cannot connect to a backend: %s"
+                                    % describe_error(error), retry_after())
                 failure = error
-                continue
-            try:
-                if preface:
-                    stream.write_all(preface, deadline)
-                if context:
-                    stream.start_tls(context, deadline, server_hostname=tls_name or self.address.host)
+                self.address_failed(address)
+            else:
+                self.health.last_address = address
                 return stream
-            except (OSError, ValueError, TimedOut) as error:  # ValueError: a wrong name, on old Pythons
-                stream.close()
-                if getattr(error, "errno", None) == errno.ETIMEDOUT:
-                    raise BackendError(504, "backend_timeout", "%s: %s" % (self.name, error))
-                raise BackendError(502, "backend_tls", "%s: %s" % (self.name, error))
-        if isinstance(failure, TimedOut) or failure.errno == errno.ETIMEDOUT:
-            raise BackendError(504, "backend_timeout", "%s: no connection within proxy_connect_timeout" % self.name)
+        if timed_out(failure):
+            raise BackendError(504, "backend_timeout",
+                               "%s: no connection within proxy_connect_timeout" % self.name)
         refused = isinstance(failure, ConnectionRefusedError)
         raise BackendError(502, "backend_refused" if refused else "backend_unreachable",
-                           "%s: %s" % (self.name, failure))
+                           "%s: %s" % (self.name, describe_error(failure)))
+
+    def in_order(self, addresses):
+        """Return the (family, address) pairs to try, the most promising ones first."""
+        if len(addresses) == 1:
+            return addresses
+        health, now = self.health, time.monotonic()
+        return sorted(addresses, key=lambda each: (
+            health.failed_addresses.get(each[1], 0.0) > now,
+            each[1] != health.last_address))[:self.ADDRESSES]
+
+    def address_failed(self, address):
+        """Remember that an address failed; it is tried last for fail_timeout."""
+        now = time.monotonic()
+        failed = {each: until for each, until in self.health.failed_addresses.items()
+                  if until > now}
+        failed[address] = now + self.fail_timeout
+        self.health.failed_addresses = failed
 
 
 class Health:
-    """What is known of a server; shared by old and new configuration. Guarded by its Upstream's lock."""
+    """What is known of a server; shared by old and new configuration.
 
-    __slots__ = ("active", "fails", "first_fail", "down_until", "current_weight", "selected")
+    Guarded by the lock of the Upstream, except the last two: they only order addresses and
+    are replaced as a whole, so that a lost update costs one wrong order.
+    """
+
+    __slots__ = ("active", "selected", "fails", "first_fail", "failures", "down_since",
+                 "down_until", "current_weight", "last_address", "failed_addresses")
 
     def __init__(self):
-        self.active = 0             # exchanges and tunnels under way
-        self.fails = 0              # since first_fail
-        self.first_fail = 0.0       # time.monotonic()
-        self.down_until = 0.0    # time.monotonic(); in the past: not resting
-        self.current_weight = 0               # of the smooth round robin
-        self.selected = 0             # in all
+        self.active = 0              # exchanges and tunnels in progress
+        self.selected = 0            # how often it was chosen
+        self.fails = 0               # within fail_timeout, since first_fail
+        self.first_fail = 0.0        # time.monotonic()
+        self.failures = 0            # since the last success
+        self.down_since = None       # time.monotonic() at which max_fails was reached, None if up
+        self.down_until = 0.0        # time.monotonic() of the next try, 0 if up
+        self.current_weight = 0      # of the smooth weighted round robin
+        self.last_address = None     # the address that accepted last
+        self.failed_addresses = {}   # address: time.monotonic() until which it is tried last
+
+
+class Resolver:
+    """getaddrinfo() with a deadline, in threads of its own, because it cannot be interrupted.
+
+    A thread counts until getaddrinfo() returns, however long that takes. Lookups of the same
+    name at the same time share one thread.
+    """
+
+    THREADS = 32
+
+    def __init__(self):
+        self.free = threading.Semaphore(self.THREADS)
+        self.lock = threading.Lock()  # guards lookups
+        self.lookups = {}             # (host, port): Future of a lookup in progress
+
+    def resolve(self, host, port, deadline):
+        """Return [(family, address)]; raise OSError, UnicodeError, or TimedOut at the deadline."""
+        with self.lock:
+            lookup = self.lookups.get((host, port))
+        try:
+            lookup = lookup or self.start(host, port, deadline)
+            return lookup.result(deadline.remaining())
+        except (TimedOut, concurrent.futures.TimeoutError):
+            raise TimedOut("the resolver did not respond in time")
+
+    def start(self, host, port, deadline):
+        """Start a lookup as soon as a thread is free; return its Future."""
+        if not self.free.acquire(timeout=deadline.remaining()):
+            raise TimedOut()
+        with self.lock:
+            lookup = self.lookups.get((host, port))
+            if lookup is None:
+                lookup = self.lookups[host, port] = concurrent.futures.Future()
+                with contextlib.suppress(RuntimeError):  # no thread can be started
+                    threading.Thread(target=self.look_up, args=(host, port, lookup),
+                                     name="resolver", daemon=True).start()
+                    return lookup
+                del self.lookups[host, port]
+                lookup.set_exception(OSError(errno.EAGAIN, "cannot start a thread to resolve names"))
+        self.free.release()
+        return lookup
+
+    def look_up(self, host, port, lookup):
+        """Call getaddrinfo() and leave its result in lookup; runs in a thread of its own."""
+        try:
+            found = [(family, address) for family, _, _, _, address in socket.getaddrinfo(
+                host, port, 0, socket.SOCK_STREAM)]
+            result, error = found, None
+        except Exception as failure:  # OSError, UnicodeError; whatever it is, the waiting thread raises it
+            result, error = None, failure
+        with self.lock:
+            del self.lookups[host, port]
+        self.free.release()
+        if error:
+            lookup.set_exception(error)
+        else:
+            lookup.set_result(result)
+
+
+resolver = Resolver()  # for all threads
+RESOLVE_TIMEOUT = 5.0  # seconds, for the warnings at start and in -t
 
 
 def fixed_address(address):
-    """-> [(family, address)] for a unix socket or a number, None for a name."""
+    """Return [(family, address)] for a Unix socket or an IP address, None for a host name."""
     if address.path:
         return [(socket.AF_UNIX, address.path)]
     if parse_ip(address.host) is None or "%" in address.host:
         return None
-    return [(socket.AF_INET6 if ":" in address.host else socket.AF_INET, (address.host, address.port))]
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    return [(family, (address.host, address.port))]
 
 
 CONNECTING = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK))
 
 
 def connect_socket(family, address, deadline):
-    """-> a connected Stream; raises OSError or TimedOut."""
+    """Return a connected Stream; raise OSError or TimedOut."""
     stream = Stream(socket.socket(family, socket.SOCK_STREAM))
     try:
         result = stream.sock.connect_ex(address)
-        if result == errno.EAGAIN and isinstance(address, str):  # a unix socket
-            raise TimedOut("its backlog is full")
+        if result == errno.EAGAIN and isinstance(address, str):  # a Unix socket
+            raise TimedOut("the backlog of the socket is full")
         if result in CONNECTING:
-            result = stream.sock.connect_ex(address)  # a near one has answered by now
+            result = stream.sock.connect_ex(address)  # on loopback it is connected by now
         if result in CONNECTING:
             stream.wait(POLLOUT, deadline)
             result = stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -4111,6 +4290,11 @@ def connect_socket(family, address, deadline):
     except BaseException:
         stream.close()
         raise
+
+
+def timed_out(error):
+    """Return whether an exception of a connect or TLS handshake means that time was up."""
+    return isinstance(error, TimedOut) or getattr(error, "errno", None) == errno.ETIMEDOUT
 
 
 # ------------------------------------------------------------------- Forwarding
@@ -5602,8 +5786,8 @@ def status(gate):
             "down_messages": scanners[1].messages, "down_bytes": flows[1].bytes,
             "rtt": None if tunnel.rtt is None else round(tunnel.rtt, 4)})
     servers = [{"upstream": upstream.name, "server": server.name, "active": server.health.active,
-                "selected": server.health.selected, "up": not server.down and server.healthy(now),
-                "state": "down" if server.down else "up" if server.healthy(now) else "resting", "backup": server.backup}
+                "selected": server.health.selected, "up": not server.down and server.available(now),
+                "state": "down" if server.down else "up" if server.available(now) else "unavailable", "backup": server.backup}
                for upstream in gate.config.upstreams for server in upstream.servers]
     return {"version": VERSION, "state": gate.state, "started": round(gate.started, 3),
             "uptime": round(time.time() - gate.started), "connections": connections,
@@ -5674,7 +5858,7 @@ tr>:first-child,.servers tr>:nth-child(2),.live tr>:nth-child(n+3):nth-child(-n+
 svg{{width:100%;height:7em;border-bottom:1px solid var(--line)}}
 path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}}
 .a{{stroke:#36c}} .b{{stroke:#2a2}} .c{{stroke:#d70}}
-.resting>:nth-child(3),.down>:nth-child(3){{color:#d22;font-weight:bold}}
+.unavailable>:nth-child(3),.down>:nth-child(3){{color:#d22;font-weight:bold}}
 </style><h1>wsgate {version} <small>{state}, up {uptime}</small></h1>
 <div class="facts"><div><b>{tunnels_open}</b>tunnels open</div>
 <div><b>{connections}</b>connections of {capacity} ({capacity_reason})</div>
@@ -6278,24 +6462,15 @@ class Probe:
         return self
 
     def resolve(self):
-        """-> [(family, address)]; in a thread, because getaddrinfo takes its time and no timeout."""
-        found, began = [], time.monotonic()
-
-        def ask():
-            """Leave the addresses, or why there are none."""
-            try:
-                found.append(self.server.addresses())
-            except (OSError, UnicodeError) as error:
-                found.append(error)
-
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(max(0, self.deadline.at - began))
-        if not found or isinstance(found[0], Exception):
-            raise Verdict("unresolved", error=describe_error(found[0]) if found else "no answer in time")
-        names = ", ".join(address if isinstance(address, str) else address[0] for _, address in found[0])
-        print_line("resolve", "%s is %s" % (printable(self.server.name), names), began)
-        return found[0]
+        """Return [(family, address)] of the server."""
+        began = time.monotonic()
+        try:
+            found = self.server.addresses(self.deadline)
+        except (OSError, UnicodeError, TimedOut) as error:
+            raise Verdict("unresolved", error=describe_error(error))
+        names = [address if isinstance(address, str) else address[0] for _, address in found]
+        print_line("resolve", "%s is %s" % (printable(self.server.name), ", ".join(names)), began)
+        return found
 
     def connect(self, addresses):
         """To the first address that answers, in their order."""
