@@ -2519,6 +2519,7 @@ class Exchange:
                 relay = HTTPRelay(self.stream, backend.stream, head, NoBody(), location,
                                   self.config.server)
                 response = relay.final_response(interim=False)
+                location.auth.succeeded(backend.server)
             finally:
                 backend.close()
         except BackendError as error:
