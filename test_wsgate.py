@@ -8,7 +8,6 @@ import ast
 import base64
 import configparser
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -35,7 +34,8 @@ WSGATE = os.path.join(HERE, "wsgate.py")
 # The unit of every timeout below.
 MS = 0.001 * float(os.environ.get("TIME_FACTOR", "1"))
 
-# --------------------------------------------------------------------- Helpers
+
+# ---------------------------------------------------------------------- Helpers
 
 
 @pytest.fixture(autouse=True)
@@ -545,8 +545,6 @@ def listening(port):
         return False
 
 
-# --------------------------------------------------------------- Configuration
-
 PASS = "proxy_pass = http://127.0.0.1:9\n"
 
 
@@ -567,6 +565,983 @@ def errors_of(tmp_path, text):
 
 def location_of(config, name="/"):
     return next(each for each in config.locations if each.name == name)
+
+
+SERVER = "[server]\n" + PASS  # two lines
+SAMPLE = os.path.join(HERE, "wsgate.ini")
+
+
+def targets_at_backend(tmp_path, ini, requests):
+    """What target the backend is asked for, for each raw request. BACKEND in the INI is its address."""
+    seen = []
+
+    def script(peer):
+        seen.append(read_request(peer)[0].split(b" ")[1])
+        peer.send(ok())
+
+    with ScriptedBackend(script) as backend:
+        with running(ini.replace("BACKEND", backend.where), tmp_path) as gate:
+            for raw in requests:
+                assert gate.ask(raw).status == 200, raw
+    return seen
+
+
+@contextlib.contextmanager
+def own_logging():
+    """What goes on inside may set up logging as the program does; afterwards all is as before."""
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate)
+              for logger in (wsgate.log, wsgate.access_log)]
+    loud = logging.raiseExceptions
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = loud
+        for logger, handlers, level, propagate in before:
+            for handler in set(logger.handlers) - set(handlers):
+                logger.removeHandler(handler)
+                handler.close()
+            for handler in handlers:
+                logger.addHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
+def log_to_files(tmp_path, *lines):
+    """Set up logging to access.log and error.log in this folder -> (their paths, a function that does it again)."""
+    paths = [os.path.join(str(tmp_path), name) for name in ("access.log", "error.log")]
+    server = load_text(tmp_path, "\n".join((SERVER + "access_log = %s\nerror_log = %s" % tuple(paths),) + lines)).server
+    wsgate.setup_logging(server)
+    return paths, lambda: wsgate.setup_logging(server)
+
+
+def lines_in(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read().splitlines()
+
+
+def port_of(child):
+    """The port that a process says it listens on."""
+    def said():
+        assert child.poll() is None, child.lines
+        return re.search(r"listening on http://127\.0\.0\.1:(\d+)/", "\n".join(list(child.lines)))
+    return int(eventually(said, 20000 * MS).group(1))
+
+
+def only_lines(output):
+    """Every line of the output, each of them for people, none of a traceback."""
+    assert "Traceback" not in output
+    lines = output.splitlines()
+    assert all(line.startswith("wsgate: ") for line in lines), output
+    return lines
+
+
+def source_lines():
+    with open(WSGATE, "rb") as file:
+        return file.read().splitlines()
+
+
+def map_of_the_file():
+    """The module docstring's map -> [(section, what is said of it)]"""
+    entries = []
+    for title, text in re.findall(r"(?m)^    (\S.{20} | {22})(\S.*)$", wsgate.__doc__):
+        if title.strip():
+            entries.append((title.strip(), text))
+        else:
+            entries[-1] = entries[-1][0], entries[-1][1] + " " + text
+    return entries
+
+
+def ways_through(data):
+    """every_way, but for long data without the single bytes."""
+    return every_way(data) if len(data) < 2000 else ([data], [data[i:i + 999] for i in range(0, len(data), 999)])
+
+
+def head_verdicts(data, limit=16384):
+    """What becomes of these bytes of a client, cut in every way: a set of (head, tail) or 'status reason'."""
+    verdicts = set()
+    for pieces in ways_through(data):
+        here, there = socket.socketpair()
+        with here, there:
+            stream, head = wsgate.Stream(here), None
+            try:
+                for piece in pieces:
+                    there.sendall(piece)
+                    while select_readable(here, 0):
+                        stream.fill(wsgate.Deadline(5000 * MS))
+                        head = head or wsgate.take_head(stream, limit)
+                if head:
+                    wsgate.parse_request_head(head)
+                verdicts.add((head, stream.buffer))
+            except wsgate.HTTPError as error:
+                verdicts.add("%d %s" % (error.status, error.reason))
+    return verdicts
+
+
+GOOD_HOST = b"\r\nHost: gate.test\r\n"
+
+
+def table_rows(*tables, default="400 bad_request"):
+    """(prefix, table, suffix) ... -> [(bytes, what is wrong, 'status reason')]"""
+    return [(before + row[0] + behind, row[1], row[2] if len(row) > 2 else default)
+            for before, table, behind in tables for row in table]
+
+
+def table_params(table):
+    """The rows of a table as pytest takes them; their ids are what is wrong."""
+    return [pytest.param(raw, verdict, id=why) for raw, why, verdict in table]
+
+
+CHUNKED_POST = b"POST / HTTP/1.1" + GOOD_HOST + b"Transfer-Encoding: chunked\r\n\r\n"
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def answers_in_turn(table):
+    """A script that answers a request for /N/... by row N; for /N/drip byte by byte."""
+    def script(peer):
+        _, number, how = read_request(peer)[0].split(b" ")[1].split(b"/")
+        peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        raw = table[int(number)][0]
+        for piece in [raw] if how != b"drip" else [raw[i:i + 1] for i in range(min(300, len(raw)))] + [raw[300:]]:
+            peer.send(piece)
+        peer.finish()
+        peer.ended()
+    return script
+
+
+def body_through(make, data, tail=b""):
+    """Feed a body and what follows it in every way, check that it ends where data ends -> what it passes on."""
+    results = set()
+    for pieces in every_way(data + tail):
+        body, used, passed = make(), 0, b""
+        for piece in pieces:
+            if not body.done:
+                passed += body.feed(piece, 0)
+                used += len(piece) - len(body.rest)
+        assert used == len(data) and (body.done or body.at_end())
+        results.add(passed)
+    assert len(results) == 1
+    return results.pop()
+
+
+CHUNKED_IN = (b"5;a=b;c=\"d\"\r\nhello\r\n007 ;e\r\n, world\r\nA\r\n0123456789\r\n0;last\r\n"
+              b"X-Checksum: 1\r\nHost: evil\r\nContent-Length: 9\r\nTransfer-Encoding: x\r\nX_Y: 1\r\n"
+              b"X-Forwarded-For: 1\r\nAuthorization: x\r\nCookie: a\r\nConnection: x\r\nUpgrade: h2c\r\n\r\n")
+CHUNKED_OUT = b"5\r\nhello\r\n7\r\n, world\r\na\r\n0123456789\r\n0\r\nX-Checksum: 1\r\n\r\n"
+
+
+@contextlib.contextmanager
+def http_exchange(tmp_path, raw, *lines):
+    """A request whose head is at the backend -> (Running, client Peer, backend Peer, that head)."""
+    with nothing_left():
+        with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
+            client = gate.connect().send(raw)
+            peer = backend.peer()
+            try:
+                yield gate, client, peer, peer.head()
+            finally:
+                peer.close()
+                client.close()
+
+
+def lines_of_head(head):
+    return head[:-4].split(b"\r\n")
+
+
+def chunked_body(*pieces):
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces + (b"",))
+
+
+def ini_time(count):
+    """A time for the ini, in the unit of the tests."""
+    return "%dms" % (count * MS * 1000)
+
+
+@contextlib.contextmanager
+def takes_ms(least, most):
+    """What goes on inside takes so many milliseconds."""
+    begun = time.monotonic()
+    yield
+    assert least * MS <= time.monotonic() - begun <= most * MS
+
+
+def ends_by_reset(peer):
+    """Whether the stream ends with a reset, not with its end."""
+    try:
+        while peer.sock.recv(65536):
+            pass
+    except ConnectionError:
+        return True
+    return False
+
+
+def pour_until_stuck(peer, most, patience=100):
+    """Send until nobody takes any more -> how many bytes were taken."""
+    peer.sock.settimeout(patience * MS)
+    sent, block = 0, b"x" * (1 << 18)
+    try:
+        while sent < most:
+            sent += peer.sock.send(block[:most - sent])
+    except socket.timeout:
+        pass
+    peer.sock.settimeout(5000 * MS)
+    return sent
+
+
+def can_drain(peer, count):
+    """Whether so many bytes come."""
+    count -= len(peer.buffer)
+    while count > 0:
+        data = peer.sock.recv(min(count, 1 << 20))
+        if not data:
+            return False
+        count -= len(data)
+    return True
+
+
+def cpu_in_ms(wait):
+    """Processor seconds that the gate (and all else here) uses in so many milliseconds."""
+    here, there = socket.socketpair()
+    with here, there:
+        used = time.process_time()
+        select_readable(here, wait * MS)
+        return time.process_time() - used
+
+
+BODY_300K = random.Random(1).getrandbits(8 * 300000).to_bytes(300000, "big")
+
+TIMES_200MS = ["%s = %s" % (key, ini_time(200)) for key in (
+    "client_header_timeout", "client_body_timeout", "keepalive_timeout", "send_timeout", "proxy_read_timeout",
+    "proxy_send_timeout")]
+
+
+def drip_bytes(peer, data):
+    """Send byte by byte, one in 20 ms, until something comes back."""
+    for place in range(len(data)):
+        if not peer.silent(20 * MS):
+            return
+        peer.send(data[place:place + 1])
+
+
+FUZZ_BYTES = [bytes((byte,)) for byte in b"\r\n\0 \t:0-+_\xff%#,;"] + [b"\r\n", b"9" * 20, b"f" * 16]
+
+
+def fuzzed(rng, good):
+    """One of these, or the like, or noise."""
+    data = rng.choice(good)
+    for _ in range(rng.choice((0, 1, 1, 2, 5))):
+        start = rng.randint(0, len(data))
+        end = min(len(data), start + rng.choice((0, 1, 1, 4, 30)))
+        other = rng.choice(good)
+        piece = rng.choice((b"", rng.choice(FUZZ_BYTES), rng.choice(FUZZ_BYTES), data[start:end] * 2, other,
+                            other[:rng.randint(0, len(other))],
+                            bytes(rng.getrandbits(8) for _ in range(rng.randint(1, 40)))))
+        data = data[:start] + piece + data[end:]
+    return data
+
+
+def improper_head(head):
+    """What no backend may ever get as a head -> True."""
+    lines = lines_of_head(head)
+    names = [line.partition(b":")[0].lower() for line in lines[1:]]
+    return (re.search(br"[\r\n\0]", b"".join(lines)) or not re.fullmatch(br"[^ ]+ [^ ]+ HTTP/1\.1", lines[0])
+            or not all(re.fullmatch(br"[!#-'*+.^`|~0-9A-Za-z-]+", name) for name in names)
+            or names.count(b"host") != 1 or names.count(b"connection") != 1
+            or names.count(b"content-length") + names.count(b"transfer-encoding") > 1 or b"keep-alive" in names)
+
+
+def asking(start=b"GET / HTTP/1.1", upgrade=b"Upgrade: websocket", connection=b"Connection: Upgrade",
+           key=b"Sec-WebSocket-Key: " + KEY, version=b"Sec-WebSocket-Version: 13", more=b"", body=b""):
+    """A handshake of which every line can be another one, or b"" for none."""
+    lines = (start, b"Host: gate.test", upgrade, connection, key, version, more)
+    return b"\r\n".join(line for line in lines if line) + b"\r\n\r\n" + body
+
+
+@contextlib.contextmanager
+def tunnel(tmp_path, *lines):
+    """-> (Running, client Peer, backend Peer) of an open WebSocket tunnel that must leave nothing behind."""
+    with nothing_left(), gate_and_backend(tmp_path, None, *lines) as (gate, backend):
+        client, server = gate.tunnel(backend)
+        try:
+            yield gate, client, server
+        finally:
+            client.close()
+            server.close()
+
+
+@contextlib.contextmanager
+def raw_tunnel(tmp_path, *lines):
+    """The same for a protocol that is not WebSocket: bytes without frames."""
+    with nothing_left(), gate_and_backend(tmp_path, None, "upgrade = any", *lines) as (gate, backend):
+        client = gate.connect().send(asking(upgrade=b"Upgrade: raw/1", key=b"", version=b""))
+        server = backend.peer()
+        server.head()
+        server.send(b"HTTP/1.1 101 Go\r\nUpgrade: raw/1\r\nConnection: upgrade\r\n\r\n")
+        assert client.response().status == 101
+        try:
+            yield gate, client, server
+        finally:
+            client.close()
+            server.close()
+
+
+def line_of(gate, *peers):
+    """Close both ends of a tunnel -> its line in the access log."""
+    for peer in peers:
+        peer.close()
+    return gate.line("101 closed")
+
+
+@contextlib.contextmanager
+def lasting(least, most):
+    """What goes on inside takes so many milliseconds, not less and not more."""
+    begun = time.monotonic()
+    yield
+    took = time.monotonic() - begun
+    assert least * MS <= took <= most * MS, "took %.3f s" % took
+
+
+def ini_ms(number):
+    """A time for the INI, in scaled milliseconds."""
+    return "%dms" % (number * MS * 1000)
+
+
+@pytest.fixture(params=["splice", "copy", "select"])
+def relay_mode(request, monkeypatch):
+    """The ways in which bytes move: with splice, without it, and with select() as on Windows."""
+    if request.param == "splice":
+        if not wsgate.CAN_SPLICE:
+            pytest.skip("no splice here")
+        return request.param
+    monkeypatch.setattr(wsgate, "CAN_SPLICE", False)
+    if request.param == "select":
+        monkeypatch.setattr(wsgate, "Poll", wsgate.SelectPoll)
+    return request.param
+
+
+def sending(peer, pieces):
+    """Send from a thread of its own -> Thread"""
+    thread = threading.Thread(target=lambda: [peer.sock.sendall(piece) for piece in pieces], daemon=True)
+    thread.start()
+    return thread
+
+
+def in_pieces(rng, data, largest):
+    """The same bytes in pieces of random sizes."""
+    position = 0
+    while position < len(data):
+        size = rng.choice((rng.randint(1, 20), rng.randint(1, 2000), rng.randint(1, largest)))
+        yield data[position:position + size]
+        position += size
+
+
+def random_frames(rng, total, masked):
+    """Bytes of frames of all sizes, at least total together."""
+    data = []
+    while total > 0:
+        size = rng.choice((0, 1, rng.randint(2, 125), rng.randint(126, 5000), 65535, 65536, rng.randint(20000, 400000)))
+        data.append(frame(rng.choice((1, 2)), os.urandom(size), os.urandom(4) if masked else None))
+        total -= size
+    return b"".join(data)
+
+
+def fill(peer, block):
+    """Send block again and again until the tunnel has taken no byte for a while -> how many it took."""
+    sent = 0
+    poll = select.poll()
+    poll.register(peer.sock, select.POLLOUT)
+    while poll.poll(100 * MS * 1000):
+        place = sent % len(block)
+        sent += peer.sock.send(block[place:place + 65536])
+        assert sent < 64 << 20, "no back-pressure"
+    return sent
+
+
+def small_buffers(gate, *peers):
+    """Keep the kernel from taking megabytes, at both ends and in the gate."""
+    tunnels = [each.tunnel for each in gate.gate.connections if each.tunnel]
+    for each in peers + tuple(flow.source for tunnel in tunnels for flow in (tunnel.up, tunnel.down)):
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            each.sock.setsockopt(socket.SOL_SOCKET, option, 131072)
+
+
+def frames_in(data, masked):
+    """A decoder of its own -> ([(first byte, payload)], the incomplete rest)."""
+    frames, position = [], 0
+    while True:
+        if len(data) < position + 2:
+            return frames, data[position:]
+        first, second = data[position], data[position + 1]
+        assert bool(second & 0x80) == masked
+        wide = {126: 2, 127: 8}.get(second & 0x7F, 0)
+        begin = position + 2 + wide + (4 if masked else 0)
+        length = int.from_bytes(data[position + 2:position + 2 + wide], "big") if wide else second & 0x7F
+        if len(data) < begin + length:
+            return frames, data[position:]
+        payload = data[begin:begin + length]
+        if masked:
+            payload = frame(0, payload, data[begin - 4:begin])[-length:] if length else b""
+        frames.append((first, payload))
+        position = begin + length
+
+
+def scan(pieces, masked=False, extensions=False):
+    """Feed pieces to a FrameScanner until it has had enough -> FrameScanner; every byte must have passed."""
+    scanner = wsgate.FrameScanner(masked, extensions, 0, 0.0)
+    for piece in pieces:
+        assert scanner.feed(piece, 1.0) == piece
+        if scanner.lost:
+            break
+    return scanner
+
+
+def wire(masked, *parts):
+    """Frames of (opcode, payload, fin) one behind the other, and where each ends -> (bytes, set of positions)."""
+    data, ends = b"", {0}
+    for opcode, payload, fin in parts:
+        data += frame(opcode, payload, b"\x81\x02\xff\x00" if masked else None, fin)
+        ends.add(len(data))
+    return data, ends
+
+
+def read_ping(peer, masked):
+    """The next frame must be a ping of the gate -> its payload."""
+    head = peer.read(2)
+    assert head == (b"\x89\x88" if masked else b"\x89\x08")
+    mask = peer.read(4) if masked else b"\0\0\0\0"
+    return bytes(byte ^ mask[place % 4] for place, byte in enumerate(peer.read(8)))
+
+
+def drip(gate, client, data):
+    """Send byte by byte, each when the gate has read the one before."""
+    for place in range(len(data)):
+        before = gate.gate.traffic()[1]
+        client.send(data[place:place + 1])
+        eventually(lambda: gate.gate.traffic()[1] > before)
+
+
+class Answering:
+    """A thread that reads frames and answers the gate's pings, to the end."""
+
+    def __init__(self, peer, mask):
+        self.peer, self.mask = peer, mask
+        self.codes, self.pings = [], 0
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        try:
+            while True:
+                opcode, payload = read_frame(self.peer)
+                if opcode == 8:
+                    self.codes.append(struct.unpack("!H", payload[:2])[0])
+                elif opcode == 9:
+                    self.pings += 1
+                    self.peer.send(frame(10, payload, self.mask))
+        except (OSError, AssertionError):  # the end
+            pass
+
+
+def random_talk(rng, count):
+    """What one side says, as (first byte, payload): messages whole or in fragments, own pings and pongs, a Close."""
+    inside = False
+    for number in range(count):
+        if rng.random() < 0.15:
+            yield rng.choice((0x89, 0x8A)), b"%d" % number
+            continue
+        last = rng.random() < 0.6
+        size = rng.choice((0, 1, 7, 8, 125, 126, 127, rng.randint(128, 3000), rng.choice((65535, 65536, 150000))))
+        payload = (rng.getrandbits(8 * size) if size else 0).to_bytes(size, "big")
+        yield last << 7 | (0 if inside else rng.choice((1, 2))), payload
+        inside = not last
+    yield 0x80 if inside else 0x81, b"end"
+    yield 0x88, b"\x03\xe8"
+
+
+class Talker:
+    """One end of a tunnel: talks in random pieces, stalls, answers the gate's pings (8 bytes; its own are shorter)."""
+
+    def __init__(self, peer, rng, masked):
+        self.peer, self.rng, self.masked = peer, rng, masked
+        self.talk = list(random_talk(rng, 80))
+        self.messages = len([first for first, _ in self.talk if first in (0x80, 0x81, 0x82)])
+        self.received = []     # frames, without the pings of the gate
+        self.pongs = []        # that answer them and are not on their way yet
+        self.pings = self.sent = 0
+        self.poll = select.poll()
+
+    def encode(self, first, payload):
+        return frame(first & 15, payload, self.rng.choice((b"abcd", b"\0\0\0\0")) if self.masked else None, first > 127)
+
+    def run(self):
+        queue, wire, unread = list(self.talk), b"", b""
+        closed = False
+        while queue or wire or not closed:
+            closed = bool(self.received) and self.received[-1][0] == 0x88
+            while queue and self.pongs or len(queue) > (self.pings < 3 and not closed) and len(wire) < 1000:
+                wire += self.pongs.pop() if self.pongs else self.encode(*queue.pop(0))  # its Close waits for some pings
+            chance = self.rng.random()
+            writing = select.POLLOUT if wire and chance > 0.5 else 0
+            self.poll.register(self.peer.sock, select.POLLIN | writing if chance > 0.1 else 0)
+            for _, event in self.poll.poll(6 * MS * 1000):
+                if event & select.POLLIN:
+                    unread += self.peer.sock.recv(self.rng.choice((3, 100, 200000)))
+                    frames, unread = frames_in(unread, not self.masked)
+                    for first, payload in frames:
+                        if first == 0x89 and len(payload) == 8:
+                            self.pings += 1
+                            self.pongs = [self.encode(0x8A, payload)]  # the latest will do (RFC 6455 5.5.3)
+                        else:
+                            self.received.append((first, payload))
+                elif event & select.POLLOUT:
+                    count = self.peer.sock.send(wire[:self.rng.choice((1, 5, 300, 500000))])
+                    wire, self.sent = wire[count:], self.sent + count
+        assert not unread
+
+
+def closing_code(peer, masked, before=b""):
+    """The rest must be these bytes, and a Close frame or none -> its code, None without."""
+    rest = peer.rest()
+    assert rest.startswith(before)
+    frames, rest = frames_in(rest[len(before):], masked)
+    assert rest == b"" and [first for first, _ in frames] in ([], [0x88])
+    return struct.unpack("!H", frames[0][1][:2])[0] if frames else None
+
+
+def service(peer):
+    """A script: a handshake becomes a tunnel in which every frame comes back, any other request gets 200."""
+    head, _ = read_request(peer)
+    if not field(head, b"upgrade"):
+        return peer.send(ok())
+    peer.send(switching())
+    while True:
+        peer.send(frame(*read_frame(peer)))
+
+
+def alive(peer):
+    """Whether a tunnel to service() works."""
+    peer.send(frame(1, b"alive?", b"abcd"))
+    return read_frame(peer) == (1, b"alive?")
+
+
+def reload(gate, ini):
+    """Rewrite the file, send HUP, wait until it was obeyed -> what the error log says about it."""
+    count = len(gate.errors)
+    with open(gate.path, "w") as file:
+        file.write(ini if "\nlisten =" in ini else ini.replace("[server]", "[server]\nlisten = 127.0.0.1:0", 1))
+    gate.signal("SIGHUP")
+    eventually(lambda: any(line.startswith(("reloaded", "reload: nothing")) for line in gate.errors[count:]))
+    return gate.errors[count:]
+
+
+def written(tmp_path, name, text):
+    """Write a file -> its path."""
+    path = os.path.join(str(tmp_path), name)
+    with open(path, "w") as file:
+        file.write(text)
+    return path
+
+
+def config_error(tmp_path, ini):
+    """Load a configuration that is wrong -> the text of its errors."""
+    with pytest.raises(wsgate.ConfigError) as caught:
+        wsgate.load_config(written(tmp_path, "wrong.ini", ini))
+    return str(caught.value)
+
+
+@contextlib.contextmanager
+def refusing():
+    """A port that refuses connections for as long as this lasts -> Peer, whose sock could listen()."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        peer = Peer(sock)
+        peer.where = "127.0.0.1:%d" % sock.getsockname()[1]
+        yield peer
+
+
+def basic(user, password):
+    """The Authorization line for HTTP Basic."""
+    return b"Authorization: Basic " + base64.b64encode(user + b":" + password)
+
+
+def sha1_line(user, password, salt=b""):
+    """An htpasswd line, {SSHA} if there is a salt."""
+    kind = "{SSHA}" if salt else "{SHA}"
+    return "%s:%s%s\n" % (user, kind, base64.b64encode(hashlib.sha1(password + salt).digest() + salt).decode())
+
+
+BOTH_WAYS = pytest.mark.parametrize("raw", [lambda target, *fields: request(b"GET", target, *fields), handshake],
+                                    ids=["http", "handshake"])
+
+
+def proxy_v2(command, family, data):
+    """A PROXY protocol header, version 2."""
+    return b"\r\n\r\n\0\r\nQUIT\n" + bytes((command, family)) + struct.pack("!H", len(data)) + data
+
+
+PROXY_INI = """[server]
+listen = 127.0.0.1:0 proxy_protocol%s
+set_real_ip_from = %s
+real_ip_header = proxy_protocol
+return = 200 $remote_addr
+"""
+
+
+def pool(*lines, balance="round_robin", name="pool"):
+    """An Upstream by itself, of server lines."""
+    return wsgate.Upstream(name, wsgate.parse_servers("\n".join(lines)), balance)
+
+
+def pooled(servers, *lines, balance="round_robin"):
+    """The INI text of a gate in front of an upstream of these server lines; lines go into [server]."""
+    return "[server]\n%s\nproxy_pass = http://pool\n[upstream pool]\nbalance = %s\nserver =\n    %s\n" % (
+        "\n".join(lines), balance, "\n    ".join(servers))
+
+
+needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="this system has no unix sockets")
+
+
+def unix_peer(path):
+    """Connect to a unix socket -> Peer."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    return Peer(sock)
+
+
+CA = (
+    "MIIBVjCB/aADAgECAgEBMAoGCCqGSM49BAMCMBIxEDAOBgNVBAMMB1Rlc3QgQ0EwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBIx"
+    "EDAOBgNVBAMMB1Rlc3QgQ0EwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAATany1cXYLCzQ/Cd6cUpScIQbUYgyG2W9EhTB5OvqcI04n6jknyiub3"
+    "Y0WYISs4IfP4hEBVw+HeqENJU3zKl3zAo0IwQDAPBgNVHRMBAf8EBTADAQH/MA4GA1UdDwEB/wQEAwIBBjAdBgNVHQ4EFgQUAvsApeijIBhTnsNy"
+    "kWCF1JHF1qYwCgYIKoZIzj0EAwIDSAAwRQIgfz3mObBpeHrI5MI3JSeaHDHrWMgwAd3ALHN9Um1USh4CIQDlkvwnp3tTZzd15QJ4MTAa1e4hUAv1"
+    "rHbFrwnKPCgnrQ==")
+
+SERVER_CERT = (
+    "MIIBijCCATGgAwIBAgIBAjAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENBMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAU"
+    "MRIwEAYDVQQDDAlnYXRlLnRlc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAARaD6O2G7xRtdnwIvgPfegE3O3KjzYM5v+3xNhUh0faOcOGRVHD"
+    "05L7xlJGQwZ/oImkVU54kZFPpcIjkxBEdQKjo3QwcjAwBgNVHREEKTAngglsb2NhbGhvc3SHBH8AAAGCCWdhdGUudGVzdIIJYmFjay50ZXN0MB8G"
+    "A1UdIwQYMBaAFAL7AKXooyAYU57DcpFghdSRxdamMB0GA1UdDgQWBBTENrqSXMgnj/22PXUAUQbdC5NNlDAKBggqhkjOPQQDAgNHADBEAiAwF7NC"
+    "Xk1N6DvCslgpdMJlGNx6mLotQXKWD1URmw+gHgIgXQOXF6fgjltZ56zxkkYa8d/WQhvGTBl7vQ7OKzgw3Ks=")
+
+SERVER_KEY = (
+    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgU6Q6mI8ofbUyzzrZ33ZEHGpWh+VoTLxskDIOKRQuiOahRANCAARaD6O2G7xRtdnw"
+    "IvgPfegE3O3KjzYM5v+3xNhUh0faOcOGRVHD05L7xlJGQwZ/oImkVU54kZFPpcIjkxBEdQKj")
+
+CLIENT = (
+    "MIIBgTCCASegAwIBAgIBAzAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENBMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAl"
+    "MRIwEAYDVQQKDAlUZXN0LCBJbmMxDzANBgNVBAMMBmNsaWVudDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABObTGrwAHw5wWz3kZfxlW1BtF9uU"
+    "mV5v0BhZ7Bklpp8H5JYAz7FTJ4MhECBF8KSd990ihsiqIBYeyOTvu22FSJqjWTBXMBUGA1UdEQQOMAyCCm90aGVyLnRlc3QwHwYDVR0jBBgwFoAU"
+    "AvsApeijIBhTnsNykWCF1JHF1qYwHQYDVR0OBBYEFPZGxuDkbe9WBEd9mD3qVTtuxfHtMAoGCCqGSM49BAMCA0gAMEUCICF0hflvoQknva4mxWbR"
+    "v21Mw1NDO1Uo+L9Ik2rWllcGAiEAvDPJ94i7hWrNe8alMrJUZ4fV+yZdeAzEU7cwjAE1Ono=")
+
+CLIENT_KEY = (
+    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgQdVKbHkqT1x3FGn+I58cks8uX7p4BnPyKrqPS2iTrB6hRANCAATm0xq8AB8OcFs9"
+    "5GX8ZVtQbRfblJleb9AYWewZJaafB+SWAM+xUyeDIRAgRfCknffdIobIqiAWHsjk77tthUia")
+
+
+def pem(encoded, kind="CERTIFICATE"):
+    lines = "\n".join(encoded[place:place + 64] for place in range(0, len(encoded), 64))
+    return "-----BEGIN %s-----\n%s\n-----END %s-----\n" % (kind, lines, kind)
+
+
+SERVER_PEM = pem(SERVER_CERT) + pem(SERVER_KEY, "PRIVATE KEY")  # certificate and key in one file
+CLIENT_PEM = pem(CLIENT) + pem(CLIENT_KEY, "PRIVATE KEY")
+
+
+@pytest.fixture
+def tls(tmp_path):
+    """The files as attributes: ca, server, client."""
+    class Files:
+        ca = written(tmp_path, "ca.pem", pem(CA))
+        server = written(tmp_path, "server.pem", SERVER_PEM)
+        client = written(tmp_path, "client.pem", CLIENT_PEM)
+    return Files
+
+
+def tls_backend(tls, clients=False):
+    """The context of a backend; clients: must show a certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tls.server)
+    if clients:
+        context.load_verify_locations(tls.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def tls_connect(gate, tls, name="gate.test", version=None, certificate=None):
+    """Connect to a gate by TLS -> Peer; an end without close_notify raises."""
+    context = ssl.create_default_context(cafile=tls.ca)
+    if certificate:
+        context.load_cert_chain(certificate)
+    if version and hasattr(ssl, "TLSVersion"):
+        context.minimum_version = context.maximum_version = getattr(ssl.TLSVersion, version.replace(".", "_"))
+    sock = socket.create_connection(("127.0.0.1", gate.port), 5000 * MS)
+    try:
+        return Peer(context.wrap_socket(sock, server_hostname=name, suppress_ragged_eofs=False))
+    except OSError:
+        sock.close()
+        raise
+
+
+def tls_ini(tls, *lines):
+    return "[server]\nlisten = 127.0.0.1:0 ssl\nssl_certificate = %s\n%s\n" % (tls.server, "\n".join(lines))
+
+
+def certificate_shown(gate, tls, name):
+    """The first name in the certificate that the gate shows to a client that asks for this name, unchecked."""
+    context = ssl.create_default_context(cafile=tls.ca)
+    context.check_hostname = False
+    with socket.create_connection(("127.0.0.1", gate.port), 5000 * MS) as sock:
+        with context.wrap_socket(sock, server_hostname=name) as wrapped:
+            return wrapped.getpeercert()["subjectAltName"][0][1]
+
+
+def exchange(sock, out, size):
+    """Send out and read size bytes, all in one thread; reads nothing before sending has stalled -> the bytes."""
+    sock.settimeout(0)
+    out, got, reading, end = memoryview(out), bytearray(), False, time.monotonic() + 10000 * MS
+    while out or len(got) < size:
+        assert time.monotonic() < end, "%d to send, %d to read" % (len(out), size - len(got))
+        moved = 0
+        try:
+            if out:
+                moved = sock.send(out[:65536])
+                out = out[moved:]
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass
+        try:
+            if reading and len(got) < size:
+                data = sock.recv(min(20011, size - len(got)))
+                assert data, "ended after %d bytes" % len(got)
+                got += data
+                moved += len(data)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass
+        if not moved:
+            reading = select_readable(sock, 20 * MS) or not out
+    sock.settimeout(5000 * MS)
+    return bytes(got)
+
+
+def over(gate):
+    """Wait until the gate has ended by itself; from then on it takes no signals."""
+    eventually(lambda: gate.gate.wake_out.fileno() < 0)
+    gate.signal = lambda name: None
+
+
+@contextlib.contextmanager
+def asking_meanwhile(port):
+    """Connect and ask again and again -> list of all the statuses and errors, until the end."""
+    results, end = [], threading.Event()
+
+    def ask():
+        while not end.is_set():
+            try:
+                with contextlib.closing(connect(port)) as peer:
+                    results.append(peer.send(request()).response().status)
+            except (OSError, AssertionError) as error:
+                results.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    try:
+        yield results
+    finally:
+        end.set()
+        thread.join(6000 * MS)
+
+
+@contextlib.contextmanager
+def program(tmp_path, *lines, **more):
+    """The real process on a port of its own, once it listens -> Popen with .port, .path, .pid_file."""
+    port = free_port()
+    path = written(tmp_path, "gate.ini", "[server]\nlisten = 127.0.0.1:%d\npid = %s\n%s\n" % (
+        port, tmp_path / "pid", "\n".join(lines)))
+    with process("-c", path, **more) as child:
+        child.port, child.path, child.pid_file = port, path, str(tmp_path / "pid")
+        eventually(lambda: child.said("up to") or child.poll() is not None)
+        assert child.poll() is None, child.lines
+        yield child
+
+
+def control(child, name):
+    """wsgate.py -c FILE -s NAME"""
+    assert wsgate.main(["-c", child.path, "-s", name]) == 0
+
+
+def pid_in(child):
+    """What the pid file says, 0 while there is nothing in it."""
+    with open(child.pid_file) as file:
+        return int(file.read() or "0")
+
+
+needs_signals = pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="this system has no such signals")
+
+
+@contextlib.contextmanager
+def successor_of(child):
+    """See to it that the process that takes over does not outlive the test."""
+    try:
+        yield
+    finally:
+        for number in re.findall(r"upgrade: process (\d+) has taken over", "\n".join(child.lines)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(number), signal.SIGKILL)
+
+
+def processor_seconds(pid):
+    """Seconds of CPU time that a process has used."""
+    with open("/proc/%d/stat" % pid) as file:
+        user, system = file.read().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def with_status(tmp_path, backend, *lines):
+    """-> (Running, function that asks the status page: path -> Response)"""
+    with running(simple(backend, "listen = 127.0.0.1:0", "status_listen = 127.0.0.1:0", *lines), tmp_path) as gate:
+        port = gate.gate.listeners[1].server_address[1]
+
+        def ask(path, method=b"GET"):
+            with contextlib.closing(connect(port)) as peer:
+                answer_ = peer.send(request(method, path)).response(method)
+                assert peer.rest() == b""
+                return answer_
+
+        yield gate, ask
+
+
+def opens(then=None, *fields):
+    """A script: a good 101 to any key, then what then(peer) does (by default an echo that answers Ping and Close)."""
+    def script(peer):
+        key = field(peer.head(), b"sec-websocket-key")[0]
+        digest = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        peer.send(switching(*fields).replace(ACCEPT, base64.b64encode(digest)))
+        (then or echoes_frames)(peer)
+    return script
+
+
+def echoes_frames(peer):
+    opcode = None
+    while opcode != 8:
+        opcode, payload = read_frame(peer)
+        peer.send(frame({9: 10}.get(opcode, opcode), payload))
+
+
+def is_deaf(peer):
+    peer.ended()
+
+
+def is_deaf_until_the_close(peer):
+    while read_frame(peer)[0] != 8:
+        pass
+
+
+def says(line, *fields):
+    """A script: an answer without a body."""
+    return answer(b"\r\n".join((b"HTTP/1.1 " + line, b"Content-Length: 0") + fields) + b"\r\n\r\n")
+
+
+def probed(capsys, *arguments):
+    """-> (exit status, the verdict's word, the whole report)"""
+    result = wsgate.main(["--probe"] + list(arguments))
+    out, err = capsys.readouterr()
+    words = re.findall(r"^verdict   (\w+): ", out, re.M)
+    return result, words[-1] if words else None, out + err
+
+
+def small_limits(descriptors):
+    """For a child process: so many descriptors and no more."""
+    def before():
+        wsgate.resource.setrlimit(wsgate.resource.RLIMIT_NOFILE, (descriptors, descriptors))
+    return before
+
+
+@contextlib.contextmanager
+def flooded(tmp_path, backend, count, environ=None):
+    """A gate with 64 descriptors and more silent connections than that -> (process, port)."""
+    port = free_port()
+    ini = tmp_path / "flood.ini"
+    ini.write_text(simple(backend, "listen = 127.0.0.1:%d" % port, "client_header_timeout = 60s", "drain_timeout = 1s"))
+    with process("-c", str(ini), before=small_limits(64), environ=environ or {}) as child:
+        eventually(lambda: child.said("up to"))
+        client = connect(port)
+        assert client.send(request()).response().status == 200  # it is in before the flood
+        silent = [connect(port) for _ in range(count)]
+        try:
+            yield child, client
+        finally:
+            for peer in silent + [client]:
+                peer.close()
+
+
+@contextlib.contextmanager
+def no_descriptor_free():
+    """Every descriptor that this process may have is taken."""
+    resource, taken = wsgate.resource, []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 8, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            while True:
+                taken.append(socket.socket())
+        yield
+    finally:
+        for each in taken:
+            each.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def moody(peer):
+    """A script: the target says how the backend behaves and how it ends."""
+    head, body = read_request(peer)
+    mood = head.split(b" ", 2)[1]
+    if mood in (b"/late", b"/cut"):
+        return peer.ended() if mood == b"/late" else peer.send(ok(BODY_300K)[:70000])
+    if not field(head, b"upgrade"):
+        return peer.send(ok(body))
+    peer.send(switching(), frame(2, BODY_300K) if mood == b"/bulk" else b"")
+    ends, opcode = {b"/vanish": peer.close, b"/reset": peer.reset, b"/deaf": peer.ended}.get(mood), None
+    while opcode != 8:
+        opcode, payload = read_frame(peer)
+        if ends:
+            return ends()
+        peer.send(frame(8, b"\x03\xe8") if mood == b"/bye" else frame(opcode, payload))
+
+
+def asks(peer, rng):
+    for size in rng.sample((0, 10, 5000, 300000), 3):
+        assert peer.send(request(b"POST", b"/", body=BODY_300K[:size])).response().body == BODY_300K[:size]
+    raw, status = rng.choice(((request(b"GET", b"/../"), 400), (request(b"GET", b"/late"), 504), (b"nonsense\r\n\r\n", 400)))
+    assert peer.send(raw).response().status == status
+
+
+def stalls(peer, rng):
+    assert peer.send(request(b"POST", b"/", body=b"x" * 100)[:rng.randint(1, 120)]).ended()
+
+
+def breaks_off(peer, rng):
+    raw = rng.choice((handshake(b"/echo") + frame(2, b"x" * 300, b"abcd"), request(b"GET", b"/cut")))
+    peer.send(raw[:rng.choice((rng.randint(0, len(raw)), len(raw)))]).ended(rng.choice((1, 20)) * MS)
+
+
+def talks(peer, rng):
+    mood = rng.choice((b"/echo", b"/echo", b"/bulk", b"/bye", b"/vanish", b"/reset", b"/deaf"))
+    assert peer.send(handshake(mood)).response().status == 101
+    assert mood != b"/bulk" or peer.read(len(BODY_300K) + 10)[10:] == BODY_300K
+    for size in (0, 10, 2000) if mood in (b"/echo", b"/bulk") else ():
+        assert read_frame(peer.send(frame(1, BODY_300K[:size], b"abcd"))) == (1, BODY_300K[:size])
+    peer.send(frame(rng.choice((2, 8)), b"\x03\xe8", b"abcd")[:rng.choice((8, 3))])
+    assert rng.random() < 0.5 or peer.ended()  # by a Close, by the backend, or by idle_timeout
+
+
+def taken_by(pid):
+    """-> (threads, descriptors, MiB of memory) of a process"""
+    with open("/proc/%d/statm" % pid) as file:
+        memory = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2 ** 20
+    return len(os.listdir("/proc/%d/task" % pid)), len(os.listdir("/proc/%d/fd" % pid)), memory
+
+
+# ---------------------------------------------------------------- Configuration
 
 
 @pytest.mark.parametrize("key, text, value", [
@@ -619,8 +1594,6 @@ def test_server_lines_take_an_address_and_options(line, values):
     assert (server.name, server.weight, server.max_fails, server.fail_timeout, server.max_conns,
             server.backup, server.down) == values
 
-
-SERVER = "[server]\n" + PASS  # two lines
 
 BAD_CONFIGURATIONS = [
     # What the file says, then marks of its only error.
@@ -790,7 +1763,6 @@ def test_a_name_that_does_not_resolve_is_a_warning(tmp_path):
     assert "no-such-host.invalid cannot be resolved now" in warning
 
 
-SAMPLE = os.path.join(HERE, "wsgate.ini")
 TABLES = {"server": wsgate.SERVER_KEYS, "location /": wsgate.LOCATION_KEYS, "upstream NAME": wsgate.UPSTREAM_KEYS}
 
 
@@ -827,648 +1799,588 @@ def test_every_key_has_a_meaning_and_a_default_that_parses(table):
             key.parse(key.default)
 
 
-# ---------------------------------------------------------------------- Routes
-
-ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "host.test/chat/", "= host.test/exact",
-          "*.test/", "*.sub.test/", "[::1]/v6", "/caf\u00e9/", "/a+b/"]
+# ------------------------------------------------------------------ The process
 
 
-@pytest.mark.parametrize("host, path, name", [
-    ("any", "/", "/"), ("any", "/chatter", "/"), ("any", "/chat", "/chat"), ("any", "/chat/", "/chat"),
-    ("any", "/chat/x", "/chat"), ("any", "/chat/deep", "/chat"), ("any", "/chat/deep/x", "/chat/deep/"),
-    ("any", "/exact", "= /exact"), ("any", "/exact/", "/exact/"), ("any", "/exactly", "/"), ("any", "/CHAT", "/"),
-    ("host.test", "/", "host.test/"), ("host.test", "/chat", "host.test/"), ("host.test", "/chat/", "host.test/chat/"),
-    ("host.test", "/exact", "= host.test/exact"), ("HOST.test.", "/", "host.test/"),
-    ("a.test", "/", "*.test/"), ("b.a.test", "/", "*.test/"), ("a.sub.test", "/", "*.sub.test/"),
-    ("sub.test", "/", "*.test/"), ("test", "/", "/"), ("attest", "/chat", "/chat"), ("a.test:80", "/", "*.test/"),
-    ("any", "/%63hat/x", "/chat"), ("any", "//chat///x", "/chat"), ("any", "/chat%2Fdeep%2Fx", "/"),
-    ("any", "/chat%2fdeep", "/"), ("any", "/chat/%64eep//x", "/chat/deep/"), ("any", "/chat?/chat/deep/", "/chat"),
-    ("any", "/caf%C3%A9/x", "/caf\u00e9/"), ("any", "/caf%E9/x", "/"), ("any", "/a%2Bb/", "/a+b/"),
-    ("[::1]", "/v6", "[::1]/v6"), ("[::1]:80", "/v6/x", "[::1]/v6"), ("[::1]", "/v", "/"),
-    ("any", "/x/y/", "/"),
-])
-def test_the_most_special_location_takes_a_request(tmp_path, host, path, name):
-    config = load_text(tmp_path, SERVER + "".join(
-        "[location %s]\n" % ("= " + each[2:] if each.startswith("=") else each) for each in ROUTES))
-    message = wsgate.parse_request_head(request(b"GET", path.encode(), b"Host: " + host.encode()))
-    assert config.route(message.host, message.path).name == name
+@pytest.mark.skipif(not wsgate.ALLOWED_PROCESSORS, reason="this system has no affinity")
+def test_a_processor_that_is_not_there_is_an_error_with_those_that_are(tmp_path):
+    error, = errors_of(tmp_path, SERVER + "worker_cpu_affinity = 999999999\n")
+    assert error.endswith("CPU 999999999 is not available (expected one of: %s)" % ", ".join(
+        map(str, sorted(os.sched_getaffinity(0)))))
 
 
-def test_a_group_of_a_host_that_has_no_such_path_leaves_it_to_the_next(tmp_path):
-    config = load_text(tmp_path, "".join("[location %s]\n%s" % (name, PASS) for name in
-                                         ("a.b.test/x", "*.b.test/y", "*.test/z", "/w")))
-    assert [config.route("a.b.test", path).name for path in ("/x", "/y", "/z", "/w")] == [
-        "a.b.test/x", "*.b.test/y", "*.test/z", "/w"]
-    assert config.route("a.b.test", "/other") is None and config.route("other", "/x") is None
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+                    reason="there is one processor only")
+@pytest.mark.parametrize("value", ["auto", "off", "number"])
+def test_the_gate_stays_on_one_processor_unless_told_otherwise(tmp_path, value):
+    allowed = os.sched_getaffinity(0)
+    line = "worker_cpu_affinity = %s" % (max(allowed) if value == "number" else value)
+    with program(tmp_path, "return = 200", line) as child, contextlib.closing(connect(child.port)) as peer:
+        assert peer.send(request()).response().status == 200
+        tasks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % child.pid)]
+        assert len(tasks) > 1  # the connection's thread too
+        if value == "auto":
+            assert tasks == [{sorted(allowed)[child.pid % len(allowed)]}] * len(tasks)
+        else:
+            assert tasks == [allowed if value == "off" else {max(allowed)}] * len(tasks)
 
 
-def test_an_exact_root_leaves_the_rest_to_the_backend_of_server(tmp_path):
-    config = load_text(tmp_path, SERVER + "[location = /]\nreturn = 200 here\n")
-    assert config.route("any", "/").name == "= /" and config.route("any", "/x").name == "/"
+@needs_signals
+def test_a_reload_that_cannot_open_a_log_the_pid_file_or_a_listener_changes_nothing(tmp_path):
+    def ini(text, **values):
+        return "[server]\nreturn = 200 %s\n" % text + "".join("%s = %s\n" % pair for pair in sorted(values.items()))
+
+    log, pid, nowhere = [str(tmp_path / name) for name in ("access.log", "pid2", "no/folder")]
+    with ScriptedBackend() as other, program(tmp_path, "return = 200 old", "access_log = " + log) as child:
+        for count, (key, wrong) in enumerate((("access_log", nowhere), ("pid", nowhere), ("listen", other.where)), 1):
+            fresh = {"access_log": log + ".new", "pid": pid, "listen": "127.0.0.1:%d" % free_port()}
+            written(tmp_path, "gate.ini", ini("new", **dict(fresh, **{key: wrong})))
+            os.kill(child.pid, signal.SIGHUP)
+            eventually(lambda: sum("nothing was changed" in line for line in list(child.lines)) == count)
+            with contextlib.closing(connect(child.port).send(request(b"GET", b"/" + key.encode()))) as peer:
+                assert peer.response().body == b"old"
+            eventually(lambda: "/%s " % key in "\n".join(lines_in(log)))
+            assert pid_in(child) == child.pid and not os.path.exists(pid)
 
 
-REFUSED_TARGETS = [
-    b"/..", b"/a/../b", b"/a/.", b"/./a", b"/%2e%2e/a", b"/a/%2E", b"/a/.%2e/", b"//../a", b"/a/..%2Fb", b"/a%2f..%2fb",
-    b"/a%2F../b", b"/a/..?x", b"/a\\b", b"/a%5Cb", b"/a%00", b"/a%0d%0aX:y", b"/a%7F", b"/a%", b"/a%2", b"/a%zz/b",
-    b"/a%u0041", b"/a#b", b"/a?b#c", b"a", b"?a", b"*", b"a:80", b"ftp://gate.test/", b"http://other.test/",
-    b"http:///a", b"http://gate.test:81/", b"http://gate.test/a/../b", b"http://me@gate.test/",
-]
+@needs_signals
+def test_a_reload_moves_the_pid_file_and_s_finds_the_gate_by_it(tmp_path):
+    with program(tmp_path, "return = 200") as child:
+        old, child.pid_file = child.pid_file, str(tmp_path / "pid2")
+        written(tmp_path, "gate.ini", "[server]\nreturn = 200\nlisten = 127.0.0.1:%d\npid = %s\n" % (
+            child.port, child.pid_file))
+        os.kill(child.pid, signal.SIGHUP)
+        eventually(lambda: child.said("reloaded"))
+        assert pid_in(child) == child.pid and not os.path.exists(old)
+        control(child, "stop")
+        assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
 
 
-@pytest.mark.parametrize("target", REFUSED_TARGETS)
-def test_a_target_that_two_programs_could_read_differently_is_400(target):
-    with pytest.raises(wsgate.HTTPError) as caught:
-        wsgate.parse_request_head(request(b"GET", target))
-    assert (caught.value.status, caught.value.reason) == (400, "bad_request")
+@needs_signals
+@needs_unix
+def test_systemd_hands_over_a_socket_and_is_told_how_it_goes(tmp_path):
+    with socket.socket() as listener, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(5000 * MS)
+        port = listener.getsockname()[1]
+        early = connect(port).send(request())  # a client that comes before the gate runs
+        path = written(tmp_path, "gate.ini", "[server]\nlisten = 127.0.0.1:%d\nreturn = 200 activated\n" % port)
+
+        def as_systemd_does():
+            os.dup2(listener.fileno(), 3)
+            os.set_inheritable(3, True)
+            os.execve(sys.executable, [sys.executable, WSGATE, "-c", path], dict(
+                os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", NOTIFY_SOCKET=str(tmp_path / "notify")))
+
+        def hears(word):
+            while True:
+                message = told.recv(4096).decode()
+                if message.startswith(word):
+                    return message
+
+        with process(before=as_systemd_does) as child:
+            assert hears("READY=1")
+            assert early.response().body == b"activated"
+            for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_KEEPALIVE)):
+                assert listener.getsockopt(*option)  # the same socket: connections have what it has
+            os.kill(child.pid, signal.SIGHUP)
+            assert re.match(r"RELOADING=1\nMONOTONIC_USEC=\d+$", hears("RELOADING=1"))
+            assert hears("READY=1")
+            os.kill(child.pid, signal.SIGTERM)
+            assert hears("STOPPING=1")
+            assert child.wait(5000 * MS) == 0
+        early.close()
 
 
-def test_a_refused_target_reaches_no_backend_and_an_unknown_path_is_404(tmp_path):
-    with ScriptedBackend(answer(ok())) as backend:
-        with running("[server]\n[location /a/]\nproxy_pass = http://%s\n" % backend.where, tmp_path) as gate:
-            response = gate.ask(request(b"GET", b"/a/%2e%2e/b"))
-            assert (response.status, response.reason) == (400, "bad_request")
-            response = gate.ask(request(b"GET", b"/b"))
-            assert (response.status, response.reason) == (404, "no_route")
-            assert response.body.startswith(b"404 Not Found: no_route")
-            assert not backend.peers
-            assert gate.ask(request(b"GET", b"/a/")).status == 200
+# --------------------------------------------------------------------- The gate
 
 
-def targets_at_backend(tmp_path, ini, requests):
-    """What target the backend is asked for, for each raw request. BACKEND in the INI is its address."""
-    seen = []
+def test_a_reload_takes_new_locations_at_once_and_tunnels_stay(tmp_path):
+    with ScriptedBackend(service) as backend:
+        old = simple(backend, "return = 200 old").replace("return = 200 old\nproxy_pass", "proxy_pass")
+        with running(old, tmp_path) as gate, contextlib.closing(gate.connect().send(handshake())) as tunnel:
+            assert tunnel.response().status == 101
+            kept = gate.connect()
+            assert kept.send(request()).response().body == b"ok"
+            reload(gate, "[server]\nreturn = 200 new\n")
+            assert gate.ask(request()).body == b"new"
+            assert kept.send(request()).response().body == b"new"
+            assert alive(tunnel)
+            kept.close()
+
+
+def test_a_reload_opens_and_closes_the_status_page(tmp_path):
+    with running("[server]\nreturn = 200\n", tmp_path) as gate:
+        reload(gate, "[server]\nreturn = 200\nlisten = 127.0.0.1:0\nstatus_listen = localhost:0\n")
+        port = eventually(lambda: next((each.server_address[1] for each in gate.gate.listeners
+                                        if each.listen.address.host == "localhost"), None), 500 * MS)
+        with contextlib.closing(connect(port)) as peer:
+            assert peer.send(request(b"GET", b"/healthz")).response().status == 200
+        reload(gate, "[server]\nreturn = 200\n")
+        eventually(lambda: not listening(port), 500 * MS)
+
+
+def test_a_reload_keeps_what_is_known_of_the_servers(tmp_path):
+    with refusing() as dead, ScriptedBackend(service) as backend:
+        ini = pooled([dead.where + " weight=9", backend.where])
+        with running(ini, tmp_path) as gate:
+            assert gate.ask(request(b"GET", b"/1")).status == 200
+            assert gate.line("/1 ", "failed=1")
+            reload(gate, ini.replace("[server]", "[server]\nsend_timeout = 7s"))
+            assert gate.ask(request(b"GET", b"/2")).status == 200
+            assert "failed=" not in gate.line("/2 ")
+
+
+@pytest.mark.parametrize("broken, said", [
+    ("[server]\nretrun = 200\n", "did you mean 'return'"), ("rubbish", "outside of a section"),
+    ("[server]\nlisten = OTHER\nreturn = 200\n", "another program"),
+    ("[server]\nreturn = 200\nlisten = 127.0.0.1:0 ssl\n", "ssl_certificate"),
+    ("[server]\nreturn = 200\nauth_basic_user_file = BCRYPT\n", "--hash-password")])
+def test_a_bad_file_changes_nothing_and_the_log_says_why(tmp_path, broken, said):
+    bcrypt = written(tmp_path, "users", "bob:$2y$05$bvIG6Nmid91Mu9RcmmWZfO\n")
+    with ScriptedBackend() as other, running("[server]\nreturn = 200 old\n", tmp_path) as gate:
+        lines = reload(gate, broken.replace("OTHER", "127.0.0.1:0, " + other.where).replace("BCRYPT", bcrypt))
+        assert any(line.startswith("reload: ") and said in line for line in lines), lines
+        assert lines[-1] == "reload: nothing was changed"
+        assert gate.ask(request()).body == b"old" and len(gate.gate.listeners) == 1
+
+
+def test_quit_spreads_the_ends_of_tunnels_over_drain_timeout_quiet_ones_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(wsgate, "QUIET", 100 * MS)
+    window = 800 * MS
+    with gate_and_backend(tmp_path, service, "drain_timeout = %dms" % (window * 1000)) as (gate, _):
+        clients = [gate.connect().send(handshake()) for _ in range(20)]
+        for peer in clients:
+            assert peer.response().status == 101
+        assert clients[-1].silent(150 * MS)  # a tunnel that was busy just now looks up a little later
+        assert alive(clients[0])
+        poll, ends, begun = select.poll(), [], time.monotonic()
+        waiting = {peer.sock.fileno(): peer for peer in clients}
+        for number in waiting:
+            poll.register(number, select.POLLIN)
+        gate.signal("SIGQUIT")
+        while waiting:
+            for number, _ in poll.poll(5000):
+                poll.unregister(number)
+                ends.append(time.monotonic() - begun)
+                last = waiting.pop(number)
+                assert read_frame(last) == (8, struct.pack("!H", 1001) + b"drain")
+        assert last is clients[0] and not listening(gate.port)
+        assert ends[0] < 300 * MS and 600 * MS < ends[-1] < window + 400 * MS
+        assert all(sum(place * window / 4 < end for end in ends) <= 20 - 4 * place for place in (1, 2, 3)), ends
+        for peer in clients:
+            peer.close()
+        over(gate)
+        assert sum("close=gate:1001 reason=drain" in line for line in gate.access) == 20
+
+
+def test_quit_finishes_plain_requests_and_lets_idle_connections_go(tmp_path):
+    go = threading.Event()
 
     def script(peer):
-        seen.append(read_request(peer)[0].split(b" ")[1])
-        peer.send(ok())
+        peer.head()
+        assert go.wait(5000 * MS)
+        peer.send(ok(b"whole"))
 
-    with ScriptedBackend(script) as backend:
-        with running(ini.replace("BACKEND", backend.where), tmp_path) as gate:
-            for raw in requests:
-                assert gate.ask(raw).status == 200, raw
-    return seen
-
-
-def test_the_bytes_of_a_target_reach_the_backend_unchanged(tmp_path):
-    targets = [b"/", b"//a///b", b"/%7Euser/%c3%A9", b"/a%2Fb", b"/a?", b"/a?b=%zz&../..\\\"<>|^", b"/a;b=c/...x/..y",
-               b"/a?x=/../y", b"/a%252e", b"/a?b?c", b"/" + b"x" * 4000]
-    assert targets_at_backend(tmp_path, "[server]\nproxy_pass = http://BACKEND\n",
-                              [request(b"GET", target) for target in targets]) == targets
-
-
-def test_absolute_form_goes_on_in_origin_form_and_the_star_of_options_stays(tmp_path):
-    absolute = {b"http://gate.test": b"/", b"http://gate.test/": b"/", b"HTTP://Gate.test/a//b?c//d": b"/a//b?c//d",
-                b"https://gate.test?a=b": b"/?a=b", b"http://gate.test?back=/home/x": b"/?back=/home/x"}
-    options = {b"*": b"*", b"/": b"/", b"http://gate.test": b"*", b"http://gate.test/": b"/",
-               b"http://gate.test?a": b"/?a"}
-    raw = [request(b"GET", target) for target in absolute] + [request(b"OPTIONS", target) for target in options]
-    ini = "[server]\n[location /]\nproxy_pass = http://BACKEND\n"
-    assert targets_at_backend(tmp_path, ini, raw) == list(absolute.values()) + list(options.values())
-
-
-@pytest.mark.parametrize("location, uri, targets", [
-    ("/chat/", "/", {b"/chat/": b"/", b"/chat/a/b?c": b"/a/b?c", b"/%63hat/%41": b"/%41", b"//chat//a": b"/a"}),
-    ("/chat/", "/v2/x", {b"/chat/a": b"/v2/xa", b"/chat/": b"/v2/x"}),
-    ("/chat", "/app", {b"/chat": b"/app", b"/chat/a": b"/app/a", b"/chat?a=b": b"/app?a=b",
-                       b"/ch%61t/%2Fa": b"/app/%2Fa"}),
-    ("/caf\u00e9/", "/x/", {b"/caf%C3%A9/%c3%a9": b"/x/%c3%a9"}),
-    ("/", "/sub/", {b"/": b"/sub/", b"/a": b"/sub/a", b"//a": b"/sub/a"}),
-    ("= /one", "/other", {b"/one": b"/other", b"/one?a": b"/other?a", b"/%6fne": b"/other"}),
-])
-def test_a_uri_in_proxy_pass_replaces_the_matched_prefix(tmp_path, location, uri, targets):
-    config = load_text(tmp_path, "[location %s]\nproxy_pass = http://127.0.0.1:9%s\n" % (location, uri))
-    for target, wanted in targets.items():
-        message = wsgate.parse_request_head(request(b"GET", target))
-        assert config.route("any", message.path).rewrite(message) == wanted
-
-
-def test_a_backend_on_a_unix_socket_is_asked_with_the_uri_behind_it(tmp_path):
-    path = os.path.join(str(tmp_path), "app.sock")
-    with ScriptedBackend(answer(ok(b"by unix")), path=path) as backend:
-        with running("[location /a/]\nproxy_pass = http://%s:/b/\n[server]\n" % backend.where, tmp_path) as gate:
-            assert gate.ask(request(b"GET", b"/a/x")).body == b"by unix"
-            assert " unix:%s " % path in gate.line("/a/x")
-
-
-def test_return_answers_without_a_backend(tmp_path):
-    ini = ("[server]\n"
-           "[location /code]\nreturn = 204\n"
-           "[location /text]\nreturn = 200 hello $http_user_agent, 100%\n"
-           "[location /gone]\nreturn = 410 no longer here\n"
-           "[location /go/]\nreturn = 308 https://$host:8443$request_uri\n")
-    with running(ini, tmp_path) as gate:
-        assert gate.ask(request(b"GET", b"/code")).status == 204
-        response = gate.ask(request(b"GET", b"/text", b"User-Agent: me"))
-        assert (response.status, response.body) == (200, b"hello me, 100%")
-        response = gate.ask(request(b"GET", b"/gone"))
-        assert (response.status, response.body) == (410, b"no longer here")
-        response = gate.ask(request(b"GET", b"/go/%7Ea?b=c", b"Host: gate.test:80"))
-        assert (response.status, response.body) == (308, b"")
-        assert response.get(b"location") == b"https://gate.test:8443/go/%7Ea?b=c"
-        assert " 308 done /go/ - " in gate.line("/go/")
-        first = gate.connect().send(request(b"GET", b"/code"), request(b"GET", b"/text"))
-        assert [first.response().status for _ in range(2)] == [204, 200]  # the connection stays
-        first.close()
-
-
-def test_proxy_set_header_sets_and_removes_fields(tmp_path):
-    lines = ["proxy_set_header =", "X-Host: $host", "X-Client: $remote_addr", "X-Scheme: $scheme",
-             "X-Uri: $request_uri", "X-Port: $server_port", "X-Chain: $proxy_add_x_forwarded_for",
-             "X-Agent: <${http_user_agent}>", "Host: inner.test", "Accept-Encoding:", "X-Absent: $http_absent",
-             "X-Real-IP: 192.0.2.9", "Origin: http://$host"]
-    with gate_and_backend(tmp_path, answer(ok()), "\n  ".join(lines)) as (gate, backend):
-        heads = []
-        backend.script = lambda peer: (heads.append(peer.head()), peer.send(ok()))
-        gate.ask(request(b"GET", b"/a%20b?c", b"Host: Gate.test:123", b"User-Agent: me", b"accept-encoding: br",
-                         b"X-HOST: lie", b"Origin: http://evil.test", b"X-Forwarded-For: 192.0.2.1"))
-    wanted = {b"X-Host": b"gate.test", b"X-Client": b"127.0.0.1", b"X-Scheme": b"http", b"X-Uri": b"/a%20b?c",
-              b"X-Port": b"%d" % gate.port, b"X-Chain": b"127.0.0.1", b"X-Agent": b"<me>", b"Host": b"inner.test",
-              b"X-Real-IP": b"192.0.2.9", b"Origin": b"http://gate.test"}
-    assert {name: field(heads[0], name) for name in wanted} == {name: [value] for name, value in wanted.items()}
-    assert not field(heads[0], b"accept-encoding") and not field(heads[0], b"x-absent")
-
-
-# ---------------------------------------------------------- Access log, status
-
-
-@contextlib.contextmanager
-def own_logging():
-    """What goes on inside may set up logging as the program does; afterwards all is as before."""
-    before = [(logger, list(logger.handlers), logger.level, logger.propagate)
-              for logger in (wsgate.log, wsgate.access_log)]
-    loud = logging.raiseExceptions
-    try:
-        yield
-    finally:
-        logging.raiseExceptions = loud
-        for logger, handlers, level, propagate in before:
-            for handler in set(logger.handlers) - set(handlers):
-                logger.removeHandler(handler)
-                handler.close()
-            for handler in handlers:
-                logger.addHandler(handler)
-            logger.setLevel(level)
-            logger.propagate = propagate
-
-
-def log_to_files(tmp_path, *lines):
-    """Set up logging to access.log and error.log in this folder -> (their paths, a function that does it again)."""
-    paths = [os.path.join(str(tmp_path), name) for name in ("access.log", "error.log")]
-    server = load_text(tmp_path, "\n".join((SERVER + "access_log = %s\nerror_log = %s" % tuple(paths),) + lines)).server
-    wsgate.setup_logging(server)
-    return paths, lambda: wsgate.setup_logging(server)
-
-
-def lines_in(path):
-    with open(path, encoding="utf-8") as file:
-        return file.read().splitlines()
-
-
-def test_a_tunnel_has_two_lines_with_one_id_and_the_fields_in_order(tmp_path):
-    with ScriptedBackend() as backend:
-        ini = "[location /chat/]\nproxy_pass = http://%s\n[server]\n" % backend.where
-        with running(ini, tmp_path) as gate:
-            client = gate.connect().send(handshake(b"/chat/?token=secret&room"))
-            peer = backend.peer()
-            peer.head()
-            peer.send(switching())
-            assert client.response().status == 101
-            opened = gate.line(" open ")
-            client.send(frame(1, b"hello", b"mask"), frame(8, b"\x03\xe8", b"mask"))
-            assert [read_frame(peer) for _ in range(2)] == [(1, b"hello"), (8, b"\x03\xe8")]
-            peer.send(frame(2, b"x" * 300), frame(8, b"\x03\xe8"))
+    with gate_and_backend(tmp_path, script, "[location /idle]", "return = 200", "[location /]") as (gate, backend):
+        idle, fresh, late, busy = [gate.connect() for _ in range(4)]
+        assert idle.send(request(b"GET", b"/idle")).response().status == 200
+        busy.send(request())
+        backend.peer()
+        gate.signal("SIGQUIT")
+        assert idle.ended(500 * MS) and not listening(gate.port)
+        assert busy.silent(50 * MS)
+        answer_ = fresh.send(request(b"GET", b"/idle")).response()  # accepted before: nobody else will answer it
+        assert (answer_.status, answer_.get(b"connection")) == (200, b"close")
+        assert late.send(handshake()).response().reason == "draining"
+        go.set()
+        answer_ = busy.response()
+        assert (answer_.status, answer_.body, answer_.get(b"connection")) == (200, b"whole", b"close")
+        for peer in (idle, fresh, late, busy):
             peer.close()
-            assert client.ended()
-            client.close()
-            closed = gate.line(" closed ")
-            assert len(gate.access) == 2
-    stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ([0-9a-f]{6,8}) 127\.0\.0\.1 gate\.test "
-    where = re.escape(backend.where)
-    first = re.fullmatch(stamp + r"open /chat/ %s hs=\d+\.\d+" % where, opened)
-    last = re.fullmatch(stamp + r'"GET /chat/\?token=\.\.\.&room HTTP/1\.1" 101 closed /chat/ %s '
-                        r"dur=\d+\.\d+ hs=\d+\.\d+ up=[12]/19B down=[12]/308B close=client:1000 reason=-"
-                        % where, closed)
-    assert first and last, (opened, closed)
-    assert first.group(1) == last.group(1)
-    assert opened.split()[0] == closed.split()[0]
+        over(gate)
 
 
-def test_a_plain_exchange_is_one_line_and_each_has_an_id_of_its_own(tmp_path):
-    with gate_and_backend(tmp_path, answer(ok(b"12345"))) as (gate, backend):
-        gate.ask(request(b"POST", b"/one", body=b"abc"))
-        gate.ask(request(b"GET", b"/two"))
-        line = gate.line("/one")
-        assert re.fullmatch(r'\S+Z [0-9a-f]{6,8} 127\.0\.0\.1 gate\.test "POST /one HTTP/1\.1" 200 done / %s '
-                            r"dur=\d+\.\d+ up=0/3B down=0/\d+B reason=-" % re.escape(backend.where), line), line
-        assert line.split()[1] != gate.line("/two").split()[1]
-
-
-@pytest.mark.parametrize("target, shown", [
-    (b"/?token=secret&a=b;c=d", "/?token=...&a=...;c=..."), (b"/?flag&empty=&x=", "/?flag&empty=&x="),
-    (b"/?0123456789012345678901234567", "/?..."), (b"/path=secret", "/path=secret"), (b"/?a=b=c", "/?a=..."),
-    (b"/?", "/?"),
-])
-def test_the_values_of_a_query_are_not_logged(tmp_path, target, shown):
-    with running("[server]\nreturn = 204\n", tmp_path) as gate:
-        gate.ask(request(b"GET", target))
-        assert '"GET %s HTTP/1.1" 204 ' % shown in gate.line(" 204 ")
-
-
-@pytest.mark.parametrize("raw", [
-    request(b"GET", b'/"x"?\\n', b'Origin: http://e"v\til\\\xff\x9b'), handshake(b'/"', b'Origin: http://\t"\x80'),
-    b'GET / HTTP/1.1" 200\r\n\r\n', b"GET /\x1b[2J HTTP/1.1\r\n\r\n",
-    request(b"GET", b"/", b"Host: a b\xe9"), request(b"GET", b"/", b'X"Y: 1'),
-    request(b"GET", b"/", b"Sec-WebSocket-Key: " + KEY),
-])
-def test_what_a_peer_sends_cannot_forge_a_line(tmp_path, raw):
-    with running("[server]\nallowed_origins = same\n%s" % PASS, tmp_path) as gate:
-        assert gate.ask(raw).status in (400, 403, 426)
-        line = gate.line("reason=")
-        assert re.fullmatch("[ -~]*", line) and line.count('"') in (2, 4), line
-        assert "\\" not in line or "\\x" in line
-
-
-@pytest.mark.parametrize("line", [
-    b"Authorization : Bearer REDACTED_FIELDS", b"Authorization: Bearer REDACTED_FIELDS\x01", b"Authorization Bearer REDACTED_FIELDS",
-    b"Authorization: Bearer\r\n REDACTED_FIELDS:", b"REDACTED_FIELDS", b"X: y\nSECRET: z"])
-def test_what_a_malformed_field_line_says_is_not_told(tmp_path, line):
-    with running("[server]\nreturn = 204\n", tmp_path) as gate:
-        response = gate.ask(request(b"GET", b"/", line))
-        assert response.status == 400 and b"REDACTED_FIELDS" not in response.head + response.body
-        assert "REDACTED_FIELDS" not in gate.line(" 400 done")
-
-
-def test_a_client_that_goes_away_is_499_and_client_gone(tmp_path):
-    with gate_and_backend(tmp_path) as (gate, backend):
-        client = gate.connect().send(request(b"GET", b"/slow"))
-        backend.peer().head()
+def test_a_gate_that_ends_before_its_last_peers_do_says_no_nonsense(tmp_path):
+    """The drain is over, but a client has not closed yet: running() looks for tracebacks."""
+    with gate_and_backend(tmp_path, service, "drain_timeout = 0") as (gate, _):
+        client = gate.connect().send(handshake())
+        assert client.response().status == 101
+        gate.signal("SIGQUIT")
+        assert read_frame(client)[0] == 8
+        over(gate)
         client.close()
-        assert re.search(r' 499 done / .* reason=client_gone$', gate.line("/slow"))
-        assert backend.peer().ended(1000 * MS)
-        gate.connect().send(b"GET /half HTTP/1.1\r\n").close()
-        assert ' "-" 499 done - - ' in gate.line('"-"')
+        assert "close=gate:1001 reason=drain" in gate.line("101 closed")
 
 
-@pytest.mark.parametrize("raw, marks", [
-    (b"HTTP/1.1 302 Found\r\nLocation: https://sso.test/login?next=%2F&key=secret\r\nContent-Length: 0\r\n\r\n",
-     (" 302 ", "reason=backend_said_302", 'note="redirected to https://sso.test/login?next=...&key=..."')),
-    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
-     (" 403 ", "reason=backend_said_403", 'note="Origin https://page.test, Host gate.test"')),
-    (ok(), (" 200 ", "reason=backend_said_200")),
-])
-def test_a_handshake_that_the_backend_refuses_is_explained(tmp_path, raw, marks):
-    with gate_and_backend(tmp_path, answer(raw)) as (gate, _):
-        assert gate.ask(handshake(b"/", b"Origin: https://page.test")).status == int(marks[0])
-        line = gate.line("reason=")
-        assert all(mark in line for mark in marks), line
+@pytest.mark.parametrize("first, second", [
+    ("SIGQUIT", "SIGQUIT"), ("SIGQUIT", "SIGTERM"), ("SIGTERM", None)])
+def test_a_second_quit_stops_as_term_does(tmp_path, monkeypatch, first, second):
+    monkeypatch.setattr(wsgate, "QUIET", 100 * MS)
+    with gate_and_backend(tmp_path, service, "drain_timeout = 60s") as (gate, _):
+        client = gate.connect().send(handshake())
+        assert client.response().status == 101
+        begun = time.monotonic()
+        gate.signal(first)
+        if second:
+            eventually(lambda: gate.gate.state == "draining")
+            assert client.silent(50 * MS)
+            gate.signal(second)
+        assert read_frame(client) == (8, struct.pack("!H", 1001) + b"shutdown")
+        client.close()
+        over(gate)
+        assert time.monotonic() - begun < 1500 * MS
 
 
-def test_a_location_of_two_words_stays_one_field(tmp_path):
-    with running("[server]\n[location = /a]\nreturn = 200\n", tmp_path) as gate:
-        gate.ask(request(b"GET", b"/a"))
-        assert " 200 done =\\x20/a - dur=" in gate.line("/a")
-
-
-def test_json_is_one_object_a_line_with_the_same_story(tmp_path):
-    with own_logging(), ScriptedBackend() as backend:
-        (path, _), _ = log_to_files(tmp_path, "log_format = json")
-        with running(simple(backend), tmp_path) as gate:
-            client, peer = gate.tunnel(backend)
-            client.send(frame(1, b"hello", b"mask"))
-            read_frame(peer)
-            peer.close()
-            client.ended()
-            client.close()
-            gate.ask(request(b"GET", b'/a/../"?token=secret'))
-            eventually(lambda: len(lines_in(path)) == 3)
-        lines = [json.loads(line) for line in lines_in(path)]
-    events = {line["event"]: line for line in lines}
-    assert events["open"]["id"] == events["closed"]["id"] != events["done"]["id"]
-    assert "request" not in events["open"]
-    closed, done = events["closed"], events["done"]
-    assert (closed["status"], closed["up_messages"], closed["up_bytes"], closed["down_bytes"]) == (101, 1, 11, 0)
-    assert (closed["host"], closed["client"], closed["server"]) == ("gate.test", "127.0.0.1", backend.where)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", closed["time"])
-    assert done["status"] == 400 and done["reason"] == "bad_request" and "secret" not in json.dumps(lines)
-
-
-def test_logs_go_to_files_that_are_made_anew_after_a_rename(tmp_path):
-    with own_logging():
-        paths, reopen = log_to_files(tmp_path)
-        for round_ in ("one", "two", "three"):
-            wsgate.access_log.info("access %s", round_)
-            wsgate.log.warning("error %s \u00e9", round_)
-            wsgate.log.debug("not at level info")
-            if round_ == "one":
-                for path in paths:
-                    os.rename(path, path + ".1")
-            else:
-                reopen()
-        assert lines_in(paths[0] + ".1") == ["access one", "access two"]
-        assert lines_in(paths[0]) == ["access three"]
-        line, = lines_in(paths[1])
-        assert re.fullmatch("[-0-9]+ [:,0-9]+ WARNING error three \u00e9", line)
-        assert [line.split(" ", 2)[2] for line in lines_in(paths[1] + ".1")] == [
-            "WARNING error one \u00e9", "WARNING error two \u00e9"]
-
-
-def test_a_log_that_cannot_be_opened_leaves_the_old_ones(tmp_path):
-    with own_logging():
-        paths, _ = log_to_files(tmp_path)
-        folder = os.path.join(str(tmp_path), "gone")
-        os.mkdir(folder)
-        server = load_text(tmp_path, SERVER + "access_log = %s\n" % os.path.join(folder, "log")).server
-        os.rmdir(folder)
-        before = descriptors()
-        with pytest.raises(OSError):
-            wsgate.setup_logging(server)
-        wsgate.access_log.info("still here")
-        assert lines_in(paths[0]) == ["still here"] and descriptors() == before
-
-
-def test_log_level_and_off_are_obeyed(tmp_path):
-    with own_logging():
-        (_, path), _ = log_to_files(tmp_path, "log_level = error")
-        wsgate.log.warning("no")
-        wsgate.log.error("yes")
-        assert len(lines_in(path)) == 1
-        wsgate.setup_logging(load_text(tmp_path, SERVER + "access_log = off\nerror_log = off\n").server)
-        wsgate.log.error("nowhere")
-        assert not wsgate.access_log.isEnabledFor(logging.INFO) and len(lines_in(path)) == 1
-
-
-def test_lines_for_syslog_begin_with_the_name_of_the_program(tmp_path):
-    with own_logging(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as syslogd:
-        syslogd.bind(("127.0.0.1", 0))
-        syslogd.settimeout(5000 * MS)
-        where = "syslog:127.0.0.1:%d" % syslogd.getsockname()[1]
-        wsgate.setup_logging(load_text(tmp_path, SERVER + "access_log = %s\nerror_log = %s\n" % (where, where)).server)
-        wsgate.access_log.info("GET /")
-        wsgate.log.warning("beware")
-        lines = [syslogd.recv(4096).decode() for _ in range(2)]  # and no NUL at their ends
-    assert lines[0] == "<30>wsgate: GET /" and re.fullmatch("<28>wsgate: [-0-9]+ [:,0-9]+ WARNING beware", lines[1])
-
-
-# ---------------------------------------------------------------- Command line
-
-
-def port_of(child):
-    """The port that a process says it listens on."""
-    def said():
-        assert child.poll() is None, child.lines
-        return re.search(r"listening on http://127\.0\.0\.1:(\d+)/", "\n".join(list(child.lines)))
-    return int(eventually(said, 20000 * MS).group(1))
-
-
-def only_lines(output):
-    """Every line of the output, each of them for people, none of a traceback."""
-    assert "Traceback" not in output
-    lines = output.splitlines()
-    assert all(line.startswith("wsgate: ") for line in lines), output
-    return lines
-
-
-def test_t_says_that_a_good_file_is_good_and_what_to_mind(tmp_path):
-    load_text(tmp_path, SERVER + "[location /a]\nproxy_pass = http://127.0.0.1:9/\n")
-    status, output = run_program("-t", cwd=str(tmp_path))
-    assert status == 0
-    warning, good = only_lines(output)
-    assert "warning: " in warning and "[location /a/]" in warning and good == "wsgate: configuration file wsgate.ini test is successful"
-
-
-def test_t_says_everything_that_is_wrong_and_fails(tmp_path):
-    assert len(errors_of(tmp_path, SERVER + "listen = x\nlisten_on = 1\n")) == 2
-    path = os.path.join(str(tmp_path), "wsgate.ini")
-    status, output = run_program("-t", "-c", path)
-    assert status == 1
-    assert [line.partition(": [")[0] for line in sorted(only_lines(output))] == [
-        "wsgate: %s:%d" % (path, number) for number in (3, 4)]
-    assert run_program("-c", path) == (1, output)  # it does not start either
-
-
-@pytest.mark.parametrize("arguments", [("--nonsense",), ("-s", "nonsense"), ("-c",), ("file.ini",)])
-def test_misuse_is_exit_status_2(capsys, arguments):
-    with pytest.raises(SystemExit) as caught:
-        wsgate.main(arguments)
-    assert caught.value.code == 2 and capsys.readouterr().err.startswith("usage: wsgate.py")
-
-
-def test_without_any_wsgate_ini_it_says_so_and_what_to_do(tmp_path):
-    alone = os.path.join(str(tmp_path), "wsgate.py")
-    with open(WSGATE, "rb") as file, open(alone, "wb") as copy:
-        copy.write(file.read())
-    status, output = run_program(file=alone, cwd=str(tmp_path))
-    assert status == 1
-    lines = only_lines(output)
-    assert len([line for line in lines if "no wsgate.ini" in line]) == 1
-    assert "proxy_pass" in lines[-1] and len(lines) <= 2
-
-
-def test_a_wsgate_ini_here_is_taken_before_the_one_beside_the_program(tmp_path):
-    assert errors_of(tmp_path, "[server]\nreturn = 200\nhere = 1\n")
-    assert "wsgate.ini:3: [server] here: unknown key" in run_program("-t", cwd=str(tmp_path))[1]
-
-
-def test_two_options_are_enough_to_serve_and_a_signal_ends_it_within_a_second():
-    with ScriptedBackend() as backend, process("--listen", "127.0.0.1:0", "--backend", backend.where) as child:
-        port = port_of(child)
-        client = connect(port).send(handshake())
+@pytest.mark.parametrize("name, reason", [("SIGQUIT", b"drain"), ("SIGTERM", b"shutdown")])
+def test_a_tunnel_whose_101_comes_behind_the_signal_is_ended_too(tmp_path, name, reason):
+    with gate_and_backend(tmp_path, None, "drain_timeout = " + ini_ms(800)) as (gate, backend):
+        client = gate.connect().send(handshake())
         peer = backend.peer()
         peer.head()
-        peer.send(switching())
-        assert client.response().status == 101
-        client.send(frame(1, b"hello", b"mask"))
-        assert read_frame(peer) == (1, b"hello")
-        begun = time.monotonic()
-        child.send_signal(signal.SIGTERM)
-        eventually(lambda: not listening(port), 700 * MS)
-        assert read_frame(client)[0] == 8
-        eventually(lambda: child.poll() is not None)
-        assert time.monotonic() - begun < 2000 * MS  # peers that do not answer hold it up for a second
-        assert child.returncode == 0 and child.lines
-        assert not child.said("Traceback")
-
-
-def test_a_port_in_use_is_one_line_that_helps():
-    with ScriptedBackend() as other:
-        status, output = run_program("--listen", other.where, "--backend", "127.0.0.1:9")
-    line, = only_lines(output)
-    assert status == 1 and other.where in line and "another program listens there already" in line
-
-
-def test_v_h_and_print_options_say_what_they_should():
-    assert re.fullmatch(r"wsgate %s, Python 3\.\d+\.\S+\n" % re.escape(wsgate.VERSION), run_program("-v")[1])
-    status, output = run_program("-h")
-    assert status == 0
-    assert not [option for option in ("-c", "-t", "-s", "--listen", "--backend", "--demo", "--probe", "--print-unit",
-                                      "--print-config", "-v", "-h") if not re.search(r"(?m)^  .*%s\b" % option, output)]
-    with open(SAMPLE) as file:
-        assert run_program("--print-config") == (0, file.read())
-
-
-def test_print_unit_prints_a_unit_for_this_file():
-    status, output = run_program("--print-unit")
-    unit = configparser.RawConfigParser()
-    unit.optionxform = str
-    unit.read_string("".join(line for line in output.splitlines(True) if not line.startswith("wsgate: the unit")))
-    assert status == 0 and unit.sections() == ["Unit", "Service", "Install"]
-    assert unit["Service"]["ExecStart"].split()[1] == WSGATE and unit["Service"]["Type"] == "notify"
-
-
-def test_s_stop_ends_the_gate_of_the_pid_file(tmp_path):
-    load_text(tmp_path, "[server]\nlisten = 127.0.0.1:0\nreturn = 200 hello\npid = gate.pid\n")
-    pid = os.path.join(str(tmp_path), "gate.pid")
-    with process(cwd=str(tmp_path)) as child:
-        assert connect(port_of(child)).send(request()).response().body == b"hello"
-        with open(pid) as file:
-            assert int(file.read()) == child.pid
-        assert run_program("-s", "stop", cwd=str(tmp_path)) == (0, "")
-        eventually(lambda: child.poll() is not None)
-        assert child.returncode == 0 and not os.path.exists(pid)
-    status, output = run_program("-s", "stop", cwd=str(tmp_path))  # nobody is there
-    line, = only_lines(output)
-    assert status == 1 and "gate.pid" in line
-
-
-def test_s_needs_a_pid_in_the_configuration(tmp_path):
-    load_text(tmp_path, SERVER)
-    assert run_program("-s", "reload", cwd=str(tmp_path)) == (1, "wsgate: -s needs pid = FILE in [server]\n")
-
-
-def test_the_demo_has_a_page_and_a_socket_that_echoes():
-    port = free_port()
-    with process("--demo", "--listen", "127.0.0.1:%d" % port) as child:
-        assert port_of(child) == port
-        eventually(lambda: child.said("open http://127.0.0.1:%d/ in a browser" % port))
-        page = connect(port).send(request()).response()
-        assert page.status == 200 and page.get(b"content-type") == b"text/html; charset=utf-8"
-        assert b"new WebSocket" in page.body
-        client = connect(port).send(handshake(b"/socket", b"Origin: http://gate.test"))
-        assert client.response().status == 101
-        client.send(frame(1, b"head", b"mask"))
-        opcode, head = read_frame(client)
-        assert opcode == 1 and head.startswith(b"GET /socket HTTP/1.1\r\nHost: gate.test\r\n")
-        assert field(head, b"connection") == [b"upgrade"] and field(head, b"x-forwarded-for") == [b"127.0.0.1"]
-        for payload in (b"hello", b"x" * 200, b"y" * 70000):
-            client.send(frame(2, payload, b"mask"))
-            assert read_frame(client) == (2, payload)
-        client.send(frame(9, b"are you there", b"mask"))
-        assert read_frame(client) == (10, b"are you there")
-        client.send(frame(8, b"\x03\xe8", b"mask"))
-        assert read_frame(client) == (8, b"\x03\xe8") and client.ended(1000 * MS)
-        child.send_signal(signal.SIGINT)
-        eventually(lambda: child.poll() is not None)
-        assert child.returncode == 0 and not child.said("Traceback")
-
-
-def test_the_demo_shows_how_long_the_pings_of_the_gate_take(tmp_path):
-    backend = wsgate.DemoBackend()
-    try:
-        with running("[server]\nping_interval = 50ms\nproxy_pass = http://127.0.0.1:%d\n" % backend.server_address[1],
-                     tmp_path) as gate:
-            backend.gate = gate.gate
-            assert gate.ask(request(b"GET", b"/rtt")).body == b""
-            client = gate.connect().send(handshake(b"/socket"))
+        gate.signal(name)
+        eventually(lambda: not listening(gate.port))
+        with lasting(0, 700):
+            peer.send(switching())
             assert client.response().status == 101
-            body = eventually(lambda: gate.ask(request(b"GET", b"/rtt")).body)
-            assert re.fullmatch(br"The gate's last ping took \d+\.\d ms\.", body)
-            client.close()
-    finally:
-        backend.shutdown()
-        backend.server_close()
+            assert read_frame(client) == read_frame(peer) == (8, b"\x03\xe9" + reason)
+        assert "close=gate:1001 reason=" + reason.decode() in line_of(gate, client, peer)
+        over(gate)
 
 
-def test_an_old_python_gets_one_sentence():
-    old = next((path for path in (os.path.expanduser("~/.pyenv/versions/2.7.18/bin/python"), "/usr/bin/python2.7")
-                if os.path.exists(path)), None)
-    if old is None:
-        pytest.skip("no Python 2.7 here")
-    done = subprocess.run([old, WSGATE], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
-    assert (done.returncode, done.stdout) == (1, "wsgate needs Python 3.6 or later, this is Python 2.7\n")
+def test_a_tunnel_that_is_never_quiet_is_ended_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(wsgate, "QUIET", 100 * MS)  # it looks up now and then, and polls no wakeup
+    with gate_and_backend(tmp_path, service) as (gate, _):
+        client = gate.connect().send(handshake())
+        assert client.response().status == 101
+        assert alive(client)
+        gate.signal("SIGTERM")
+        eventually(lambda: read_frame(client.send(frame(1, b"more", b"abcd"))) == (8, b"\x03\xe9shutdown"), 800 * MS)
+        client.close()
+        over(gate)
 
 
-# -------------------------------------------------------------------- The file
+@needs_signals
+def test_a_tunnel_whose_peers_do_not_close_is_logged_before_the_drained_gate_has_gone(tmp_path):
+    with ScriptedBackend(service) as backend, program(tmp_path, "proxy_pass = http://" + backend.where,
+                                                      "drain_timeout = %dms" % (200 * MS * 1000)) as child:
+        with contextlib.closing(connect(child.port).send(handshake())) as client:
+            assert client.response().status == 101
+            control(child, "quit")
+            assert child.wait(5000 * MS) == 0 and eventually(lambda: child.said("reason=drain"))
 
 
-def source_lines():
-    with open(WSGATE, "rb") as file:
-        return file.read().splitlines()
+@needs_signals
+def test_the_process_obeys_reopen_reload_and_stop(tmp_path):
+    log = str(tmp_path / "access.log")
+    with program(tmp_path, "return = 200 old", "access_log = " + log) as child:
+        assert pid_in(child) == child.pid
+        os.rename(log, log + ".1")
+        control(child, "reopen")
+        eventually(lambda: os.path.exists(log))
+        with open(child.path) as file:
+            ini = file.read()
+        written(tmp_path, "gate.ini", ini.replace("old", "new"))
+        control(child, "reload")
+        eventually(lambda: child.said("reloaded"))
+        peer = connect(child.port).send(request(b"GET", b"/somewhere"))
+        assert peer.response().body == b"new"
+        with open(log) as file:
+            eventually(lambda: "/somewhere" in file.read())
+        control(child, "stop")
+        assert child.wait(5000 * MS) == 0 and child.said("stopped")
+        assert not os.path.exists(child.pid_file)
+        peer.close()
 
 
-def test_the_file_is_ascii_and_no_line_is_longer_than_130_columns():
-    assert not [(number, len(line)) for number, line in enumerate(source_lines(), 1)
-                if len(line) > 130 or max(line, default=0) > 126]
+TELL_WHO_IS_ASKED_FOR = """
+import socket
+def asked(host, *more, real=socket.getaddrinfo, **options):
+    print("asked for", host)
+    return real(host, *more, **options)
+socket.getaddrinfo = asked
+"""
 
 
-def test_no_name_of_the_module_is_bound_twice():
-    names = [name.id for node in ast.parse(b"\n".join(source_lines())).body
-             if isinstance(node, ast.Assign) for target in node.targets
-             for name in ast.walk(target) if isinstance(name, ast.Name)]
-    assert sorted(names) == sorted(set(names))
+@needs_signals
+def test_a_reload_asks_no_name_server(tmp_path):
+    written(tmp_path, "sitecustomize.py", TELL_WHO_IS_ASKED_FOR)
+    # The name of an interface that is not there: no name server is really asked.
+    with program(tmp_path, "proxy_pass = http://[fe80::1%nosuch0]:9", environ={"PYTHONPATH": str(tmp_path)}) as child:
+        assert child.said("asked for fe80::1%nosuch0") and child.said("cannot be resolved now")
+        with open(child.path) as file:
+            ini = file.read()
+        written(tmp_path, "gate.ini", ini.replace("fe80::1", "fe80::2"))
+        os.kill(child.pid, signal.SIGHUP)
+        eventually(lambda: child.said("reloaded"))
+        assert not child.said("asked for fe80::2")
+        with contextlib.closing(connect(child.port).send(request())) as peer:
+            assert peer.response().reason == "backend_unresolved"
+        eventually(lambda: child.said("asked for fe80::2"))
 
 
-def map_of_the_file():
-    """The module docstring's map -> [(section, what is said of it)]"""
-    entries = []
-    for title, text in re.findall(r"(?m)^    (\S.{20} | {22})(\S.*)$", wsgate.__doc__):
-        if title.strip():
-            entries.append((title.strip(), text))
+@needs_signals
+def test_a_second_ctrl_c_waits_for_nobody_and_one_more_on_the_way_out_prints_nothing(tmp_path):
+    def pid_file_is_read():
+        with contextlib.suppress(OSError):  # ENXIO until then
+            return os.open(child.pid_file, os.O_WRONLY | os.O_NONBLOCK)
+
+    with ScriptedBackend() as backend, program(tmp_path, "proxy_pass = http://" + backend.where) as child:
+        client = connect(child.port).send(request())
+        backend.peer().head()
+        os.unlink(child.pid_file)
+        os.mkfifo(child.pid_file)  # looking whose it is, the gate stops on its way out until somebody has written
+        child.send_signal(signal.SIGINT)
+        eventually(lambda: not listening(child.port))
+        with lasting(0, 600):  # a backend that does not answer would hold it up for a second
+            child.send_signal(signal.SIGINT)
+            writing = eventually(pid_file_is_read)
+        child.send_signal(signal.SIGINT)
+        os.write(writing, b"%d\n" % child.pid)
+        os.close(writing)
+        assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
+        eventually(lambda: child.said("stopped"))
+        assert not child.said("Traceback") and not child.said("Exception")
+        client.close()
+
+
+def test_a_signal_to_a_gate_that_does_not_run_is_an_error(tmp_path, capsys):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    for text in ("%d\n" % done.pid, "%d\n" % (1 << 22 | 1), "", None):
+        if text is not None:
+            written(tmp_path, "pid", text)
         else:
-            entries[-1] = entries[-1][0], entries[-1][1] + " " + text
-    return entries
+            os.unlink(str(tmp_path / "pid"))
+        path = written(tmp_path, "gate.ini", "[server]\nreturn = 200\npid = %s\n" % (tmp_path / "pid"))
+        assert wsgate.main(["-c", path, "-s", "reload"]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("wsgate: ") and str(tmp_path / "pid") in said and said.count("\n") == 1
 
 
-def test_the_map_names_the_sections_of_the_file_in_their_order():
-    banners = [line.decode().lstrip("#- ") for line in source_lines() if re.match(br"# -{5,} .", line)]
-    titles = [title for title, _ in map_of_the_file()]
-    assert len(titles) > 10
-    assert [banner[:len(title)] for banner, title in zip(banners, titles)] == titles and len(banners) == len(titles)
+@needs_signals
+def test_an_upgrade_replaces_the_process_and_nobody_is_refused(tmp_path):
+    with ScriptedBackend(service) as backend:
+        lines = "drain_timeout = %dms" % (300 * MS * 1000), "proxy_pass = http://" + backend.where
+        with program(tmp_path, *lines) as child:
+            tunnel = connect(child.port).send(handshake())
+            assert tunnel.response().status == 101
+            with successor_of(child), asking_meanwhile(child.port) as results:
+                control(child, "upgrade")
+                assert read_frame(tunnel) == (8, struct.pack("!H", 1001) + b"drain")
+                tunnel.close()
+                assert child.wait(5000 * MS) == 0
+                count = len(results)
+                eventually(lambda: len(results) > count + 2)
+                assert pid_in(child) != child.pid and set(results) == {200}
+                control(child, "quit")
+                eventually(lambda: not os.path.exists(child.pid_file))
+                eventually(lambda: not listening(child.port))
 
 
-def test_every_name_on_the_map_exists():
-    names = set()
-    for _, text in map_of_the_file():
-        names.update(re.findall(r"\b(?:[A-Z]+[a-z]\w*|[a-z]+_\w+|main)(?:\.[a-z_]\w*)?", text))
-    names |= set(re.findall(r"\b[A-Z]\w*[a-z][A-Z]\w*(?:\.\w+)?", wsgate.__doc__))
-    names -= {"WebSocket", *wsgate.LOCATION_KEYS}
-    assert len(names) > 20
-    missing = []
-    for name in names:
-        thing = wsgate
-        for part in name.split("."):
-            thing = getattr(thing, part, getattr(thing, part[:-1] if part.endswith("s") else part, None))
-        if thing is None:
-            missing.append(name)
-    assert not missing
+@needs_signals
+def test_a_broken_upgrade_leaves_the_old_process_as_it_was(tmp_path, monkeypatch):
+    with open(WSGATE) as file:
+        copy = written(tmp_path, "wsgate.py", file.read())
+    monkeypatch.setitem(globals(), "WSGATE", copy)  # what process() runs
+    with ScriptedBackend(service) as backend, program(tmp_path, "proxy_pass = http://" + backend.where) as child:
+        tunnel = connect(child.port).send(handshake())
+        assert tunnel.response().status == 101
+        for text in ("this is no Python", "import sys\nsys.exit(3)\n"):
+            written(tmp_path, "wsgate.py", text)
+            count = sum("upgrade: the new process ended" in line for line in child.lines)
+            control(child, "upgrade")
+            eventually(lambda: sum("upgrade: the new process ended" in line for line in list(child.lines)) > count)
+            assert pid_in(child) == child.pid and child.poll() is None
+            peer = connect(child.port).send(request())
+            assert peer.response().status == 200
+            peer.close()
+        assert alive(tunnel)
+        tunnel.close()
 
 
-# -------------------------------------------------------------- Reading a head
+# -------------------------------------------------------------------- Listening
 
 
-def ways_through(data):
-    """every_way, but for long data without the single bytes."""
-    return every_way(data) if len(data) < 2000 else ([data], [data[i:i + 999] for i in range(0, len(data), 999)])
+def test_a_reload_opens_and_closes_listeners_and_those_that_stay_never_refuse(tmp_path):
+    def ini(*addresses):
+        return "[server]\nlisten = %s\nreturn = 200\n" % ", ".join(addresses)
+
+    def ports():
+        return {each.listen.address.host: each.server_address[1] for each in gate.gate.listeners}
+
+    with running(ini("127.0.0.1:0"), tmp_path) as gate, asking_meanwhile(gate.port) as results:
+        for _ in range(3):
+            reload(gate, ini("127.0.0.1:0", "localhost:0"))
+            port = ports()["localhost"]
+            assert ports()["127.0.0.1"] == gate.port and listening(port)
+            reload(gate, ini("127.0.0.1:0"))
+            eventually(lambda: "localhost" not in ports())
+            assert not listening(port)
+        count = len(results)
+        eventually(lambda: len(results) > count + 1)
+    assert set(results) == {200}
 
 
-def head_verdicts(data, limit=16384):
-    """What becomes of these bytes of a client, cut in every way: a set of (head, tail) or 'status reason'."""
-    verdicts = set()
-    for pieces in ways_through(data):
-        here, there = socket.socketpair()
-        with here, there:
-            stream, head = wsgate.Stream(here), None
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat") or wsgate.resource is None, reason="this system has no /proc")
+def test_without_descriptors_the_gate_refuses_does_not_spin_and_recovers(tmp_path):
+    def few_descriptors():
+        wsgate.resource.setrlimit(wsgate.resource.RLIMIT_NOFILE, (64, 64))
+
+    with program(tmp_path, "max_connections = 1000", "return = 200", before=few_descriptors) as child:
+        clients = [connect(child.port) for _ in range(100)]
+        eventually(lambda: child.said("cannot accept connections"))
+        before = processor_seconds(child.pid)
+        assert clients[-1].silent(400 * MS)
+        assert processor_seconds(child.pid) - before < 100 * MS
+        assert {peer.send(request()).response().status for peer in clients[:20]} == {200}
+        for peer in clients:
+            peer.close()
+
+        def served():
+            with contextlib.closing(connect(child.port)) as peer:
+                return peer.send(request()).response().status == 200
+
+        eventually(served)
+        assert all(served() for _ in range(20))
+        assert sum("cannot accept connections" in line for line in child.lines) == 1
+
+
+# --------------------------------------------------------------- One connection
+
+
+FUZZ_REQUESTS = (
+    request(), request(b"POST", body=b"hello"), CHUNKED_POST + CHUNKED_IN, handshake(), request() + request(),
+    b"\r\n\r\n", handshake() + frame(1, b"hi", b"abcd"), request(b"HEAD", b"http://gate.test/a%20b?c"),
+    b"GET / HTTP/1.0\r\n\r\n", request(b"POST", b"/", b"Expect: 100-continue", b"Content-Length: 2"),
+    b"Transfer-Encoding: chunked\r\n",
+    b"Content-Length: 5\r\n", b"Connection: host\r\n")
+
+FUZZ_ANSWERS = (
+    ok(), ok(BODY_300K[:70000]), switching(), switching() + frame(1, b"hi") + frame(8, b"\x03\xe8"), OK + b"\r\nhello",
+    OK + CHUNKED + CHUNKED_IN, b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n" + ok(),
+    b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n")
+
+
+def test_no_bytes_of_either_side_confuse_the_gate(tmp_path):
+    seconds = float(os.environ.get("FUZZ_SECONDS", "2"))
+    seed = int(os.environ.get("FUZZ_SEED", "1"))
+    wrong, counts = [], [0, 0]
+
+    def fuzzing(peer):
+        counts[1] += 1
+        rng = random.Random(seed * 1000003 + counts[1])
+        peer.sock.settimeout(100 * MS)
+        head = peer.head()
+        if improper_head(head):
+            wrong.append(head)
+        peer.send(fuzzed(rng, FUZZ_ANSWERS))
+        if rng.random() < 0.3:
+            peer.reset()
+        elif rng.random() < 0.5:
+            peer.ended(50 * MS)
+
+    def fuzz(rng, gate):
+        while time.monotonic() < end and not wrong:
+            counts[0] += 1
+            client = gate.connect()
+            data = fuzzed(rng, FUZZ_REQUESTS)
             try:
-                for piece in pieces:
-                    there.sendall(piece)
-                    while select_readable(here, 0):
-                        stream.fill(wsgate.Deadline(5000 * MS))
-                        head = head or wsgate.take_head(stream, limit)
-                if head:
-                    wsgate.parse_request_head(head)
-                verdicts.add((head, stream.buffer))
-            except wsgate.HTTPError as error:
-                verdicts.add("%d %s" % (error.status, error.reason))
-    return verdicts
+                for piece in (data,) if rng.random() < 0.7 else (data[:len(data) // 2], data[len(data) // 2:]):
+                    client.send(piece)
+                if rng.random() < 0.7:
+                    client.finish()
+                client.sock.settimeout(20 * MS)
+                first = client.sock.recv(9)
+                if first and first != b"HTTP/1.1 "[:len(first)]:
+                    wrong.append((data, first))
+            except OSError:  # reset, or nothing in time
+                pass
+            client.reset() if rng.random() < 0.3 else client.close()
+
+    with nothing_left():
+        with gate_and_backend(tmp_path, fuzzing, "idle_timeout = 300ms", *TIMES_200MS) as (gate, backend):
+            end = time.monotonic() + seconds
+            fuzzers = [threading.Thread(target=fuzz, args=(random.Random(seed + number), gate)) for number in range(3)]
+            for fuzzer in fuzzers:
+                fuzzer.start()
+            for fuzzer in fuzzers:
+                fuzzer.join()
+            assert not wrong and min(counts) > 20 * min(seconds, 1)
+            eventually(lambda: not gate.gate.connections)
+            assert not gate.gate.in_use and not [line for line in gate.errors if "internal error" in line]
+            backend.script = answer(ok(b"alive"))
+            assert gate.ask(request()).body == b"alive"
+
+
+def test_a_flood_of_silent_connections_leaves_descriptors_for_the_backends_of_those_admitted(tmp_path):
+    with ScriptedBackend(answer(ok())) as backend, flooded(tmp_path, backend, 60) as (child, client):
+        eventually(lambda: child.said("conn_limit") or child.said("cannot accept") or len(os.listdir("/proc/%d/fd" % child.pid)) > 20)
+        assert client.send(request()).response().status == 200
+        assert not child.said("cannot accept")
+
+
+def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_gate(tmp_path, monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with no_descriptor_free():
+            wsgate.notify("WATCHDOG=1")
+
+
+def test_a_want_of_descriptors_is_503_and_no_failure_of_the_server(tmp_path):
+    location = location_of(load_text(tmp_path, "[server]\nproxy_pass = http://127.0.0.1:9\n"))
+    with no_descriptor_free(), pytest.raises(wsgate.HTTPError) as caught:
+        wsgate.Attempts(location.upstream, location, None, b"").connect()
+    assert (caught.value.status, caught.value.reason) == (503, "conn_limit")
+    health = location.upstream.servers[0].health
+    assert (health.fails, health.active) == (0, 0) and not health.down_until
+
+
+def test_draining_does_not_wait_for_a_connection_that_became_idle_after_it_began(tmp_path):
+    with gate_and_backend(tmp_path, None, "drain_timeout = 20s") as (gate, backend):
+        client = gate.connect().send(request())
+        peer = backend.peer()
+        peer.head()
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\na")
+        client.read_until(b"\r\n\r\na")
+        gate.signal("SIGQUIT")
+        eventually(lambda: gate.gate.state == "draining" and not gate.gate.listeners)
+        peer.send(b"b")
+        assert client.read(1) == b"b"
+        assert client.ended(1000 * MS)
+
+
+@pytest.mark.parametrize("name", ["\0peer", "\0", "\n"])
+def test_a_client_of_a_unix_socket_that_has_a_name_is_nobody_else(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = str(tmp_path / "gate.sock")
+    with ScriptedBackend(answer(ok())) as backend:
+        with running(simple(backend, "listen = 127.0.0.1:0, unix:%s" % path, "proxy_protocol = on"), tmp_path):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(name + ("%d" % os.getpid() if name == "\0peer" else ""))
+            sock.connect(path)
+            client = Peer(sock).send(request())
+            peer = backend.peer()
+            assert client.response().status in (200, 502)
+            client.close()
+            assert peer is not None
+
+
+def test_deny_all_holds_for_unix_sockets_too(tmp_path):
+    path = str(tmp_path / "gate.sock")
+    with ScriptedBackend(answer(ok())) as backend:
+        with running(simple(backend, "listen = 127.0.0.1:0, unix:%s" % path, "deny = all"), tmp_path):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(path)
+            client = Peer(sock).send(request())
+            assert client.response().status == 403
+            client.close()
+
+
+# ---------------------------------------------------------------------- Streams
 
 
 @pytest.mark.parametrize("tail", [b"", b"\r\n", b"GET /next HTTP/1.1\r\n", b"\x81\x85 a frame\n\n"])
@@ -1496,10 +2408,350 @@ def test_read_head_waits_for_more_until_the_deadline_or_the_end():
         assert stream.buffer == b"tail"
 
 
-# ----------------------------------------- HTTP/1.1 messages (RFC 9110, RFC 9112)
+@pytest.mark.parametrize("line", [b"PROXY TCP6 fe80::1%a\nX-Evil:1 ::1 1 2\r\n", b"PROXY TCP6 fe80::1%eth0 ::1 1 2\r\n"])
+def test_a_proxy_header_with_a_scope_in_its_address_is_refused(tmp_path, line):
+    lines = "listen = 127.0.0.1:0 proxy_protocol", "set_real_ip_from = 127.0.0.1", "real_ip_header = proxy_protocol"
+    with gate_and_backend(tmp_path, answer(ok()), *lines) as (gate, backend):
+        client = gate.connect().send(line, request())
+        assert client.rest() == b""
+        assert not backend.peers
+
+
+# -------------------------------------------------------------------------- TLS
+#
+# A CA, a server's and a client's certificate, made once and valid until 2120, with this ca.cnf:
+#   [ca]
+#   default_ca = all
+#   [all]
+#   new_certs_dir = .
+#   database = index
+#   serial = serial
+#   policy = names
+#   default_md = sha256
+#   default_startdate = 20200101000000Z
+#   default_enddate = 21200101000000Z
+#   [names]
+#   organizationName = optional
+#   commonName = supplied
+#   [ca_extensions]
+#   basicConstraints = critical,CA:TRUE
+#   keyUsage = critical,keyCertSign,cRLSign
+#   subjectKeyIdentifier = hash
+#   [server]
+#   subjectAltName = DNS:localhost,IP:127.0.0.1,DNS:gate.test,DNS:back.test
+#   authorityKeyIdentifier = keyid
+#   [client]
+#   subjectAltName = DNS:other.test
+#   authorityKeyIdentifier = keyid
+# and, for the subjects "/CN=Test CA", "/CN=gate.test" and "/O=Test, Inc/CN=client" (the last line without ca):
+#   touch index; echo 01 > serial
+#   openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj SUBJECT -keyout NAME.key -out NAME.csr
+#   openssl ca -batch -notext -config ca.cnf -selfsign -extensions ca_extensions -keyfile ca.key -in ca.csr -out ca.pem
+#   openssl ca -batch -notext -config ca.cnf -extensions NAME -cert ca.pem -keyfile ca.key -in NAME.csr -out NAME.pem
+
+
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+def test_clients_are_served_by_tls(tmp_path, tls, version):
+    if version == "TLSv1.3" and not (getattr(ssl, "HAS_TLSv1_3", False) and hasattr(ssl, "TLSVersion")):
+        pytest.skip("this Python has no TLS 1.3")
+    with ScriptedBackend(service) as backend:
+        with running(tls_ini(tls, "proxy_pass = http://" + backend.where), tmp_path) as gate:
+            peer = tls_connect(gate, tls, version=version)
+            assert not hasattr(ssl, "TLSVersion") or peer.sock.version() == version
+            for _ in range(2):
+                assert peer.send(request()).response().status == 200
+            assert peer.send(handshake()).response().status == 101
+            assert alive(peer)
+            peer.close()
+
+
+def test_a_version_that_is_not_offered_is_not_spoken(tmp_path, tls):
+    if not getattr(ssl, "HAS_TLSv1_3", False) or not hasattr(ssl, "TLSVersion"):
+        pytest.skip("this Python has no TLS 1.3")
+    with running(tls_ini(tls, "ssl_protocols = TLSv1.3", "return = 200"), tmp_path) as gate:
+        with pytest.raises(OSError):
+            tls_connect(gate, tls, version="TLSv1.2")
+        peer = tls_connect(gate, tls, version="TLSv1.3")
+        assert peer.send(request()).response().status == 200
+        peer.close()
+
+
+def test_plain_http_on_a_tls_port_gets_an_answer_that_people_can_read(tmp_path, tls):
+    with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
+        answer_ = gate.ask(request())
+        assert answer_.status == 400 and b"https://" in answer_.body
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["before a request", "after one"])
+def test_rubbish_behind_a_tls_handshake_ends_the_connection(tmp_path, tls, asked):
+    with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
+        peer = tls_connect(gate, tls)
+        if asked:
+            assert peer.send(request()).response().status == 200
+        os.write(peer.sock.fileno(), b"this is no TLS record " * 10)
+        with contextlib.suppress(ssl.SSLError):  # the alert
+            peer.sock.recv(1)
+        eventually(lambda: not gate.gate.connections)  # and running() looks for tracebacks
+        peer.close()
+
+
+def test_a_tls_connection_that_is_kept_alive_ends_with_close_notify(tmp_path, tls):
+    with running(tls_ini(tls, "return = 200", "keepalive_timeout = " + ini_ms(200)), tmp_path) as gate:
+        with contextlib.closing(tls_connect(gate, tls)) as peer:
+            assert peer.send(request()).response().status == 200
+            with lasting(150, 1000):
+                assert peer.sock.recv(1) == b""  # without a close_notify this raises
+
+
+def test_a_stalled_tls_handshake_is_cut_in_time_and_delays_nobody(tmp_path, tls):
+    with running(tls_ini(tls, "return = 200", "client_header_timeout = %dms" % (400 * MS * 1000)), tmp_path) as gate:
+        begun = time.monotonic()
+        stalled = [gate.connect(), gate.connect().send(b"\x16"), gate.connect().send(b"\x16\x03\x01\x02\x00\x01")]
+        peer = tls_connect(gate, tls)
+        assert peer.send(request()).response().status == 200
+        assert time.monotonic() - begun < 300 * MS
+        peer.close()
+        for each in stalled:
+            assert each.ended(1000 * MS)
+            assert 400 * MS - 0.02 <= time.monotonic() - begun < 900 * MS
+
+
+def test_a_client_certificate_is_asked_for_and_its_subject_cannot_be_forged(tmp_path, tls):
+    heads = []
+
+    def script(peer):
+        heads.append(peer.head())
+        peer.send(ok())
+
+    forged = request(b"GET", b"/", b"X-SSL-Client-S-DN: CN=root", b"X_SSL_Client_S_DN: CN=root")
+    with ScriptedBackend(script) as backend:
+        proxy = "proxy_pass = http://" + backend.where
+        with running(tls_ini(tls, "ssl_client_certificate = " + tls.ca, proxy), tmp_path) as gate:
+            peer = tls_connect(gate, tls, certificate=tls.client)
+            assert peer.send(forged).response().status == 200
+            peer.close()
+            with pytest.raises(OSError):  # TLS 1.3 tells the client after the handshake
+                tls_connect(gate, tls).send(request()).response()
+        with running(tls_ini(tls, proxy), tmp_path) as gate:
+            assert tls_connect(gate, tls).send(forged).response().status == 200
+    assert [field(head, b"x-ssl-client-s-dn") for head in heads] == [[b"CN=client,O=Test\\, Inc"], []]
+    assert not any(b"root" in head for head in heads)
+
+
+def test_the_certificate_is_chosen_by_the_name_that_the_client_asks_for(tmp_path, tls):
+    ini = tls_ini(tls, "return = 200") + "[location OTHER.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
+    with running(ini, tmp_path) as gate:
+        for asked, shown in (("gate.test", "localhost"), ("other.test", "other.test"), ("Other.Test", "other.test"),
+                             ("x.test", "localhost"), (None, "localhost")):
+            assert certificate_shown(gate, tls, asked) == shown
+
+
+def test_a_changed_certificate_is_taken_and_a_broken_one_is_not(tmp_path, tls):
+    with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
+        assert certificate_shown(gate, tls, "x.test") == "localhost"
+        old = tls_connect(gate, tls)
+        written(tmp_path, "server.pem", CLIENT_PEM)
+        gate.gate.config.certificates.refresh()
+        assert certificate_shown(gate, tls, "x.test") == "other.test"
+        for broken in ("rubbish", pem(SERVER_CERT) + pem(CLIENT_KEY, "PRIVATE KEY"), None):
+            written(tmp_path, "server.pem", broken) if broken else os.unlink(tls.server)
+            gate.gate.config.certificates.refresh()
+            assert certificate_shown(gate, tls, "x.test") == "other.test"
+            assert "new certificate not taken" in gate.errors[-1]
+        assert old.send(request()).response().status == 200
+        old.close()
+
+
+def test_a_connection_from_before_a_reload_that_took_tls_away_is_served_by_tls_or_closed(tmp_path, tls):
+    with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
+        sock = socket.create_connection(("127.0.0.1", gate.port), 5000 * MS)
+        eventually(lambda: gate.gate.connections)
+        certificates = gate.gate.config.certificates
+        gate.gate.config.certificates = None  # the switch is half done: still a listener with TLS
+        with contextlib.closing(gate.connect()) as peer:
+            assert peer.rest() == b""
+        gate.gate.config.certificates = certificates
+        reload(gate, "[server]\nreturn = 200 new\n")
+        assert gate.ask(request()).body == b"new"
+        context = ssl.create_default_context(cafile=tls.ca)
+        with contextlib.closing(Peer(context.wrap_socket(sock, server_hostname="gate.test"))) as peer:
+            assert peer.send(request()).response().body == b"new"
+
+
+@pytest.mark.skipif(not hasattr(ssl, "OP_NO_RENEGOTIATION"), reason="this Python has no such option")
+def test_no_client_of_a_tls_port_may_negotiate_again(tmp_path, tls):
+    ini = tls_ini(tls, "return = 200") + "[location other.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
+    with running(ini, tmp_path) as gate, contextlib.closing(tls_connect(gate, tls)) as peer:
+        assert peer.send(request()).response().status == 200
+        connection, = gate.gate.connections
+        contexts = gate.gate.config.certificates.contexts.values()
+        assert connection.stream.sock.context in contexts and len(contexts) > 1
+        assert all(context.options & ssl.OP_NO_RENEGOTIATION for context in contexts)
+
+
+def test_a_key_of_another_certificate_is_a_configuration_error(tmp_path, tls):
+    error = config_error(tmp_path, tls_ini(tls, "return = 200", "ssl_certificate_key = " + tls.client))
+    assert "ssl_certificate" in error and "not the key of this certificate" in error
+    error = config_error(tmp_path, "[server]\nlisten = 127.0.0.1:0 ssl\nreturn = 200\n")
+    assert "needs ssl_certificate" in error
+
+
+def test_the_proxy_header_and_the_tls_handshake_may_come_in_one_piece(tmp_path, tls):
+    ini = PROXY_INI % (" ssl", "127.0.0.1") + "ssl_certificate = %s\n" % tls.server
+    with running(ini, tmp_path) as gate:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = ssl.create_default_context(cafile=tls.ca).wrap_bio(incoming, outgoing, server_hostname="gate.test")
+        peer = gate.connect()
+        peer.sock.settimeout(1000 * MS)
+        header = b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n"
+
+        def run(step):
+            nonlocal header
+            while True:
+                try:
+                    result = step()
+                except ssl.SSLWantReadError:
+                    result = None
+                data = outgoing.read()
+                if data:
+                    peer.send(header + data)
+                    header = b""
+                if result is not None:
+                    return result
+                incoming.write(peer.sock.recv(65536))
+
+        run(lambda: client.do_handshake() or True)
+        run(lambda: client.write(request()))
+        assert run(lambda: client.read(65536)).startswith(b"HTTP/1.1 200")
+        peer.close()
+
+
+@pytest.mark.parametrize("trust, name, works", [
+    ("proxy_ssl_trusted_certificate = CA", None, True), ("proxy_ssl_trusted_certificate = CA", "back.test", True),
+    ("proxy_ssl_trusted_certificate = CA", "evil.test", False), ("", "back.test", False),
+    ("proxy_ssl_verify = off", "evil.test", True)], ids=["address", "name", "wrong name", "wrong CA", "unchecked"])
+@BOTH_WAYS
+def test_the_certificate_of_a_backend_is_checked_before_a_byte_is_sent(tmp_path, tls, raw, trust, name, works):
+    heads, names = [], []
+
+    def script(peer):
+        peer.buffer = peer.sock.recv(65536)
+        heads.append(peer.buffer)
+        service(peer)
+
+    context = tls_backend(tls)
+    context.set_servername_callback(lambda sock, name, context: names.append(name))
+    with ScriptedBackend(script, tls=context) as backend:
+        ini = "[server]\nproxy_pass = https://%s\n%s\nproxy_ssl_name = %s\n" % (
+            backend.where, trust.replace("CA", tls.ca), name or "")
+        with running(ini, tmp_path) as gate:
+            answer_ = gate.ask(raw(b"/"))
+            if works:
+                assert answer_.status in (101, 200)
+            else:
+                assert (answer_.status, answer_.reason) == (502, "backend_tls")
+                eventually(lambda: backend.errors or heads)
+                assert not any(heads)
+            assert names == [name] or not name
+
+
+def test_unchecked_backend_certificates_are_warned_of(tmp_path, capsys):
+    path = written(tmp_path, "x.ini", "[server]\nproxy_pass = https://127.0.0.1:9\nproxy_ssl_verify = off\n")
+    assert wsgate.main(["-t", "-c", path]) == 0
+    assert "warning" in capsys.readouterr().err and wsgate.load_config(path).warnings
+
+
+def test_the_gate_shows_its_certificate_to_a_backend_that_wants_one(tmp_path, tls):
+    subjects = []
+
+    def script(peer):
+        subjects.append(dict(pair for group in peer.sock.getpeercert()["subject"] for pair in group))
+        service(peer)
+
+    with ScriptedBackend(script, tls=tls_backend(tls, clients=True)) as backend:
+        ini = "[server]\nproxy_pass = https://%s\nproxy_ssl_trusted_certificate = %s\n" % (backend.where, tls.ca)
+        with running(ini + "proxy_ssl_certificate = %s\n" % tls.client, tmp_path) as gate:
+            assert gate.ask(request()).status == 200
+        assert subjects == [{"organizationName": "Test, Inc", "commonName": "client"}]
+        with running(ini, tmp_path) as gate:
+            assert gate.ask(request()).status == 502 and len(subjects) == 1
+
+
+@pytest.mark.parametrize("front, back", [(True, False), (False, True), (True, True)], ids=["client", "backend", "both"])
+def test_a_tunnel_over_tls_changes_no_byte_though_both_sides_stall(tmp_path, tls, front, back):
+    rng = random.Random(7)
+    sizes = [0, 1, 125, 126, 65535, 65536, 1000000] + [rng.randint(0, 40000) for _ in range(40)]
+    noise = bytes(rng.getrandbits(8) for _ in range(4099)) * 250
+    up, down = (b"".join(frame(2, noise[size % 4099:][:size], mask) for size in sizes) for mask in (b"k3y!", None))
+    received = []
+
+    def script(peer):
+        peer.head()
+        peer.send(switching())
+        received.append(exchange(peer.sock, down, len(up)))
+        peer.ended()
+
+    with ScriptedBackend(script, tls=tls_backend(tls) if back else None) as backend:
+        ini = (tls_ini(tls) if front else "[server]\n") + "proxy_pass = %s://%s\n" % (
+            "https" if back else "http", backend.where) + "proxy_ssl_trusted_certificate = %s\n" % tls.ca
+        with running(ini, tmp_path) as gate:
+            peer = (tls_connect(gate, tls) if front else gate.connect()).send(handshake())
+            assert peer.head().startswith(b"HTTP/1.1 101")
+            early, peer.buffer = peer.buffer, b""
+            assert early + exchange(peer.sock, up, len(down) - len(early)) == down
+            peer.close()
+            line = gate.line("101 closed")
+            assert received == [up] and backend.errors == []
+            assert "up=%d/" % len(sizes) in line and "down=%d/" % len(sizes) in line
+
+
+def test_what_tls_has_decrypted_and_nobody_has_read_is_not_left_until_more_comes(tmp_path, tls, monkeypatch):
+    """Smaller reads than TLS records: poll() says nothing of the rest of a record."""
+    monkeypatch.setattr(wsgate, "SMALL_READ", 1000)
+    monkeypatch.setattr(wsgate, "BIG_READ", 2000)
+    with ScriptedBackend(service, tls=tls_backend(tls)) as backend:
+        ini = tls_ini(tls, "proxy_pass = https://" + backend.where, "proxy_ssl_trusted_certificate = " + tls.ca)
+        with running(ini, tmp_path) as gate, contextlib.closing(tls_connect(gate, tls).send(handshake())) as client:
+            assert client.response().status == 101
+            for size in (900, 9000, 1000):  # one record each
+                client.send(frame(2, b"x" * size, b"abcd"))
+                assert read_frame(client) == (2, b"x" * size)
+
+
+def test_a_tunnel_over_tls_ends_with_close_notify_on_both_sides(tmp_path, tls):
+    seen = []
+
+    def script(peer):
+        peer.head()
+        peer.send(switching())
+        peer.sock.suppress_ragged_eofs = False
+        seen.append(read_frame(peer))
+        seen.append(peer.sock.recv(1))
+
+    with ScriptedBackend(script, tls=tls_backend(tls)) as backend:
+        ini = tls_ini(tls, "proxy_pass = https://" + backend.where, "proxy_ssl_trusted_certificate = " + tls.ca)
+        with running(ini + "idle_timeout = %dms\n" % (200 * MS * 1000), tmp_path) as gate:
+            begun = time.monotonic()
+            peer = tls_connect(gate, tls).send(handshake())
+            assert peer.response().status == 101
+            assert read_frame(peer) == (8, struct.pack("!H", 1001) + b"idle_timeout")
+            assert peer.sock.recv(1) == b""  # without a close_notify this raises
+            assert 200 * MS <= time.monotonic() - begun < 1200 * MS
+            peer.close()
+            eventually(lambda: len(seen) == 2 or backend.errors)
+            assert seen == [(8, struct.pack("!H", 1001) + b"idle_timeout"), b""]
+
+
+def test_a_subject_cannot_end_its_field():
+    subject = ((("commonName", "me\r\nX-Real-IP: 1.2.3.4\x7f"),),)
+    assert wsgate.distinguished_name({"subject": subject}) == "CN=me\\0D\\0AX-Real-IP: 1.2.3.4\\7F"
+
+
+# ------------------------------------------------------------ HTTP/1.1 messages
 #
 # What is refused, and how. A row is (bytes, what is wrong with them, the answer);
 # the answer is `400 bad_request` where a row does not say it.
+
 
 # A request line; a good Host follows it.
 BAD_REQUEST_LINES = (
@@ -1687,20 +2939,6 @@ BAD_OPENINGS = (
     (b"GET /" + b"a" * 8200, "line that does not end", "414 uri_too_long"),
     (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 3000, "head that does not end", "431 header_too_large"))
 
-GOOD_HOST = b"\r\nHost: gate.test\r\n"
-
-
-def table_rows(*tables, default="400 bad_request"):
-    """(prefix, table, suffix) ... -> [(bytes, what is wrong, 'status reason')]"""
-    return [(before + row[0] + behind, row[1], row[2] if len(row) > 2 else default)
-            for before, table, behind in tables for row in table]
-
-
-def table_params(table):
-    """The rows of a table as pytest takes them; their ids are what is wrong."""
-    return [pytest.param(raw, verdict, id=why) for raw, why, verdict in table]
-
-
 BAD_REQUESTS = table_rows((b"", BAD_REQUEST_LINES, GOOD_HOST + b"\r\n"), (b"", BAD_OPENINGS, b""),
                     (b"POST / HTTP/1.1" + GOOD_HOST, BAD_REQUEST_FIELDS, b"\r\n\r\n"),
                     (b"GET / HTTP/1.1\r\nHost:", [(host, "Host: %r" % host) for host in BAD_HOSTS], b"\r\n\r\n"))
@@ -1764,7 +3002,6 @@ BAD_CHUNKS = table_rows((b"", (
     (b"0\r\nX: \x00\r\n\r\n", "trailer, NUL"),
     (b"0\r\nGET / HTTP/1.1\r\n\r\n", "request for a trailer"),
     (b"0\r\n" + b"X: y\r\n" * 3000 + b"\r\n", "18k of trailers")), b""))
-CHUNKED_POST = b"POST / HTTP/1.1" + GOOD_HOST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize("raw, verdict", table_params(BAD_CHUNKS))
@@ -1785,9 +3022,6 @@ def test_no_backend_gets_a_malformed_chunked_body_to_its_end(tmp_path):
             assert (why, "%d %s" % (response.status, response.reason)) == (why, verdict)
         assert not complete
 
-
-OK = b"HTTP/1.1 200 OK\r\n"
-CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 
 # What a backend answers; the client gets 502 backend_bad_response where a row does not say otherwise.
 BAD_ANSWER_HEADS = (
@@ -1864,19 +3098,6 @@ BAD_ANSWER_BODIES = (
     (CHUNKED + b"10000000000000005\r\nhello\r\n0\r\n\r\n", "chunk beyond 64 bits", "backend_bad_response"),
     (CHUNKED + b"5;" + b"a" * 9000 + b"\r\nhello\r\n0\r\n\r\n", "9000 bytes of extension", "backend_bad_response"),
     (CHUNKED + b"0\r\nX y: z\r\n\r\n", "bad trailer", "backend_bad_response"))
-
-
-def answers_in_turn(table):
-    """A script that answers a request for /N/... by row N; for /N/drip byte by byte."""
-    def script(peer):
-        _, number, how = read_request(peer)[0].split(b" ")[1].split(b"/")
-        peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        raw = table[int(number)][0]
-        for piece in [raw] if how != b"drip" else [raw[i:i + 1] for i in range(min(300, len(raw)))] + [raw[300:]]:
-            peer.send(piece)
-        peer.finish()
-        peer.ended()
-    return script
 
 
 @pytest.mark.parametrize("how", [b"whole", b"drip"])
@@ -1956,27 +3177,6 @@ def test_a_response_head_is_taken_apart(raw, status, reason, length, is_chunked)
     assert (response.status, response.reason, response.length, response.chunked) == (status, reason, length, is_chunked)
 
 
-def body_through(make, data, tail=b""):
-    """Feed a body and what follows it in every way, check that it ends where data ends -> what it passes on."""
-    results = set()
-    for pieces in every_way(data + tail):
-        body, used, passed = make(), 0, b""
-        for piece in pieces:
-            if not body.done:
-                passed += body.feed(piece, 0)
-                used += len(piece) - len(body.rest)
-        assert used == len(data) and (body.done or body.at_end())
-        results.add(passed)
-    assert len(results) == 1
-    return results.pop()
-
-
-CHUNKED_IN = (b"5;a=b;c=\"d\"\r\nhello\r\n007 ;e\r\n, world\r\nA\r\n0123456789\r\n0;last\r\n"
-              b"X-Checksum: 1\r\nHost: evil\r\nContent-Length: 9\r\nTransfer-Encoding: x\r\nX_Y: 1\r\n"
-              b"X-Forwarded-For: 1\r\nAuthorization: x\r\nCookie: a\r\nConnection: x\r\nUpgrade: h2c\r\n\r\n")
-CHUNKED_OUT = b"5\r\nhello\r\n7\r\n, world\r\na\r\n0123456789\r\n0\r\nX-Checksum: 1\r\n\r\n"
-
-
 @pytest.mark.parametrize("tail", [b"GET / HTTP/1.1\r\n", b"\r\n", b"0\r\n\r\n"])
 def test_a_body_ends_where_its_framing_says_whatever_follows(tail):
     assert body_through(lambda: wsgate.LengthBody(5), b"hello", tail) == b"hello"
@@ -2001,25 +3201,751 @@ def test_a_chunked_body_is_limited_by_what_it_says_before_it_comes():
     assert (caught.value.status, caught.value.reason) == (413, "body_too_large")
 
 
-# ------------------------------------------------------------ Forwarding heads
+# ---------------------------------------------------------------------- Routing
 
 
-@contextlib.contextmanager
-def http_exchange(tmp_path, raw, *lines):
-    """A request whose head is at the backend -> (Running, client Peer, backend Peer, that head)."""
-    with nothing_left():
-        with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
-            client = gate.connect().send(raw)
-            peer = backend.peer()
-            try:
-                yield gate, client, peer, peer.head()
-            finally:
+ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "host.test/chat/", "= host.test/exact",
+          "*.test/", "*.sub.test/", "[::1]/v6", "/caf\u00e9/", "/a+b/"]
+
+
+@pytest.mark.parametrize("host, path, name", [
+    ("any", "/", "/"), ("any", "/chatter", "/"), ("any", "/chat", "/chat"), ("any", "/chat/", "/chat"),
+    ("any", "/chat/x", "/chat"), ("any", "/chat/deep", "/chat"), ("any", "/chat/deep/x", "/chat/deep/"),
+    ("any", "/exact", "= /exact"), ("any", "/exact/", "/exact/"), ("any", "/exactly", "/"), ("any", "/CHAT", "/"),
+    ("host.test", "/", "host.test/"), ("host.test", "/chat", "host.test/"), ("host.test", "/chat/", "host.test/chat/"),
+    ("host.test", "/exact", "= host.test/exact"), ("HOST.test.", "/", "host.test/"),
+    ("a.test", "/", "*.test/"), ("b.a.test", "/", "*.test/"), ("a.sub.test", "/", "*.sub.test/"),
+    ("sub.test", "/", "*.test/"), ("test", "/", "/"), ("attest", "/chat", "/chat"), ("a.test:80", "/", "*.test/"),
+    ("any", "/%63hat/x", "/chat"), ("any", "//chat///x", "/chat"), ("any", "/chat%2Fdeep%2Fx", "/"),
+    ("any", "/chat%2fdeep", "/"), ("any", "/chat/%64eep//x", "/chat/deep/"), ("any", "/chat?/chat/deep/", "/chat"),
+    ("any", "/caf%C3%A9/x", "/caf\u00e9/"), ("any", "/caf%E9/x", "/"), ("any", "/a%2Bb/", "/a+b/"),
+    ("[::1]", "/v6", "[::1]/v6"), ("[::1]:80", "/v6/x", "[::1]/v6"), ("[::1]", "/v", "/"),
+    ("any", "/x/y/", "/"),
+])
+def test_the_most_special_location_takes_a_request(tmp_path, host, path, name):
+    config = load_text(tmp_path, SERVER + "".join(
+        "[location %s]\n" % ("= " + each[2:] if each.startswith("=") else each) for each in ROUTES))
+    message = wsgate.parse_request_head(request(b"GET", path.encode(), b"Host: " + host.encode()))
+    assert config.route(message.host, message.path).name == name
+
+
+def test_a_group_of_a_host_that_has_no_such_path_leaves_it_to_the_next(tmp_path):
+    config = load_text(tmp_path, "".join("[location %s]\n%s" % (name, PASS) for name in
+                                         ("a.b.test/x", "*.b.test/y", "*.test/z", "/w")))
+    assert [config.route("a.b.test", path).name for path in ("/x", "/y", "/z", "/w")] == [
+        "a.b.test/x", "*.b.test/y", "*.test/z", "/w"]
+    assert config.route("a.b.test", "/other") is None and config.route("other", "/x") is None
+
+
+def test_an_exact_root_leaves_the_rest_to_the_backend_of_server(tmp_path):
+    config = load_text(tmp_path, SERVER + "[location = /]\nreturn = 200 here\n")
+    assert config.route("any", "/").name == "= /" and config.route("any", "/x").name == "/"
+
+
+REFUSED_TARGETS = [
+    b"/..", b"/a/../b", b"/a/.", b"/./a", b"/%2e%2e/a", b"/a/%2E", b"/a/.%2e/", b"//../a", b"/a/..%2Fb", b"/a%2f..%2fb",
+    b"/a%2F../b", b"/a/..?x", b"/a\\b", b"/a%5Cb", b"/a%00", b"/a%0d%0aX:y", b"/a%7F", b"/a%", b"/a%2", b"/a%zz/b",
+    b"/a%u0041", b"/a#b", b"/a?b#c", b"a", b"?a", b"*", b"a:80", b"ftp://gate.test/", b"http://other.test/",
+    b"http:///a", b"http://gate.test:81/", b"http://gate.test/a/../b", b"http://me@gate.test/",
+]
+
+
+@pytest.mark.parametrize("target", REFUSED_TARGETS)
+def test_a_target_that_two_programs_could_read_differently_is_400(target):
+    with pytest.raises(wsgate.HTTPError) as caught:
+        wsgate.parse_request_head(request(b"GET", target))
+    assert (caught.value.status, caught.value.reason) == (400, "bad_request")
+
+
+def test_a_refused_target_reaches_no_backend_and_an_unknown_path_is_404(tmp_path):
+    with ScriptedBackend(answer(ok())) as backend:
+        with running("[server]\n[location /a/]\nproxy_pass = http://%s\n" % backend.where, tmp_path) as gate:
+            response = gate.ask(request(b"GET", b"/a/%2e%2e/b"))
+            assert (response.status, response.reason) == (400, "bad_request")
+            response = gate.ask(request(b"GET", b"/b"))
+            assert (response.status, response.reason) == (404, "no_route")
+            assert response.body.startswith(b"404 Not Found: no_route")
+            assert not backend.peers
+            assert gate.ask(request(b"GET", b"/a/")).status == 200
+
+
+def test_the_bytes_of_a_target_reach_the_backend_unchanged(tmp_path):
+    targets = [b"/", b"//a///b", b"/%7Euser/%c3%A9", b"/a%2Fb", b"/a?", b"/a?b=%zz&../..\\\"<>|^", b"/a;b=c/...x/..y",
+               b"/a?x=/../y", b"/a%252e", b"/a?b?c", b"/" + b"x" * 4000]
+    assert targets_at_backend(tmp_path, "[server]\nproxy_pass = http://BACKEND\n",
+                              [request(b"GET", target) for target in targets]) == targets
+
+
+def test_absolute_form_goes_on_in_origin_form_and_the_star_of_options_stays(tmp_path):
+    absolute = {b"http://gate.test": b"/", b"http://gate.test/": b"/", b"HTTP://Gate.test/a//b?c//d": b"/a//b?c//d",
+                b"https://gate.test?a=b": b"/?a=b", b"http://gate.test?back=/home/x": b"/?back=/home/x"}
+    options = {b"*": b"*", b"/": b"/", b"http://gate.test": b"*", b"http://gate.test/": b"/",
+               b"http://gate.test?a": b"/?a"}
+    raw = [request(b"GET", target) for target in absolute] + [request(b"OPTIONS", target) for target in options]
+    ini = "[server]\n[location /]\nproxy_pass = http://BACKEND\n"
+    assert targets_at_backend(tmp_path, ini, raw) == list(absolute.values()) + list(options.values())
+
+
+@pytest.mark.parametrize("location, uri, targets", [
+    ("/chat/", "/", {b"/chat/": b"/", b"/chat/a/b?c": b"/a/b?c", b"/%63hat/%41": b"/%41", b"//chat//a": b"/a"}),
+    ("/chat/", "/v2/x", {b"/chat/a": b"/v2/xa", b"/chat/": b"/v2/x"}),
+    ("/chat", "/app", {b"/chat": b"/app", b"/chat/a": b"/app/a", b"/chat?a=b": b"/app?a=b",
+                       b"/ch%61t/%2Fa": b"/app/%2Fa"}),
+    ("/caf\u00e9/", "/x/", {b"/caf%C3%A9/%c3%a9": b"/x/%c3%a9"}),
+    ("/", "/sub/", {b"/": b"/sub/", b"/a": b"/sub/a", b"//a": b"/sub/a"}),
+    ("= /one", "/other", {b"/one": b"/other", b"/one?a": b"/other?a", b"/%6fne": b"/other"}),
+])
+def test_a_uri_in_proxy_pass_replaces_the_matched_prefix(tmp_path, location, uri, targets):
+    config = load_text(tmp_path, "[location %s]\nproxy_pass = http://127.0.0.1:9%s\n" % (location, uri))
+    for target, wanted in targets.items():
+        message = wsgate.parse_request_head(request(b"GET", target))
+        assert config.route("any", message.path).rewrite(message) == wanted
+
+
+def test_a_backend_on_a_unix_socket_is_asked_with_the_uri_behind_it(tmp_path):
+    path = os.path.join(str(tmp_path), "app.sock")
+    with ScriptedBackend(answer(ok(b"by unix")), path=path) as backend:
+        with running("[location /a/]\nproxy_pass = http://%s:/b/\n[server]\n" % backend.where, tmp_path) as gate:
+            assert gate.ask(request(b"GET", b"/a/x")).body == b"by unix"
+            assert " unix:%s " % path in gate.line("/a/x")
+
+
+def test_return_answers_without_a_backend(tmp_path):
+    ini = ("[server]\n"
+           "[location /code]\nreturn = 204\n"
+           "[location /text]\nreturn = 200 hello $http_user_agent, 100%\n"
+           "[location /gone]\nreturn = 410 no longer here\n"
+           "[location /go/]\nreturn = 308 https://$host:8443$request_uri\n")
+    with running(ini, tmp_path) as gate:
+        assert gate.ask(request(b"GET", b"/code")).status == 204
+        response = gate.ask(request(b"GET", b"/text", b"User-Agent: me"))
+        assert (response.status, response.body) == (200, b"hello me, 100%")
+        response = gate.ask(request(b"GET", b"/gone"))
+        assert (response.status, response.body) == (410, b"no longer here")
+        response = gate.ask(request(b"GET", b"/go/%7Ea?b=c", b"Host: gate.test:80"))
+        assert (response.status, response.body) == (308, b"")
+        assert response.get(b"location") == b"https://gate.test:8443/go/%7Ea?b=c"
+        assert " 308 done /go/ - " in gate.line("/go/")
+        first = gate.connect().send(request(b"GET", b"/code"), request(b"GET", b"/text"))
+        assert [first.response().status for _ in range(2)] == [204, 200]  # the connection stays
+        first.close()
+
+
+def test_proxy_set_header_sets_and_removes_fields(tmp_path):
+    lines = ["proxy_set_header =", "X-Host: $host", "X-Client: $remote_addr", "X-Scheme: $scheme",
+             "X-Uri: $request_uri", "X-Port: $server_port", "X-Chain: $proxy_add_x_forwarded_for",
+             "X-Agent: <${http_user_agent}>", "Host: inner.test", "Accept-Encoding:", "X-Absent: $http_absent",
+             "X-Real-IP: 192.0.2.9", "Origin: http://$host"]
+    with gate_and_backend(tmp_path, answer(ok()), "\n  ".join(lines)) as (gate, backend):
+        heads = []
+        backend.script = lambda peer: (heads.append(peer.head()), peer.send(ok()))
+        gate.ask(request(b"GET", b"/a%20b?c", b"Host: Gate.test:123", b"User-Agent: me", b"accept-encoding: br",
+                         b"X-HOST: lie", b"Origin: http://evil.test", b"X-Forwarded-For: 192.0.2.1"))
+    wanted = {b"X-Host": b"gate.test", b"X-Client": b"127.0.0.1", b"X-Scheme": b"http", b"X-Uri": b"/a%20b?c",
+              b"X-Port": b"%d" % gate.port, b"X-Chain": b"127.0.0.1", b"X-Agent": b"<me>", b"Host": b"inner.test",
+              b"X-Real-IP": b"192.0.2.9", b"Origin": b"http://gate.test"}
+    assert {name: field(heads[0], name) for name in wanted} == {name: [value] for name, value in wanted.items()}
+    assert not field(heads[0], b"accept-encoding") and not field(heads[0], b"x-absent")
+
+
+@pytest.mark.parametrize("target", [b"/public/..;/admin", b"/public/..;x=1/admin", b"/public/..%3b/admin", b"/.;/admin"])
+def test_a_dot_segment_with_a_parameter_is_one_too(tmp_path, target):
+    with gate_and_backend(tmp_path, answer(ok())) as (gate, backend):
+        assert gate.ask(request(b"GET", target)).status == 400
+        assert not backend.peers
+
+
+# --------------------------------------------------------------- Access control
+
+
+@BOTH_WAYS
+def test_refusals_come_in_one_order_and_leave_the_backend_alone(tmp_path, raw):
+    passwords = written(tmp_path, "users", sha1_line("ann", b"secret"))
+    with ScriptedBackend() as backend, refusing() as dead:
+        plain = "[server]\n[location /in/]\nproxy_pass = http://%s\n" % backend.where
+        hurdles = [("max_connections = 1", 503, "conn_limit"), ("deny = all", 403, "access_denied"),
+                   ("allowed_origins = same", 403, "origin_denied"),
+                   ("auth_basic_user_file = " + passwords, 401, "auth_required"),
+                   ("auth_request = http://" + dead.where, 502, "auth_unavailable")]
+        with running(plain, tmp_path) as gate:
+            inside = gate.connect().send(handshake(b"/in/"))  # takes the only place
+            backend.peer()
+            answer = gate.ask(raw(b"/out/"))
+            assert (answer.status, answer.reason) == (404, "no_route")
+            for place, (_, status, reason) in enumerate(hurdles):
+                reload(gate, plain + "\n".join(line for line, _, _ in hurdles[place:]))
+                answer = gate.ask(raw(b"/in/", b"Origin: https://evil.test"))
+                assert (answer.status, answer.reason) == (status, reason)
+                assert len(backend.peers) == 1
+            reload(gate, plain)
+            with contextlib.closing(gate.connect().send(raw(b"/in/", b"Origin: https://evil.test"))):
+                assert backend.peer(1).head()
+            for peer in backend.peers + [inside]:
                 peer.close()
-                client.close()
 
 
-def lines_of_head(head):
-    return head[:-4].split(b"\r\n")
+@pytest.mark.parametrize("address, networks, expected", [
+    ("127.0.0.1", "127.0.0.0/8", True), ("128.0.0.1", "127.0.0.0/8", False), ("10.0.0.7", "10.0.0.7", True),
+    ("::ffff:127.0.0.1", "127.0.0.0/8", True), ("::ffff:128.0.0.1", "127.0.0.0/8", False),
+    ("2001:db8::1", "2001:db8::/32 10.0.0.0/8", True), ("2001:db9::1", "2001:db8::/32", False),
+    ("fe80::1%eth0", "fe80::/10", True), ("10.1.1.1", "all", True), ("::1", "all", True), ("::1", "", False),
+    ("unix:", "all", True), ("nonsense", "all", False), ("unix:", "10.0.0.1 unix:", True),
+    ("unix:", "10.0.0.1", False), ("nonsense", "unix:", False), ("10.0.0.1", "unix:", False),
+    ("10.0.0.1", "unix: 10.0.0.1", True)])
+def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
+    assert wsgate.trusted(wsgate.parse_networks(networks), address) is expected
+
+
+@pytest.mark.parametrize("allow, deny, address, passes", [
+    ("", "", "10.0.0.1", True), ("10.0.0.0/8", "", "10.0.0.1", True), ("10.0.0.0/8", "", "11.0.0.1", False),
+    ("10.0.0.0/8", "10.0.0.1", "10.0.0.1", False), ("", "10.0.0.1", "10.0.0.2", True),
+    ("", "10.0.0.1", "::ffff:10.0.0.1", False), ("10.0.0.0/8", "", "::ffff:10.0.0.1", True), ("", "all", "::1", False),
+    ("unix:", "", "unix:", True), ("all", "", "unix:", True), ("10.0.0.0/8", "", "unix:", False),
+    ("", "", "unix:", True), ("", "all", "unix:", False), ("all", "unix:", "unix:", False),
+    ("unix:", "", "10.0.0.1", False), ("", "unix:", "10.0.0.1", True)])
+def test_deny_wins_and_allow_refuses_all_others(allow, deny, address, passes):
+    rules = wsgate.Settings({"allow": wsgate.parse_networks(allow), "deny": wsgate.parse_networks(deny)})
+    with contextlib.ExitStack() as stack:
+        caught = None if passes else stack.enter_context(pytest.raises(wsgate.HTTPError))
+        wsgate.check_address(rules, address)
+    assert passes or (caught.value.status, caught.value.reason) == (403, "access_denied")
+
+
+@pytest.mark.parametrize("allowed, host, origins, passes", [
+    ("any", "gate.test", ["https://evil.test"], True),
+    ("any", "gate.test", ["a", "b"], True),
+    ("same", "gate.test", [], True),
+    ("https://a.test", "gate.test", [], True),
+    ("same", "gate.test", ["http://gate.test"], True),
+    ("same", "gate.test", ["https://GATE.test"], True),
+    ("same", "gate.test:8080", ["http://gate.test:8080"], True),
+    ("same", "gate.test", ["https://gate.test:8443"], False),
+    ("same", "gate.test:443", ["https://gate.test"], True),
+    ("same", "gate.test:80", ["https://gate.test"], False),
+    ("same", "gate.test", ["https://evil.test"], False),
+    ("same", "gate.test", ["null"], False),
+    ("same", "gate.test", ["http://gate.test.evil.test"], False),
+    ("same", "gate.test", ["http://gate.test", "http://gate.test"], False),
+    ("null", "gate.test", ["null"], True),
+    ("https://a.test, https://b.test", "gate.test", ["https://b.test"], True),
+    ("https://a.test", "gate.test", ["http://a.test"], False),
+    ("https://a.test", "gate.test", ["https://a.test:444"], False),
+    ("https://a.test", "gate.test", ["https://axtest"], False),
+    ("https://a.test:*", "gate.test", ["https://a.test:444"], True),
+    ("https://*.a.test", "gate.test", ["https://x.a.test"], True),
+    ("https://*.a.test", "gate.test", ["https://a.test"], False),
+    ("https://*.a.test", "gate.test", ["https://evil-a.test"], False),
+    ("https://*.a.test", "gate.test", ["https://evil.test/.a.test"], False)])
+def test_origins(allowed, host, origins, passes):
+    location = wsgate.Settings({"allowed_origins": wsgate.parse_origins(allowed)})
+    fields = [b"Host: " + host.encode()] + [b"Origin: " + origin.encode() for origin in origins]
+    message = wsgate.parse_request_head(request(b"GET", b"/", *fields))
+    with contextlib.ExitStack() as stack:
+        if not passes:
+            stack.enter_context(pytest.raises(wsgate.HTTPError, match="Origin"))
+        assert wsgate.check_origin(location, message) is None
+
+
+def test_a_denied_origin_is_logged_with_the_host_it_was_compared_to(tmp_path):
+    with gate_and_backend(tmp_path, None, "allowed_origins = same") as (gate, backend):
+        answer = gate.ask(handshake(b"/", b"Origin: https://evil.test"))
+        assert (answer.status, answer.reason) == (403, "origin_denied") and not backend.peers
+        assert gate.line("reason=origin_denied", "https://evil.test", "Host is gate.test")
+
+
+@pytest.mark.skipif(not hasattr(hashlib, "scrypt"), reason="this Python has no scrypt")
+def test_passwords_of_every_scheme_are_checked(tmp_path):
+    salt = b"0123456789abcdef"
+    scrypt = base64.b64encode(salt + hashlib.scrypt(b"three", salt=salt, n=1 << 14, r=8, p=1)).decode()
+    users = written(tmp_path, "users", "# people\n" + sha1_line("ann", b"one") + sha1_line("bob", b"two", b"salt")
+                    + "eve:{SCRYPT}%s\n" % scrypt)
+    with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users, tmp_path) as gate:
+        for user, password in ((b"ann", b"one"), (b"bob", b"two"), (b"eve", b"three"), (b"eve", b"three")):
+            assert gate.ask(request(b"GET", b"/", basic(user, password))).status == 200
+        for line in (basic(b"ann", b"two"), basic(b"bob", b"one"), basic(b"eve", b"one"), basic(b"zoe", b"one"),
+                     basic(b"", b""), b"X-None: 1", b"Authorization: Basic ?", b"Authorization: Bearer one"):
+            answer = gate.ask(request(b"GET", b"/", line))
+            assert (answer.status, answer.reason) == (401, "auth_required"), line
+            assert answer.get(b"www-authenticate").startswith(b'Basic realm="')
+
+
+def test_a_changed_password_file_is_read_again_and_a_broken_one_is_not_taken(tmp_path):
+    users = written(tmp_path, "users", sha1_line("ann", b"old"))
+    with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users, tmp_path) as gate:
+        def status(password):
+            return gate.ask(request(b"GET", b"/", basic(b"ann", password))).status
+        assert (status(b"old"), status(b"newer")) == (200, 401)
+        written(tmp_path, "users", sha1_line("ann", b"newer", b"salt"))
+        assert (status(b"old"), status(b"newer")) == (401, 200)
+        written(tmp_path, "users", "ann:broken\n")
+        assert (status(b"old"), status(b"newer")) == (401, 200)
+        assert any("auth_basic_user_file" in line for line in gate.errors)
+        os.unlink(users)
+        assert status(b"newer") == 200
+
+
+def test_a_bcrypt_line_is_a_configuration_error_that_says_what_to_do(tmp_path):
+    users = written(tmp_path, "users", sha1_line("ann", b"one") + "bob:$2y$05$bvIG6Nmid91Mu9RcmmWZfO\n")
+    error = config_error(tmp_path, "[server]\nproxy_pass = http://127.0.0.1:1\nauth_basic_user_file = %s\n" % users)
+    assert "users:2" in error and "--hash-password" in error
+
+
+@pytest.mark.parametrize("said, status, reason", [
+    (ok(), 200, ""),
+    (b"HTTP/1.1 204 No Content\r\n\r\n", 200, ""),
+    (b"HTTP/1.1 401 No\r\nWWW-Authenticate: Bearer\r\nSet-Cookie: a=1\r\nX-Other: 1\r\n\r\n", 401, "auth_denied"),
+    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", 403, "auth_denied"),
+    (b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n", 502, "auth_unavailable"),
+    (b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", 502, "auth_unavailable"),
+    (b"", 502, "auth_unavailable"),
+    (b"rubbish\r\n\r\n", 502, "auth_unavailable")], ids=["200", "204", "401", "403", "302", "500", "closed", "rubbish"])
+@BOTH_WAYS
+def test_the_auth_service_decides_and_failure_is_closed(tmp_path, raw, said, status, reason):
+    with ScriptedBackend(answer(said)) as asked:
+        with gate_and_backend(tmp_path, service, "auth_request = http://" + asked.where) as (gate, backend):
+            answer_ = gate.ask(raw(b"/"))
+            passed = 101 if raw is handshake else 200
+            assert (answer_.status, answer_.reason) == (passed if status == 200 else status, reason)
+            assert len(backend.peers) == (status == 200) and len(asked.peers) == 1
+            if b"Bearer" in said:
+                assert (answer_.get(b"www-authenticate"), answer_.get(b"set-cookie")) == (b"Bearer", b"a=1")
+                assert answer_.get(b"x-other") is None
+
+
+def test_the_auth_service_is_asked_without_handshake_and_body(tmp_path):
+    heads = []
+
+    def yes(peer):
+        heads.append(peer.head())
+        assert not peer.buffer
+        peer.send(ok())
+
+    with ScriptedBackend(yes) as asked:
+        with gate_and_backend(tmp_path, service, "auth_request = http://%s/check" % asked.where) as (gate, _):
+            assert gate.ask(handshake(b"/chat?a=1", b"Cookie: id=7", b"Origin: https://a.test",
+                                      b"X-Original-URI: /forged")).status == 101
+            assert gate.ask(request(b"POST", b"/form", b"Content-Type: text/plain", body=b"12345")).status == 200
+    for head, uri in zip(heads, (b"/chat?a=1", b"/form")):
+        assert head.startswith(b"GET /check HTTP/1.1\r\n")
+        assert field(head, b"x-original-uri") == [uri] and field(head, b"connection") == [b"close"]
+        for name in (b"upgrade", b"sec-websocket-key", b"content-length", b"transfer-encoding", b"expect"):
+            assert not field(head, name), name
+    assert field(heads[0], b"cookie") == [b"id=7"] and field(heads[0], b"origin") == [b"https://a.test"]
+    assert field(heads[1], b"x-original-method") == [b"POST"]
+
+
+@pytest.mark.parametrize("header, believed, fields, client", [
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: 203.0.113.9"], b"203.0.113.9"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9"], b"203.0.113.9"),
+    ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1", [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9, 10.0.0.1"], b"203.0.113.9"),
+    ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1",
+     [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9", b"X-Forwarded-For: 10.0.0.1"], b"203.0.113.9"),
+    ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1", [b"X-Forwarded-For: 6.6.6.6, rubbish, 10.0.0.1"], b"10.0.0.1"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: rubbish"], b"127.0.0.1"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: 203.0.113.9:51234"], b"203.0.113.9"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: [2001:db8::7]:443"], b"2001:db8::7"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: [2001:db8::7]"], b"2001:db8::7"),
+    ("X-Forwarded-For", "127.0.0.1 10.0.0.1", [b"X-Forwarded-For: 203.0.113.9:1, 10.0.0.1:2"], b"203.0.113.9"),
+    ("X-Forwarded-For", "127.0.0.1", [b"X-Real-IP: 6.6.6.6"], b"127.0.0.1"),
+    ("X-Forwarded-For", "10.0.0.0/8", [b"X-Forwarded-For: 6.6.6.6"], b"127.0.0.1"),
+    ("X-Forwarded-For", "", [b"X-Forwarded-For: 6.6.6.6", b"X-Real-IP: 6.6.6.6"], b"127.0.0.1"),
+    ("X-Real-IP", "127.0.0.1", [b"X-Real-IP: 2001:db8::7", b"X-Forwarded-For: 6.6.6.6"], b"2001:db8::7"),
+    ("X-Real-IP", "10.0.0.0/8", [b"X-Real-IP: 6.6.6.6"], b"127.0.0.1")])
+def test_only_trusted_proxies_say_who_the_client_is(tmp_path, header, believed, fields, client):
+    ini = "[server]\nset_real_ip_from = %s\nreal_ip_header = %s\nreturn = 200 $remote_addr\n" % (believed, header)
+    with running(ini, tmp_path) as gate:
+        assert gate.ask(request(b"GET", b"/", *fields)).body == client
+        assert gate.line(" %s gate.test " % client.decode())
+
+
+@pytest.mark.parametrize("named", [b"203.0.113.9", b"203.0.113.9:51234", b"[2001:db8::7]:443", b"[2001:db8::7]"])
+def test_who_is_named_with_a_port_is_not_taken_for_the_proxy_that_is_allowed(tmp_path, named):
+    lines = "set_real_ip_from = 127.0.0.1", "allow = 127.0.0.1"
+    with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
+        assert gate.ask(request(b"GET", b"/", b"X-Forwarded-For: " + named)).reason == "access_denied"
+        assert not backend.peers
+
+
+V2_TCP4 = bytes((203, 0, 113, 9, 10, 0, 0, 1)) + struct.pack("!HH", 4711, 80)
+V2_TCP6 = bytes.fromhex("20010db8000000000000000000000009") * 2 + struct.pack("!HH", 4711, 80)
+
+
+@pytest.mark.parametrize("header, client", [
+    (b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", b"203.0.113.9"),
+    (b"PROXY TCP6 2001:db8::9 ::1 4711 80\r\n", b"2001:db8::9"),
+    (b"PROXY UNKNOWN\r\n", b"127.0.0.1"), (b"PROXY UNKNOWN rest of the line\r\n", b"127.0.0.1"),
+    (proxy_v2(0x21, 0x11, V2_TCP4), b"203.0.113.9"), (proxy_v2(0x21, 0x11, V2_TCP4 + b"\x04\0\x01x"), b"203.0.113.9"),
+    (proxy_v2(0x21, 0x21, V2_TCP6), b"2001:db8::9"), (proxy_v2(0x20, 0x00, b""), b"127.0.0.1"),
+    (proxy_v2(0x20, 0x11, V2_TCP4), b"127.0.0.1"), (proxy_v2(0x21, 0x00, b""), b"127.0.0.1")])
+def test_the_proxy_protocol_says_who_the_client_is(tmp_path, header, client):
+    with running(PROXY_INI % ("", "127.0.0.1"), tmp_path) as gate:
+        for pieces in every_way(header + request()):
+            peer = gate.connect()
+            peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for piece in pieces:
+                peer.send(piece)
+            assert peer.response().body == client
+            peer.close()
+
+
+@pytest.mark.parametrize("header", [
+    b"", b"PROXY \r\n", b"PROXY TCP4 1.2.3.4 1.2.3.4 1\r\n", b"PROXY TCP4 ::1 ::1 1 2\r\n",
+    b"PROXY TCP4 1.2.3.4 1.2.3.4 1 65536\r\n", b"PROXY TCP4 1.2.3.4 1.2.3.4 1 2\n",
+    b"PROXY UDP4 1.2.3.4 1.2.3.4 1 2\r\n", b"PROXY " + b"x" * 200 + b"\r\n",
+    b"PROXY TCP4 1.2.3.\xff 1.2.3.4 1 2\r\n", proxy_v2(0x31, 0x11, V2_TCP4), proxy_v2(0x22, 0x11, V2_TCP4),
+    proxy_v2(0x21, 0x11, V2_TCP4[:8]), proxy_v2(0x21, 0x77, V2_TCP4), proxy_v2(0x21, 0x11, b"x" * 4000)])
+def test_a_malformed_proxy_header_closes_without_a_word(tmp_path, header):
+    with running(PROXY_INI % ("", "127.0.0.1"), tmp_path) as gate:
+        assert gate.connect().send(header + request()).rest() == b""
+        assert any("bad PROXY header" in line for line in gate.errors) and not gate.access
+
+
+def test_a_proxy_header_of_a_stranger_closes(tmp_path):
+    with running(PROXY_INI % ("", "10.0.0.0/8"), tmp_path) as gate:
+        assert gate.connect().send(b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n" + request()).rest() == b""
+
+
+@pytest.mark.parametrize("raw", [request(), handshake()], ids=["http", "handshake"])
+def test_the_backend_is_told_the_client_by_the_proxy_protocol(tmp_path, raw):
+    lines = []
+
+    def script(peer):
+        lines.append(peer.read_until(b"\r\n"))
+        service(peer)
+
+    with gate_and_backend(tmp_path, script, "proxy_protocol = on") as (gate, _):
+        peer = gate.connect().send(raw)
+        assert peer.response().status in (101, 200)
+        assert lines == [b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n" % (peer.sock.getsockname()[1], gate.port)]
+        peer.close()
+
+
+@pytest.mark.parametrize("where, line, status, reason", [
+    ("server", "max_connections = 1", 503, "conn_limit"), ("server", "max_connections_per_ip = 1", 429, "conn_limit_per_ip"),
+    ("location", "max_connections = 1", 503, "conn_limit")])
+@BOTH_WAYS
+def test_a_limit_refuses_and_the_place_is_free_again_afterwards(tmp_path, raw, where, line, status, reason):
+    with ScriptedBackend(service) as backend:
+        ini = "[server]\n%s\n[location /]\nproxy_pass = http://%s\n%s\n" % (
+            line if where == "server" else "", backend.where, line if where == "location" else "")
+        with running(ini, tmp_path) as gate:
+            with contextlib.closing(gate.connect().send(handshake())) as inside:
+                assert inside.response().status == 101
+                for _ in range(3):
+                    answer_ = gate.ask(raw(b"/"))
+                    assert (answer_.status, answer_.reason) == (status, reason)
+                    assert answer_.get(b"retry-after").isdigit() and len(backend.peers) == 1
+            assert gate.line("101 closed")
+            assert eventually(lambda: gate.ask(raw(b"/")).status in (101, 200))
+
+
+@pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
+def test_a_flood_of_wrong_passwords_costs_the_memory_of_a_few_hashes(tmp_path):
+    (tmp_path / "passwords").write_bytes(b"me:" + wsgate.hash_password(b"right") + b"\n")
+    port = free_port()
+    (tmp_path / "hash.ini").write_text("[server]\nlisten = 127.0.0.1:%d\nreturn = 200\nauth_basic_user_file = %s\n"
+                                       % (port, tmp_path / "passwords"))
+    with process("-c", str(tmp_path / "hash.ini")) as child:
+        eventually(lambda: listening(port))
+        wrong = request(b"GET", b"/", b"Authorization: Basic " + base64.b64encode(b"me:wrong"))
+        clients = [connect(port) for _ in range(8 + 4 * (os.cpu_count() or 1))]
+        for client in clients:
+            client.send(wrong)
+        assert {client.response().status for client in clients} == {401}
+        with open("/proc/%d/status" % child.pid) as file:
+            peak = int(re.search(r"VmHWM:\s+(\d+)", file.read()).group(1))
+        for client in clients:
+            client.close()
+    assert peak < (64 + 16 * (os.cpu_count() or 1)) * 1024, "%d KiB" % peak
+
+
+@pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
+def test_a_password_checked_while_its_file_changes_is_not_remembered(tmp_path, monkeypatch):
+    path = tmp_path / "passwords"
+    path.write_bytes(b"me:" + wsgate.hash_password(b"old") + b"\n")
+    passwords = wsgate.PasswordFile(str(path))
+    old, verify = base64.b64encode(b"me:old"), wsgate.verify_password
+
+    def verify_slowly(stored, password):
+        right = verify(stored, password)
+        path.write_bytes(b"me:" + wsgate.hash_password(b"new password") + b"\n")
+        passwords.refresh()  # by the request of somebody else
+        monkeypatch.undo()
+        return right
+
+    monkeypatch.setattr(wsgate, "verify_password", verify_slowly)
+    assert passwords.accepts(old)  # it was right when it was asked
+    assert not passwords.accepts(old)
+
+
+# -------------------------------------------------------------------- Upstreams
+
+
+CLIENTS = ["10.%d.%d.%d" % (number >> 16, number >> 8 & 255, number & 255) for number in range(10000)]
+WEIGHTS = {"a:1": 1, "b:1": 2, "c:1": 3}
+
+
+@pytest.mark.parametrize("balance", ["round_robin", "ip_hash"])
+def test_ten_thousand_picks_are_shared_by_weight(balance):
+    upstream = pool(*["%s weight=%d" % pair for pair in WEIGHTS.items()], balance=balance)
+    for client in CLIENTS:
+        upstream.release(upstream.pick([], client.encode()))
+    for server in upstream.servers:
+        expected = len(CLIENTS) * WEIGHTS[server.name] / sum(WEIGHTS.values())
+        assert abs(server.health.selected - expected) < 0.05 * expected, server.name
+
+
+def test_least_conn_never_differs_by_more_than_one_per_weight():
+    upstream = pool(*["%s weight=%d" % pair for pair in WEIGHTS.items()], balance="least_conn")
+    for client in CLIENTS[:300]:
+        upstream.pick([], client.encode())
+        loads = [server.load() for server in upstream.servers]
+        assert max(loads) - min(loads) <= 1
+    assert [server.health.active for server in upstream.servers] == [50, 100, 150]
+    for _ in range(10):
+        upstream.release(upstream.servers[0])
+    assert [upstream.pick([], b"x").name for _ in range(10)] == ["a:1"] * 10
+
+
+def test_ip_hash_chooses_alike_everywhere_and_a_lost_server_moves_only_its_clients():
+    def choices(*lines):
+        upstream = pool(*lines, balance="ip_hash")
+        return [upstream.pick([], client.encode()).name for client in CLIENTS[:1000]]
+
+    before = choices("a:1", "b:1", "c:1")
+    assert choices("c:1", "a:1", "b:1") == before
+    for old, new in zip(before, choices("a:1", "c:1")):
+        assert old == new if old != "b:1" else new in ("a:1", "c:1")
+
+
+def test_backups_serve_only_when_all_others_rest_and_a_down_server_never():
+    upstream = pool("a:1", "b:1 backup", "c:1 down")
+    assert {upstream.pick([], b"x").name for _ in range(5)} == {"a:1"}
+    upstream.failed(upstream.servers[0], wsgate.BackendError(502, "backend_refused"))
+    assert {upstream.pick([], b"x").name for _ in range(5)} == {"b:1"}
+    upstream.failed(upstream.servers[1], wsgate.BackendError(502, "backend_refused"))
+    tried = []
+    for _ in range(2):
+        tried.append(upstream.pick(tried, b"x"))
+    assert {server.name for server in tried} == {"a:1", "b:1"} and upstream.pick(tried, b"x") is None
+
+
+def test_max_fails_within_fail_timeout_rest_a_server():
+    upstream = pool("a:1 max_fails=3 fail_timeout=10s", "b:1 max_fails=0")
+    error = wsgate.BackendError(502, "backend_refused")
+    for count in range(1, 4):
+        assert upstream.servers[0].available(time.monotonic())
+        upstream.failed(upstream.servers[0], error)
+        upstream.failed(upstream.servers[1], error)
+    now = time.monotonic()
+    assert not upstream.servers[0].available(now + 9) and upstream.servers[0].available(now + 10)
+    assert upstream.servers[1].available(now)
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+def test_a_dead_server_is_passed_over_rests_and_returns(tmp_path, method):
+    with refusing() as dead, ScriptedBackend(service) as backend:
+        ini = pooled([dead.where + " fail_timeout=%dms" % (400 * MS * 1000), backend.where])
+        with running(ini, tmp_path) as gate:
+            begun = time.monotonic()
+            assert gate.ask(request(method, b"/1", body=b"x" if method == b"POST" else None)).status == 200
+            rests = time.monotonic()
+            assert " %s " % backend.where in gate.line("/1 ", "failed=1")
+            assert gate.ask(request(method, b"/2")).status == 200
+            assert "failed=" not in gate.line("/2 ")
+            dead.sock.listen(5)
+            asked = []
+
+            def returned():
+                asked.append(gate.connect().send(request()))
+                return select_readable(dead.sock, 0)
+
+            eventually(returned, 2000 * MS)
+            assert 400 * MS <= time.monotonic() - begun and time.monotonic() - rests < 800 * MS
+            for peer in asked + [dead]:
+                peer.close()
+
+
+def test_when_all_rest_each_is_tried_once(tmp_path):
+    """Servers that close without a byte: a GET goes on to the next, a POST does not."""
+    with ScriptedBackend(lambda peer: peer.head()) as one, ScriptedBackend(lambda peer: peer.head()) as two:
+        with running(pooled([one.where, two.where]), tmp_path) as gate:
+            for count in (1, 2):
+                answer_ = gate.ask(request())
+                assert (answer_.status, answer_.reason) == (502, "backend_closed")
+                assert (len(one.peers), len(two.peers)) == (count, count)
+            assert gate.ask(request(b"POST", body=b"x")).status == 502
+            assert len(one.peers) + len(two.peers) == 5
+            assert gate.ask(handshake()).status == 502
+            assert len(one.peers) + len(two.peers) == 7
+
+
+def test_a_get_is_asked_of_another_server_after_a_close_without_a_byte(tmp_path):
+    with ScriptedBackend(lambda peer: peer.head()) as mute, ScriptedBackend(service) as backend:
+        with running(pooled([mute.where + " weight=100", backend.where]), tmp_path) as gate:
+            assert gate.ask(request()).status == 200
+            assert gate.line("failed=1", backend.where)
+
+
+def test_a_server_that_answered_half_a_head_is_not_replaced(tmp_path):
+    with ScriptedBackend(answer(b"HTTP/1.1 200")) as half, ScriptedBackend(service) as backend:
+        with running(pooled([half.where + " weight=100", backend.where]), tmp_path) as gate:
+            assert gate.ask(request()).status == 502
+            assert not backend.peers and " %s " % half.where in gate.line("502")
+
+
+def test_max_conns_everywhere_is_503(tmp_path):
+    with ScriptedBackend(service) as one, ScriptedBackend(service) as two:
+        with running(pooled([one.where + " max_conns=1", two.where + " max_conns=1"]), tmp_path) as gate:
+            inside = [gate.connect().send(handshake()) for _ in range(2)]
+            assert [peer.response().status for peer in inside] == [101, 101]
+            answer_ = gate.ask(request())
+            assert (answer_.status, answer_.reason) == (503, "conn_limit") and answer_.get(b"retry-after")
+            inside[0].close()
+            assert gate.line("101 closed") and eventually(lambda: gate.ask(request()).status == 200)
+            inside[1].close()
+
+
+def test_all_dead_is_502(tmp_path):
+    with refusing() as one, refusing() as two, running(pooled([one.where, two.where]), tmp_path) as gate:
+        for raw in (request(), handshake(), request(b"POST", body=b"x")):
+            answer_ = gate.ask(raw)
+            assert (answer_.status, answer_.reason) == (502, "backend_refused")
+        assert all(any("backend %s of pool failed" % dead.where in line for line in gate.errors) for dead in (one, two))
+
+
+def test_a_unix_socket_whose_queue_is_full_is_504(tmp_path):
+    path = os.path.join(str(tmp_path), "deaf.sock")
+    with contextlib.ExitStack() as stack:
+        deaf = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+        deaf.bind(path)
+        deaf.listen(0)
+        result = 0
+        while not result:
+            sock = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+            sock.setblocking(False)
+            result = sock.connect_ex(path)
+        with running("[server]\nproxy_pass = http://unix:%s:\n" % path, tmp_path) as gate:
+            answer_ = gate.ask(request())
+            assert (answer_.status, answer_.reason) == (504, "backend_timeout")
+
+
+def test_a_server_that_does_not_accept_in_time_is_504(tmp_path):
+    with refusing() as deaf:
+        deaf.sock.listen(0)
+        fillers = [socket.socket() for _ in range(4)]
+        for sock in fillers:  # the queue of the deaf server is full now
+            sock.setblocking(False)
+            sock.connect_ex(deaf.sock.getsockname())
+        if select_readable(fillers[-1], 0) or fillers[-1].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            pytest.skip("this system refuses when the queue is full")
+        ini = "[server]\nproxy_pass = http://%s\nproxy_connect_timeout = %dms\n" % (deaf.where, 300 * MS * 1000)
+        with running(ini, tmp_path) as gate:
+            begun = time.monotonic()
+            answer_ = gate.ask(request())
+            assert (answer_.status, answer_.reason) == (504, "backend_timeout")
+            assert 300 * MS <= time.monotonic() - begun < 900 * MS
+        for sock in fillers:
+            sock.close()
+
+
+def test_a_name_that_does_not_resolve_is_a_warning_at_load_and_502_later(tmp_path):
+    # The name of an interface that is not there: no name server is asked.
+    ini = "[server]\nproxy_pass = http://[fe80::1%nosuch0]:9\n"
+    with running(ini, tmp_path) as gate:
+        assert any("cannot be resolved" in line for line in gate.gate.config.warnings)
+        answer_ = gate.ask(handshake())
+        assert (answer_.status, answer_.reason) == (502, "backend_unresolved")
+
+
+def test_all_addresses_of_a_name_are_tried():
+    with refusing() as dead, ScriptedBackend() as backend:
+        server = wsgate.parse_server_line("name.test:80")
+        addresses = dead.sock.getsockname(), backend.listener.getsockname()
+        server.addresses = lambda deadline: [(socket.AF_INET, address) for address in addresses]
+        server.connect(5.0).close()
+        assert backend.peer().ended()
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["127.0.0.1", "::1"])
+def test_localhost_is_found_on_either_address(tmp_path, family):
+    if family not in [found[0] for found in socket.getaddrinfo("localhost", 80, 0, socket.SOCK_STREAM)]:
+        pytest.skip("localhost has no such address here")
+    with ScriptedBackend(service, family=family) as backend:
+        with running("[server]\nproxy_pass = http://localhost:%d\n" % backend.port, tmp_path) as gate:
+            assert gate.ask(request()).status == 200
+
+
+def test_a_backend_on_ipv6(tmp_path):
+    try:
+        backend = ScriptedBackend(service, family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this system has no IPv6")
+    with backend, running(simple(backend), tmp_path) as gate:
+        assert gate.ask(request()).status == 200 and gate.line(" %s " % backend.where)
+
+
+@needs_unix
+def test_unix_sockets_on_both_sides_and_a_stale_one_is_replaced(tmp_path):
+    front, back = str(tmp_path / "front"), str(tmp_path / "back")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(front)
+    with ScriptedBackend(service, path=back) as backend:
+        with running("[server]\nlisten = unix:%s\nproxy_pass = http://unix:%s:\n" % (front, back), tmp_path) as gate:
+            peer = unix_peer(front).send(handshake())
+            assert peer.response().status == 101
+            assert alive(peer)
+            peer.close()
+            assert gate.line("101 closed", " unix: ", " %s " % backend.where)
+    assert not os.path.exists(front)
+
+
+@needs_unix
+@pytest.mark.parametrize("flag, lines, before, client", [
+    (" proxy_protocol", ("set_real_ip_from = unix:", "real_ip_header = proxy_protocol"),
+     b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", b"203.0.113.9"),
+    (" proxy_protocol", ("set_real_ip_from = 127.0.0.1", "real_ip_header = proxy_protocol"),
+     b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", None),
+    ("", ("set_real_ip_from = unix:",), b"", b"6.6.6.6"), ("", ("set_real_ip_from = 127.0.0.1",), b"", b"unix:"),
+])
+def test_who_comes_over_a_unix_socket_can_be_trusted(tmp_path, flag, lines, before, client):
+    path = str(tmp_path / "front")
+    ini = "[server]\nlisten = unix:%s%s\nreturn = 200 $remote_addr\n%s\n" % (path, flag, "\n".join(lines))
+    with running(ini, tmp_path), contextlib.closing(unix_peer(path)) as peer:
+        with contextlib.suppress(ConnectionError):  # where nobody is trusted it may have closed already
+            peer.send(before, request(b"GET", b"/", b"X-Forwarded-For: 6.6.6.6"))
+        assert peer.ended() if client is None else peer.response().body == client
+
+
+@needs_unix
+def test_a_unix_socket_that_answers_is_not_taken_away(tmp_path):
+    with ScriptedBackend(service, path=str(tmp_path / "front")) as owner:
+        with pytest.raises(OSError, match="another program"):
+            with running("[server]\nlisten = %s\nreturn = 200\n" % owner.where, tmp_path):
+                pass
+        assert unix_peer(str(tmp_path / "front")).send(request()).response().status == 200
+
+
+def test_a_backend_killed_under_live_tunnels_ends_only_its_own(tmp_path):
+    with ScriptedBackend() as one, ScriptedBackend(service) as two:
+        with running(pooled([one.where, two.where]), tmp_path) as gate:
+            clients = []
+            for place in range(4):
+                clients.append(gate.connect().send(handshake()))
+                if place % 2 == 0:
+                    one.peer(place // 2).head()
+                    one.peer(place // 2).send(switching())
+                assert clients[-1].response().status == 101
+            one.close()
+            for peer in one.peers:
+                peer.reset()
+            assert all(peer.rest() == b"" and peer.was_reset for peer in clients[::2])
+            assert all(alive(peer) for peer in clients[1::2])
+            for peer in clients:
+                peer.close()
+
+
+# ------------------------------------------------------------------- Forwarding
 
 
 HOP_BY_HOP_LINES = (b"Keep-Alive: timeout=5", b"Proxy-Connection: keep-alive", b"TE: trailers", b"Upgrade: h2c",
@@ -2086,639 +4012,7 @@ def test_the_backend_on_a_unix_socket_of_a_request_without_host_is_localhost(tmp
             assert field(gate.ask(b"GET / HTTP/1.0\r\n\r\n").body, b"host") == [b"localhost"]
 
 
-# -------------------------------------------------------------------- Relaying
-
-
-def chunked_body(*pieces):
-    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces + (b"",))
-
-
-def ini_time(count):
-    """A time for the ini, in the unit of the tests."""
-    return "%dms" % (count * MS * 1000)
-
-
-@contextlib.contextmanager
-def takes_ms(least, most):
-    """What goes on inside takes so many milliseconds."""
-    begun = time.monotonic()
-    yield
-    assert least * MS <= time.monotonic() - begun <= most * MS
-
-
-def ends_by_reset(peer):
-    """Whether the stream ends with a reset, not with its end."""
-    try:
-        while peer.sock.recv(65536):
-            pass
-    except ConnectionError:
-        return True
-    return False
-
-
-def pour_until_stuck(peer, most, patience=100):
-    """Send until nobody takes any more -> how many bytes were taken."""
-    peer.sock.settimeout(patience * MS)
-    sent, block = 0, b"x" * (1 << 18)
-    try:
-        while sent < most:
-            sent += peer.sock.send(block[:most - sent])
-    except socket.timeout:
-        pass
-    peer.sock.settimeout(5000 * MS)
-    return sent
-
-
-def can_drain(peer, count):
-    """Whether so many bytes come."""
-    count -= len(peer.buffer)
-    while count > 0:
-        data = peer.sock.recv(min(count, 1 << 20))
-        if not data:
-            return False
-        count -= len(data)
-    return True
-
-
-def cpu_in_ms(wait):
-    """Processor seconds that the gate (and all else here) uses in so many milliseconds."""
-    here, there = socket.socketpair()
-    with here, there:
-        used = time.process_time()
-        select_readable(here, wait * MS)
-        return time.process_time() - used
-
-
-BODY_300K = random.Random(1).getrandbits(8 * 300000).to_bytes(300000, "big")
-
-
-@pytest.mark.parametrize("down", ["length", "chunked", "close"])
-@pytest.mark.parametrize("up", ["length", "chunked"])
-def test_bodies_pass_whole_in_every_framing(tmp_path, up, down):
-    def mirror(peer):
-        body = read_request(peer)[1]
-        peer.send({"length": ok(body), "close": b"HTTP/1.0 200 OK\r\n\r\n" + body,
-                   "chunked": OK + CHUNKED + chunked_body(body[:9], body[9:])}[down])
-
-    with gate_and_backend(tmp_path, mirror) as (gate, backend):
-        raw = CHUNKED_POST + chunked_body(BODY_300K[:70000], BODY_300K[70000:])
-        response = gate.ask(request(b"POST", body=BODY_300K) if up == "length" else raw)
-        assert response.body == BODY_300K and not backend.errors
-        names = b"content-length", b"transfer-encoding", b"connection"
-        assert [response.get(name) for name in names] == {
-            "length": [b"300000", None, None], "chunked": [None, b"chunked", None],
-            "close": [None, None, b"close"]}[down]
-        assert gate.line("up=0/3000", "down=0/3000")
-
-
-def test_chunks_are_written_again_without_extensions_and_trailers_pass_unless_forbidden(tmp_path):
-    with http_exchange(tmp_path, CHUNKED_POST + CHUNKED_IN) as (_, client, peer, head):
-        assert field(head, b"transfer-encoding") == [b"chunked"]
-        assert peer.read(len(CHUNKED_OUT)) == CHUNKED_OUT
-        peer.send(b"HTTP/1.1 200 OK\r\nTrailer: X-Checksum\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKED_IN)
-        head = client.head()
-        assert (field(head, b"transfer-encoding"), field(head, b"trailer")) == ([b"chunked"], [b"X-Checksum"])
-        assert client.read(len(CHUNKED_OUT)) == CHUNKED_OUT and client.silent(20 * MS)
-
-
-@pytest.mark.parametrize("method, raw, kept", [
-    (b"HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", b"5"),
-    (b"HEAD", OK + CHUNKED, None),
-    (b"HEAD", b"HTTP/1.1 200 OK\r\n\r\n", None),
-    (b"GET", b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", None),
-    (b"GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", b"5"),
-    (b"GET", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"0")])
-def test_answers_without_a_body_leave_the_connection_for_the_next_request(tmp_path, method, raw, kept):
-    def script(peer):
-        peer.send(raw if read_request(peer)[0].split(b" ")[1] == b"/first" else ok(b"second"))
-        peer.ended()
-
-    with gate_and_backend(tmp_path, script) as (gate, _):
-        client = gate.connect().send(request(method, b"/first"), request(b"GET", b"/second"))
-        assert client.response(method).get(b"content-length") == kept
-        assert client.response().body == b"second"
-        client.close()
-
-
-@pytest.mark.parametrize("raw, body", [(OK + CHUNKED + CHUNKED_IN, b"hello, world0123456789"),
-                                       (ok(b"hello"), b"hello"), (b"HTTP/1.1 200 OK\r\n\r\nhello", b"hello")])
-def test_an_http_1_0_client_gets_no_chunks_no_interim_answer_and_one_answer(tmp_path, raw, body):
-    early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
-    with gate_and_backend(tmp_path, answer(early + raw)) as (gate, _):
-        client = gate.connect().send(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
-        head = client.head()
-        assert head.startswith(OK) and field(head, b"connection") == [b"close"]
-        assert not field(head, b"transfer-encoding")
-        assert client.rest() == body
-        client.close()
-
-
-def test_interim_answers_pass_and_the_body_is_sent_when_the_backend_wants_it(tmp_path):
-    raw = request(b"POST", b"/", b"Expect: 100-continue", b"Content-Length: 5")
-    with http_exchange(tmp_path, raw) as (_, client, peer, head):
-        assert field(head, b"expect") == [b"100-continue"] and peer.silent(20 * MS) and client.silent(20 * MS)
-        peer.send(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: x\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
-        assert client.head() == b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
-        assert client.head() == b"HTTP/1.1 100 Continue\r\n\r\n"
-        client.send(b"hello")
-        assert peer.read(5) == b"hello"
-        peer.send(ok())
-        assert client.response().body == b"ok"
-
-
-def test_as_many_as_32_interim_answers_pass(tmp_path):
-    hints = b"HTTP/1.1 103 Early Hints\r\n\r\n"
-    with gate_and_backend(tmp_path, answer(hints * 32, ok())) as (gate, _):
-        client = gate.connect().send(request())
-        assert [client.head() for _ in range(32)] == [hints] * 32 and client.response().body == b"ok"
-        client.close()
-
-
-def test_a_backend_that_does_not_want_the_body_says_so_instead_of_100(tmp_path):
-    raw = request(b"POST", b"/", b"Expect: 100-continue", b"Content-Length: 5")
-    with http_exchange(tmp_path, raw) as (_, client, peer, _):
-        peer.send(b"HTTP/1.1 417 Expectation Failed\r\nContent-Length: 0\r\n\r\n")
-        response = client.response()
-        assert (response.status, response.get(b"connection")) == (417, b"close") and client.ended()
-
-
-def test_upload_and_download_run_at_once(tmp_path):
-    with http_exchange(tmp_path, CHUNKED_POST) as (_, client, peer, _):
-        peer.send(OK + CHUNKED)
-        client.head()
-        for word in (b"one", b"two", b"three"):
-            client.send(b"%x\r\n%s\r\n" % (len(word), word))
-            assert peer.read(len(word) + 5) == b"%x\r\n%s\r\n" % (len(word), word)
-            peer.send(b"4\r\necho\r\n")
-            assert client.read(9) == b"4\r\necho\r\n"
-        client.send(b"0\r\n\r\n")
-        peer.send(b"0\r\n\r\n")
-        assert (peer.read(5), client.read(5)) == (b"0\r\n\r\n", b"0\r\n\r\n")
-
-
-def test_an_answer_may_come_before_the_upload_is_over_and_ends_the_connection(tmp_path):
-    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: 1000") + b"begun") as (_, client, peer, _):
-        peer.send(ok(b"enough"))
-        response = client.response()
-        assert (response.body, response.get(b"connection")) == (b"enough", b"close")
-        client.send(request(b"GET", b"/smuggled"))
-        assert client.ended()
-
-
-def test_what_is_left_of_an_upload_is_never_a_request_though_the_backend_resets(tmp_path):
-    def script(peer):
-        peer.read_until(b"x" * 100)
-        peer.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
-        peer.reset()
-
-    with gate_and_backend(tmp_path, script) as (gate, _):
-        for _ in range(25):
-            client = gate.connect().send(request(b"POST", b"/", b"Content-Length: 400001") + b"x" * 1000)
-            with contextlib.suppress(ConnectionError):
-                client.send(b"x" * 399000)
-            with contextlib.suppress(ConnectionError):
-                response = client.response()
-                assert response.get(b"connection") == b"close"
-            client.close()
-
-
-def test_a_slow_reader_is_not_buffered_for(tmp_path):
-    most = 64 << 20
-    with http_exchange(tmp_path, request()) as (_, client, peer, _):
-        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % most)
-        sent = pour_until_stuck(peer, most)
-        assert sent < most // 3  # what the buffers of the system hold
-        client.head()
-        assert can_drain(client, sent)
-
-
-def test_a_slow_backend_is_not_buffered_for(tmp_path):
-    most = 64 << 20
-    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: %d" % most)) as (_, client, peer, _):
-        sent = pour_until_stuck(client, most)
-        assert sent < most // 3  # what the buffers of the system hold
-        assert can_drain(peer, sent)
-
-
-def test_requests_follow_each_other_on_one_connection_and_each_has_a_backend_connection(tmp_path):
-    targets = [b"/%d" % number for number in range(5)]
-
-    def script(peer):
-        head, body = read_request(peer)
-        peer.send(ok(head.split(b" ")[1] + body))
-
-    with gate_and_backend(tmp_path, script) as (gate, backend):
-        client = gate.connect()
-        for target in targets[:2]:
-            assert client.send(request(b"GET", target)).response().body == target
-        posts = [request(b"POST", target, body=b" and body") for target in targets[:2]]
-        gets = [request(b"GET", target) for target in targets]
-        client.send(*posts + gets + [request(b"GET", b"/last", b"Connection: close")])
-        bodies = [client.response().body for _ in range(7)]
-        assert bodies == [b"/0 and body", b"/1 and body"] + targets
-        last = client.response()
-        assert (last.body, last.get(b"connection")) == (b"/last", b"close") and client.ended()
-        assert len(backend.peers) == 10
-        client.close()
-
-
-@pytest.mark.parametrize("raw", [ok(b"right"), OK + CHUNKED + chunked_body(b"right")])
-def test_bytes_behind_a_complete_answer_are_never_the_next_answer(tmp_path, raw):
-    with gate_and_backend(tmp_path, answer(raw, ok(b"wrong"))) as (gate, _):
-        client = gate.connect()
-        for _ in range(3):
-            assert client.send(request()).response().body == b"right"
-        assert client.silent(20 * MS)
-        client.close()
-
-
-@pytest.mark.parametrize("begun", [b"Content-Length: 9\r\n\r\nhell", CHUNKED + b"9\r\nhell", b"\r\nhell"])
-@pytest.mark.parametrize("how", ["close", "reset"])
-def test_an_answer_cut_by_its_backend_is_cut_for_the_client(tmp_path, begun, how):
-    with http_exchange(tmp_path, request()) as (gate, client, peer, _):
-        peer.send(b"HTTP/1.1 200 OK\r\n" + begun)
-        client.read_until(b"hell")
-        getattr(peer, how)()
-        # Where nothing else says how long the body is, only a reset tells that it was cut.
-        assert ends_by_reset(client) == (how == "reset" and begun.startswith(b"\r\n"))
-        client.close()
-        assert gate.line(" 200 ", "reason=" + ("-" if not begun.strip(b"hel\r\n") and how == "close" else "backend_"))
-
-
-def test_a_backend_that_dies_before_it_answers_is_502_and_the_client_may_ask_again(tmp_path):
-    with http_exchange(tmp_path, request()) as (_, client, peer, _):
-        peer.reset()
-        response = client.response()
-        assert (response.status, response.reason, response.get(b"connection")) == (502, "backend_closed", None)
-        assert response.body == b"502 Bad Gateway: backend_closed\n" and client.silent(20 * MS)
-
-
-TIMES_200MS = ["%s = %s" % (key, ini_time(200)) for key in (
-    "client_header_timeout", "client_body_timeout", "keepalive_timeout", "send_timeout", "proxy_read_timeout",
-    "proxy_send_timeout")]
-
-
-def drip_bytes(peer, data):
-    """Send byte by byte, one in 20 ms, until something comes back."""
-    for place in range(len(data)):
-        if not peer.silent(20 * MS):
-            return
-        peer.send(data[place:place + 1])
-
-
-def test_a_head_that_drips_is_408_in_time(tmp_path):
-    with gate_and_backend(tmp_path, None, *TIMES_200MS) as (gate, backend):
-        client = gate.connect()
-        with takes_ms(180, 700):
-            drip_bytes(client, request(b"GET", b"/" + b"a" * 100))
-            response = client.response()
-        assert (response.status, response.reason, response.get(b"connection")) == (408, "header_timeout", b"close")
-        assert client.ended() and not backend.peers
-        client.close()
-
-
-def test_the_second_head_has_its_own_time_and_a_silent_connection_is_closed_without_a_word(tmp_path):
-    with gate_and_backend(tmp_path, answer(ok()), *TIMES_200MS) as (gate, _):
-        client = gate.connect()
-        assert client.silent(120 * MS) and client.send(request()).response().status == 200
-        assert client.silent(120 * MS)
-        drip_bytes(client, b"GET /")
-        assert client.send(request()[5:]).response().status == 200
-        with takes_ms(180, 700):
-            assert client.rest() == b""
-        assert client.send(b"G").ended()
-        client.close()
-        client = gate.connect()
-        with takes_ms(180, 700):
-            assert client.rest() == b""
-        client.close()
-
-
-def test_an_empty_line_behind_a_body_is_not_the_beginning_of_a_request(tmp_path):
-    lines = ["client_header_timeout = " + ini_time(60), "keepalive_timeout = " + ini_time(400)]
-    with gate_and_backend(tmp_path, answer(ok()), *lines) as (gate, _):
-        client = gate.connect()
-        for behind in (b"\r\n", b"\r", b""):
-            assert client.send(request(b"POST", body=b"hello"), behind).response().status == 200
-            assert client.silent(150 * MS)
-            client.send(b"\n" if behind == b"\r" else b"")
-        with takes_ms(150, 900):  # of keepalive_timeout
-            assert client.rest() == b""
-        client.close()
-
-
-def test_a_body_that_stops_is_408_and_one_that_drips_is_not(tmp_path):
-    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: 20"), *TIMES_200MS) as (_, client, peer, _):
-        with takes_ms(300, 2000):
-            drip_bytes(client, b"x" * 15)
-        assert peer.read(15) == b"x" * 15
-        with takes_ms(150, 700):
-            response = client.response()
-        assert (response.status, response.reason) == (408, "body_timeout") and peer.ended()
-
-
-def test_a_backend_that_does_not_answer_is_504(tmp_path):
-    with http_exchange(tmp_path, request(), *TIMES_200MS) as (_, client, peer, _):
-        with takes_ms(150, 700):
-            response = client.response()
-        assert (response.status, response.reason) == (504, "backend_timeout") and peer.ended()
-
-
-def test_a_backend_that_stops_in_its_answer_is_cut_and_one_that_drips_is_not(tmp_path):
-    with http_exchange(tmp_path, request(), *TIMES_200MS) as (gate, client, peer, _):
-        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n")
-        client.head()
-        for _ in range(15):
-            assert peer.silent(20 * MS)
-            peer.send(b"x")
-        assert client.read(15) == b"x" * 15
-        with takes_ms(150, 700):
-            assert not ends_by_reset(client)
-        assert peer.ended() and gate.line(" 200 ", "reason=backend_timeout")
-
-
-def test_a_backend_that_takes_no_more_of_the_body_is_504(tmp_path):
-    raw = request(b"POST", b"/", b"Content-Length: %d" % (64 << 20))
-    with http_exchange(tmp_path, raw, *TIMES_200MS) as (_, client, _, _):
-        with takes_ms(180, 4000):
-            pour_until_stuck(client, 64 << 20, 50)
-            with takes_ms(0, 700):
-                response = client.response()
-        assert (response.status, response.reason) == (504, "backend_timeout")
-
-
-def test_a_client_that_takes_no_more_of_the_answer_is_cut(tmp_path):
-    with http_exchange(tmp_path, request(), *TIMES_200MS) as (gate, client, peer, _):
-        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 << 20))
-        with takes_ms(180, 4000):
-            pour_until_stuck(peer, 64 << 20, 50)
-            with takes_ms(0, 700):
-                gate.line(" 499 ", "reason=send_timeout")
-        assert ends_by_reset(client) and peer.ended()
-
-
-def test_keepalive_timeout_0_means_one_request_each_also_for_the_gates_own_answers(tmp_path):
-    lines = "keepalive_timeout = 0", "[location /own]", "return = 200 own", "[location /]"
-    with gate_and_backend(tmp_path, answer(ok()), *lines) as (gate, _):
-        for target in (b"/", b"/own"):
-            client = gate.connect().send(request(b"GET", target))
-            assert client.response().get(b"connection") == b"close" and client.ended()
-            client.close()
-
-
-@pytest.mark.parametrize("raw, status", [
-    (request(b"POST", body=b"x" * 8), 200), (request(b"POST", body=b"x" * 9), 413),
-    (CHUNKED_POST + chunked_body(b"x" * 4, b"y" * 4), 200),
-    (CHUNKED_POST + chunked_body(b"x" * 4, b"y" * 5), 413), (CHUNKED_POST + b"fffffffffffffff\r\n", 413)])
-def test_client_max_body_size_holds_for_both_framings(tmp_path, raw, status):
-    complete = []
-
-    def script(peer):
-        complete.append(read_request(peer)[1])
-        peer.send(ok())
-
-    with gate_and_backend(tmp_path, script, "client_max_body_size = 8") as (gate, backend):
-        response = gate.ask(raw)
-        assert (response.status, response.reason) == (status, "body_too_large" if status == 413 else "")
-        assert len(complete) == (status == 200) and (b"Content-Length: 9" not in raw or not backend.peers)
-
-
-def test_the_backend_of_a_client_that_went_away_is_let_go_within_a_second(tmp_path):
-    cases = [(how, raw, begun) for how in ("close", "finish", "reset") for raw, begun in (
-        (request(), b""), (request(b"POST", body=b"hello"), b""), (CHUNKED_POST + b"5\r\nhel", b""),
-        (request(), b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhell"))]
-    with gate_and_backend(tmp_path) as (gate, backend):
-        waiting = []
-        for how, raw, begun in cases:
-            waiting.append((gate.connect().send(raw), backend.peer(len(waiting))))
-            waiting[-1][1].send(begun)
-            waiting[-1][0].read(len(begun))
-        for (how, _, _), (client, _) in zip(cases, waiting):
-            getattr(client, how)()
-        with takes_ms(0, 1000):
-            assert [case for case, (_, peer) in zip(cases, waiting) if not peer.ended(1000 * MS)] == []
-        eventually(lambda: len([line for line in gate.access if "reason=client_gone" in line]) == len(cases))
-        for client, _ in waiting:
-            client.close()
-
-
-def test_a_client_that_only_says_it_will_send_no_more_gets_an_answer_that_comes_soon(tmp_path):
-    with http_exchange(tmp_path, request(b"POST", body=b"hello")) as (_, client, peer, _):
-        client.finish()
-        assert peer.read(5) == b"hello" and peer.silent(50 * MS)
-        peer.send(ok())
-        assert client.response().body == b"ok"
-
-
-def test_a_broken_backend_behind_a_slow_reader_costs_no_cpu(tmp_path):
-    with http_exchange(tmp_path, request()) as (_, client, peer, _):
-        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 << 20))
-        pour_until_stuck(peer, 64 << 20, 50)
-        peer.reset()
-        assert cpu_in_ms(300) < 50 * MS
-        client.head()
-        assert not ends_by_reset(client)
-
-
-def test_what_a_backend_has_sent_before_it_died_reaches_a_slow_reader(tmp_path):
-    script = answer(OK + b"Content-Length: 900000\r\n\r\n" + b"x" * 600000)
-    with gate_and_backend(tmp_path, script) as (gate, _), contextlib.closing(socket.socket()) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect(("127.0.0.1", gate.port))
-        client = Peer(sock).send(request())
-        client.head()
-        assert client.read(600000) == b"x" * 600000 and not ends_by_reset(client)
-
-
-def test_a_client_that_ends_in_an_upload_that_nobody_takes_costs_no_cpu(tmp_path):
-    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: %d" % (64 << 20))) as (gate, client, peer, _):
-        held = next(iter(gate.gate.connections)).request
-        while not all(select_readable(held, 0) and client.silent(10 * MS) for _ in range(3)):
-            client.send(b"x" * 150000)  # until the gate does not take it any more, and a little of it waits
-        client.finish()
-        assert cpu_in_ms(300) < 50 * MS
-
-
-def test_a_refused_upload_still_gets_to_read_its_answer(tmp_path):
-    with gate_and_backend(tmp_path, None, "client_max_body_size = 1m") as (gate, _):
-        client = gate.connect().send(request(b"POST", b"/", body=b"x" * (3 << 20)))
-        response = client.response()
-        assert (response.status, response.reason, response.get(b"connection")) == (413, "body_too_large", b"close")
-        assert not ends_by_reset(client)
-        client.close()
-
-
-@pytest.mark.parametrize("line, raw, status, reason, detail, kept", [
-    ("", request(b"GET", b"/other/"), b"404 Not Found", "no_route", b"no [location] matches\n", True),
-    ("", request(b"HEAD", b"/other/"), b"404 Not Found", "no_route", b"", True),
-    ("", request(b"POST", b"/other/", body=b"x"), b"404 ", "no_route", b"no [location] matches\n", False),
-    ("deny = all", request(b"GET", b"/app/"), b"403 ", "access_denied", b"this address may not connect\n", True),
-    ("client_max_body_size = 1", request(b"POST", b"/app/", body=b"xy"), b"413 ", "body_too_large",
-     b"client_max_body_size is 1\n", False),
-    ("", request(b"GET", b"/app/"), b"502 Bad Gateway", "backend_refused", b"", True)])
-def test_an_answer_of_the_gate_itself_says_why_in_three_places(tmp_path, line, raw, status, reason, detail, kept):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # and never listens
-        ini = "[server]\n%s\n[location /app]\nproxy_pass = http://127.0.0.1:%d" % (line, closed.getsockname()[1])
-        with running(ini, tmp_path) as gate:
-            client = gate.connect().send(raw)
-            response = client.response(raw.partition(b" ")[0])
-            assert response.head.startswith(b"HTTP/1.1 " + status) and response.reason == reason
-            assert raw.startswith(b"HEAD") or re.fullmatch(b"%d [A-Za-z ]+: %s\n" % (response.status, reason.encode())
-                                                           + re.escape(detail), response.body)
-            assert response.get(b"content-type") == b"text/plain; charset=utf-8" and response.get(b"date")
-            assert response.get(b"connection") == (None if kept else b"close") and client.silent(10 * MS) == kept
-            client.close()
-            assert gate.line(" %d " % response.status, "reason=" + reason)
-
-
-# ------------------------------------------------------------------ Everything
-
-FUZZ_REQUESTS = (
-    request(), request(b"POST", body=b"hello"), CHUNKED_POST + CHUNKED_IN, handshake(), request() + request(),
-    b"\r\n\r\n", handshake() + frame(1, b"hi", b"abcd"), request(b"HEAD", b"http://gate.test/a%20b?c"),
-    b"GET / HTTP/1.0\r\n\r\n", request(b"POST", b"/", b"Expect: 100-continue", b"Content-Length: 2"),
-    b"Transfer-Encoding: chunked\r\n",
-    b"Content-Length: 5\r\n", b"Connection: host\r\n")
-FUZZ_ANSWERS = (
-    ok(), ok(BODY_300K[:70000]), switching(), switching() + frame(1, b"hi") + frame(8, b"\x03\xe8"), OK + b"\r\nhello",
-    OK + CHUNKED + CHUNKED_IN, b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n" + ok(),
-    b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n")
-FUZZ_BYTES = [bytes((byte,)) for byte in b"\r\n\0 \t:0-+_\xff%#,;"] + [b"\r\n", b"9" * 20, b"f" * 16]
-
-
-def fuzzed(rng, good):
-    """One of these, or the like, or noise."""
-    data = rng.choice(good)
-    for _ in range(rng.choice((0, 1, 1, 2, 5))):
-        start = rng.randint(0, len(data))
-        end = min(len(data), start + rng.choice((0, 1, 1, 4, 30)))
-        other = rng.choice(good)
-        piece = rng.choice((b"", rng.choice(FUZZ_BYTES), rng.choice(FUZZ_BYTES), data[start:end] * 2, other,
-                            other[:rng.randint(0, len(other))],
-                            bytes(rng.getrandbits(8) for _ in range(rng.randint(1, 40)))))
-        data = data[:start] + piece + data[end:]
-    return data
-
-
-def improper_head(head):
-    """What no backend may ever get as a head -> True."""
-    lines = lines_of_head(head)
-    names = [line.partition(b":")[0].lower() for line in lines[1:]]
-    return (re.search(br"[\r\n\0]", b"".join(lines)) or not re.fullmatch(br"[^ ]+ [^ ]+ HTTP/1\.1", lines[0])
-            or not all(re.fullmatch(br"[!#-'*+.^`|~0-9A-Za-z-]+", name) for name in names)
-            or names.count(b"host") != 1 or names.count(b"connection") != 1
-            or names.count(b"content-length") + names.count(b"transfer-encoding") > 1 or b"keep-alive" in names)
-
-
-def test_no_bytes_of_either_side_confuse_the_gate(tmp_path):
-    seconds = float(os.environ.get("FUZZ_SECONDS", "2"))
-    seed = int(os.environ.get("FUZZ_SEED", "1"))
-    wrong, counts = [], [0, 0]
-
-    def fuzzing(peer):
-        counts[1] += 1
-        rng = random.Random(seed * 1000003 + counts[1])
-        peer.sock.settimeout(100 * MS)
-        head = peer.head()
-        if improper_head(head):
-            wrong.append(head)
-        peer.send(fuzzed(rng, FUZZ_ANSWERS))
-        if rng.random() < 0.3:
-            peer.reset()
-        elif rng.random() < 0.5:
-            peer.ended(50 * MS)
-
-    def fuzz(rng, gate):
-        while time.monotonic() < end and not wrong:
-            counts[0] += 1
-            client = gate.connect()
-            data = fuzzed(rng, FUZZ_REQUESTS)
-            try:
-                for piece in (data,) if rng.random() < 0.7 else (data[:len(data) // 2], data[len(data) // 2:]):
-                    client.send(piece)
-                if rng.random() < 0.7:
-                    client.finish()
-                client.sock.settimeout(20 * MS)
-                first = client.sock.recv(9)
-                if first and first != b"HTTP/1.1 "[:len(first)]:
-                    wrong.append((data, first))
-            except OSError:  # reset, or nothing in time
-                pass
-            client.reset() if rng.random() < 0.3 else client.close()
-
-    with nothing_left():
-        with gate_and_backend(tmp_path, fuzzing, "idle_timeout = 300ms", *TIMES_200MS) as (gate, backend):
-            end = time.monotonic() + seconds
-            fuzzers = [threading.Thread(target=fuzz, args=(random.Random(seed + number), gate)) for number in range(3)]
-            for fuzzer in fuzzers:
-                fuzzer.start()
-            for fuzzer in fuzzers:
-                fuzzer.join()
-            assert not wrong and min(counts) > 20 * min(seconds, 1)
-            eventually(lambda: not gate.gate.connections)
-            assert not gate.gate.in_use and not [line for line in gate.errors if "internal error" in line]
-            backend.script = answer(ok(b"alive"))
-            assert gate.ask(request()).body == b"alive"
-
-
-# ----------------------------------------------- Forwarding heads: the upgrade
-
-
-def asking(start=b"GET / HTTP/1.1", upgrade=b"Upgrade: websocket", connection=b"Connection: Upgrade",
-           key=b"Sec-WebSocket-Key: " + KEY, version=b"Sec-WebSocket-Version: 13", more=b"", body=b""):
-    """A handshake of which every line can be another one, or b"" for none."""
-    lines = (start, b"Host: gate.test", upgrade, connection, key, version, more)
-    return b"\r\n".join(line for line in lines if line) + b"\r\n\r\n" + body
-
-
-@contextlib.contextmanager
-def tunnel(tmp_path, *lines):
-    """-> (Running, client Peer, backend Peer) of an open WebSocket tunnel that must leave nothing behind."""
-    with nothing_left(), gate_and_backend(tmp_path, None, *lines) as (gate, backend):
-        client, server = gate.tunnel(backend)
-        try:
-            yield gate, client, server
-        finally:
-            client.close()
-            server.close()
-
-
-@contextlib.contextmanager
-def raw_tunnel(tmp_path, *lines):
-    """The same for a protocol that is not WebSocket: bytes without frames."""
-    with nothing_left(), gate_and_backend(tmp_path, None, "upgrade = any", *lines) as (gate, backend):
-        client = gate.connect().send(asking(upgrade=b"Upgrade: raw/1", key=b"", version=b""))
-        server = backend.peer()
-        server.head()
-        server.send(b"HTTP/1.1 101 Go\r\nUpgrade: raw/1\r\nConnection: upgrade\r\n\r\n")
-        assert client.response().status == 101
-        try:
-            yield gate, client, server
-        finally:
-            client.close()
-            server.close()
-
-
-def line_of(gate, *peers):
-    """Close both ends of a tunnel -> its line in the access log."""
-    for peer in peers:
-        peer.close()
-    return gate.line("101 closed")
-
-
-@contextlib.contextmanager
-def lasting(least, most):
-    """What goes on inside takes so many milliseconds, not less and not more."""
-    begun = time.monotonic()
-    yield
-    took = time.monotonic() - begun
-    assert least * MS <= took <= most * MS, "took %.3f s" % took
-
-
-def ini_ms(number):
-    """A time for the INI, in scaled milliseconds."""
-    return "%dms" % (number * MS * 1000)
+# ------------------------------------------------------------------ The upgrade
 
 
 @pytest.mark.parametrize("raw", [
@@ -3015,66 +4309,417 @@ def test_reject_with_close_says_it_in_a_close_frame_that_javascript_can_read(tmp
         assert "reason=" + reason.decode() in gate.line("done")
 
 
-# -------------------------------------------------------- Relaying: the tunnel
+# --------------------------------------------------------------------- Relaying
 
 
-@pytest.fixture(params=["splice", "copy", "select"])
-def relay_mode(request, monkeypatch):
-    """The ways in which bytes move: with splice, without it, and with select() as on Windows."""
-    if request.param == "splice":
-        if not wsgate.CAN_SPLICE:
-            pytest.skip("no splice here")
-        return request.param
-    monkeypatch.setattr(wsgate, "CAN_SPLICE", False)
-    if request.param == "select":
-        monkeypatch.setattr(wsgate, "Poll", wsgate.SelectPoll)
-    return request.param
+@pytest.mark.parametrize("down", ["length", "chunked", "close"])
+@pytest.mark.parametrize("up", ["length", "chunked"])
+def test_bodies_pass_whole_in_every_framing(tmp_path, up, down):
+    def mirror(peer):
+        body = read_request(peer)[1]
+        peer.send({"length": ok(body), "close": b"HTTP/1.0 200 OK\r\n\r\n" + body,
+                   "chunked": OK + CHUNKED + chunked_body(body[:9], body[9:])}[down])
+
+    with gate_and_backend(tmp_path, mirror) as (gate, backend):
+        raw = CHUNKED_POST + chunked_body(BODY_300K[:70000], BODY_300K[70000:])
+        response = gate.ask(request(b"POST", body=BODY_300K) if up == "length" else raw)
+        assert response.body == BODY_300K and not backend.errors
+        names = b"content-length", b"transfer-encoding", b"connection"
+        assert [response.get(name) for name in names] == {
+            "length": [b"300000", None, None], "chunked": [None, b"chunked", None],
+            "close": [None, None, b"close"]}[down]
+        assert gate.line("up=0/3000", "down=0/3000")
 
 
-def sending(peer, pieces):
-    """Send from a thread of its own -> Thread"""
-    thread = threading.Thread(target=lambda: [peer.sock.sendall(piece) for piece in pieces], daemon=True)
-    thread.start()
-    return thread
+def test_chunks_are_written_again_without_extensions_and_trailers_pass_unless_forbidden(tmp_path):
+    with http_exchange(tmp_path, CHUNKED_POST + CHUNKED_IN) as (_, client, peer, head):
+        assert field(head, b"transfer-encoding") == [b"chunked"]
+        assert peer.read(len(CHUNKED_OUT)) == CHUNKED_OUT
+        peer.send(b"HTTP/1.1 200 OK\r\nTrailer: X-Checksum\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKED_IN)
+        head = client.head()
+        assert (field(head, b"transfer-encoding"), field(head, b"trailer")) == ([b"chunked"], [b"X-Checksum"])
+        assert client.read(len(CHUNKED_OUT)) == CHUNKED_OUT and client.silent(20 * MS)
 
 
-def in_pieces(rng, data, largest):
-    """The same bytes in pieces of random sizes."""
-    position = 0
-    while position < len(data):
-        size = rng.choice((rng.randint(1, 20), rng.randint(1, 2000), rng.randint(1, largest)))
-        yield data[position:position + size]
-        position += size
+@pytest.mark.parametrize("method, raw, kept", [
+    (b"HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", b"5"),
+    (b"HEAD", OK + CHUNKED, None),
+    (b"HEAD", b"HTTP/1.1 200 OK\r\n\r\n", None),
+    (b"GET", b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", None),
+    (b"GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", b"5"),
+    (b"GET", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"0")])
+def test_answers_without_a_body_leave_the_connection_for_the_next_request(tmp_path, method, raw, kept):
+    def script(peer):
+        peer.send(raw if read_request(peer)[0].split(b" ")[1] == b"/first" else ok(b"second"))
+        peer.ended()
+
+    with gate_and_backend(tmp_path, script) as (gate, _):
+        client = gate.connect().send(request(method, b"/first"), request(b"GET", b"/second"))
+        assert client.response(method).get(b"content-length") == kept
+        assert client.response().body == b"second"
+        client.close()
 
 
-def random_frames(rng, total, masked):
-    """Bytes of frames of all sizes, at least total together."""
-    data = []
-    while total > 0:
-        size = rng.choice((0, 1, rng.randint(2, 125), rng.randint(126, 5000), 65535, 65536, rng.randint(20000, 400000)))
-        data.append(frame(rng.choice((1, 2)), os.urandom(size), os.urandom(4) if masked else None))
-        total -= size
-    return b"".join(data)
+@pytest.mark.parametrize("raw, body", [(OK + CHUNKED + CHUNKED_IN, b"hello, world0123456789"),
+                                       (ok(b"hello"), b"hello"), (b"HTTP/1.1 200 OK\r\n\r\nhello", b"hello")])
+def test_an_http_1_0_client_gets_no_chunks_no_interim_answer_and_one_answer(tmp_path, raw, body):
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    with gate_and_backend(tmp_path, answer(early + raw)) as (gate, _):
+        client = gate.connect().send(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        head = client.head()
+        assert head.startswith(OK) and field(head, b"connection") == [b"close"]
+        assert not field(head, b"transfer-encoding")
+        assert client.rest() == body
+        client.close()
 
 
-def fill(peer, block):
-    """Send block again and again until the tunnel has taken no byte for a while -> how many it took."""
-    sent = 0
-    poll = select.poll()
-    poll.register(peer.sock, select.POLLOUT)
-    while poll.poll(100 * MS * 1000):
-        place = sent % len(block)
-        sent += peer.sock.send(block[place:place + 65536])
-        assert sent < 64 << 20, "no back-pressure"
-    return sent
+def test_interim_answers_pass_and_the_body_is_sent_when_the_backend_wants_it(tmp_path):
+    raw = request(b"POST", b"/", b"Expect: 100-continue", b"Content-Length: 5")
+    with http_exchange(tmp_path, raw) as (_, client, peer, head):
+        assert field(head, b"expect") == [b"100-continue"] and peer.silent(20 * MS) and client.silent(20 * MS)
+        peer.send(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: x\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
+        assert client.head() == b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+        assert client.head() == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.send(b"hello")
+        assert peer.read(5) == b"hello"
+        peer.send(ok())
+        assert client.response().body == b"ok"
 
 
-def small_buffers(gate, *peers):
-    """Keep the kernel from taking megabytes, at both ends and in the gate."""
-    tunnels = [each.tunnel for each in gate.gate.connections if each.tunnel]
-    for each in peers + tuple(flow.source for tunnel in tunnels for flow in (tunnel.up, tunnel.down)):
-        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            each.sock.setsockopt(socket.SOL_SOCKET, option, 131072)
+def test_as_many_as_32_interim_answers_pass(tmp_path):
+    hints = b"HTTP/1.1 103 Early Hints\r\n\r\n"
+    with gate_and_backend(tmp_path, answer(hints * 32, ok())) as (gate, _):
+        client = gate.connect().send(request())
+        assert [client.head() for _ in range(32)] == [hints] * 32 and client.response().body == b"ok"
+        client.close()
+
+
+def test_a_backend_that_does_not_want_the_body_says_so_instead_of_100(tmp_path):
+    raw = request(b"POST", b"/", b"Expect: 100-continue", b"Content-Length: 5")
+    with http_exchange(tmp_path, raw) as (_, client, peer, _):
+        peer.send(b"HTTP/1.1 417 Expectation Failed\r\nContent-Length: 0\r\n\r\n")
+        response = client.response()
+        assert (response.status, response.get(b"connection")) == (417, b"close") and client.ended()
+
+
+def test_upload_and_download_run_at_once(tmp_path):
+    with http_exchange(tmp_path, CHUNKED_POST) as (_, client, peer, _):
+        peer.send(OK + CHUNKED)
+        client.head()
+        for word in (b"one", b"two", b"three"):
+            client.send(b"%x\r\n%s\r\n" % (len(word), word))
+            assert peer.read(len(word) + 5) == b"%x\r\n%s\r\n" % (len(word), word)
+            peer.send(b"4\r\necho\r\n")
+            assert client.read(9) == b"4\r\necho\r\n"
+        client.send(b"0\r\n\r\n")
+        peer.send(b"0\r\n\r\n")
+        assert (peer.read(5), client.read(5)) == (b"0\r\n\r\n", b"0\r\n\r\n")
+
+
+def test_an_answer_may_come_before_the_upload_is_over_and_ends_the_connection(tmp_path):
+    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: 1000") + b"begun") as (_, client, peer, _):
+        peer.send(ok(b"enough"))
+        response = client.response()
+        assert (response.body, response.get(b"connection")) == (b"enough", b"close")
+        client.send(request(b"GET", b"/smuggled"))
+        assert client.ended()
+
+
+def test_what_is_left_of_an_upload_is_never_a_request_though_the_backend_resets(tmp_path):
+    def script(peer):
+        peer.read_until(b"x" * 100)
+        peer.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+        peer.reset()
+
+    with gate_and_backend(tmp_path, script) as (gate, _):
+        for _ in range(25):
+            client = gate.connect().send(request(b"POST", b"/", b"Content-Length: 400001") + b"x" * 1000)
+            with contextlib.suppress(ConnectionError):
+                client.send(b"x" * 399000)
+            with contextlib.suppress(ConnectionError):
+                response = client.response()
+                assert response.get(b"connection") == b"close"
+            client.close()
+
+
+def test_a_slow_reader_is_not_buffered_for(tmp_path):
+    most = 64 << 20
+    with http_exchange(tmp_path, request()) as (_, client, peer, _):
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % most)
+        sent = pour_until_stuck(peer, most)
+        assert sent < most // 3  # what the buffers of the system hold
+        client.head()
+        assert can_drain(client, sent)
+
+
+def test_a_slow_backend_is_not_buffered_for(tmp_path):
+    most = 64 << 20
+    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: %d" % most)) as (_, client, peer, _):
+        sent = pour_until_stuck(client, most)
+        assert sent < most // 3  # what the buffers of the system hold
+        assert can_drain(peer, sent)
+
+
+def test_requests_follow_each_other_on_one_connection_and_each_has_a_backend_connection(tmp_path):
+    targets = [b"/%d" % number for number in range(5)]
+
+    def script(peer):
+        head, body = read_request(peer)
+        peer.send(ok(head.split(b" ")[1] + body))
+
+    with gate_and_backend(tmp_path, script) as (gate, backend):
+        client = gate.connect()
+        for target in targets[:2]:
+            assert client.send(request(b"GET", target)).response().body == target
+        posts = [request(b"POST", target, body=b" and body") for target in targets[:2]]
+        gets = [request(b"GET", target) for target in targets]
+        client.send(*posts + gets + [request(b"GET", b"/last", b"Connection: close")])
+        bodies = [client.response().body for _ in range(7)]
+        assert bodies == [b"/0 and body", b"/1 and body"] + targets
+        last = client.response()
+        assert (last.body, last.get(b"connection")) == (b"/last", b"close") and client.ended()
+        assert len(backend.peers) == 10
+        client.close()
+
+
+@pytest.mark.parametrize("raw", [ok(b"right"), OK + CHUNKED + chunked_body(b"right")])
+def test_bytes_behind_a_complete_answer_are_never_the_next_answer(tmp_path, raw):
+    with gate_and_backend(tmp_path, answer(raw, ok(b"wrong"))) as (gate, _):
+        client = gate.connect()
+        for _ in range(3):
+            assert client.send(request()).response().body == b"right"
+        assert client.silent(20 * MS)
+        client.close()
+
+
+@pytest.mark.parametrize("begun", [b"Content-Length: 9\r\n\r\nhell", CHUNKED + b"9\r\nhell", b"\r\nhell"])
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_an_answer_cut_by_its_backend_is_cut_for_the_client(tmp_path, begun, how):
+    with http_exchange(tmp_path, request()) as (gate, client, peer, _):
+        peer.send(b"HTTP/1.1 200 OK\r\n" + begun)
+        client.read_until(b"hell")
+        getattr(peer, how)()
+        # Where nothing else says how long the body is, only a reset tells that it was cut.
+        assert ends_by_reset(client) == (how == "reset" and begun.startswith(b"\r\n"))
+        client.close()
+        assert gate.line(" 200 ", "reason=" + ("-" if not begun.strip(b"hel\r\n") and how == "close" else "backend_"))
+
+
+def test_a_backend_that_dies_before_it_answers_is_502_and_the_client_may_ask_again(tmp_path):
+    with http_exchange(tmp_path, request()) as (_, client, peer, _):
+        peer.reset()
+        response = client.response()
+        assert (response.status, response.reason, response.get(b"connection")) == (502, "backend_closed", None)
+        assert response.body == b"502 Bad Gateway: backend_closed\n" and client.silent(20 * MS)
+
+
+def test_a_head_that_drips_is_408_in_time(tmp_path):
+    with gate_and_backend(tmp_path, None, *TIMES_200MS) as (gate, backend):
+        client = gate.connect()
+        with takes_ms(180, 700):
+            drip_bytes(client, request(b"GET", b"/" + b"a" * 100))
+            response = client.response()
+        assert (response.status, response.reason, response.get(b"connection")) == (408, "header_timeout", b"close")
+        assert client.ended() and not backend.peers
+        client.close()
+
+
+def test_the_second_head_has_its_own_time_and_a_silent_connection_is_closed_without_a_word(tmp_path):
+    with gate_and_backend(tmp_path, answer(ok()), *TIMES_200MS) as (gate, _):
+        client = gate.connect()
+        assert client.silent(120 * MS) and client.send(request()).response().status == 200
+        assert client.silent(120 * MS)
+        drip_bytes(client, b"GET /")
+        assert client.send(request()[5:]).response().status == 200
+        with takes_ms(180, 700):
+            assert client.rest() == b""
+        assert client.send(b"G").ended()
+        client.close()
+        client = gate.connect()
+        with takes_ms(180, 700):
+            assert client.rest() == b""
+        client.close()
+
+
+def test_an_empty_line_behind_a_body_is_not_the_beginning_of_a_request(tmp_path):
+    lines = ["client_header_timeout = " + ini_time(60), "keepalive_timeout = " + ini_time(400)]
+    with gate_and_backend(tmp_path, answer(ok()), *lines) as (gate, _):
+        client = gate.connect()
+        for behind in (b"\r\n", b"\r", b""):
+            assert client.send(request(b"POST", body=b"hello"), behind).response().status == 200
+            assert client.silent(150 * MS)
+            client.send(b"\n" if behind == b"\r" else b"")
+        with takes_ms(150, 900):  # of keepalive_timeout
+            assert client.rest() == b""
+        client.close()
+
+
+def test_a_body_that_stops_is_408_and_one_that_drips_is_not(tmp_path):
+    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: 20"), *TIMES_200MS) as (_, client, peer, _):
+        with takes_ms(300, 2000):
+            drip_bytes(client, b"x" * 15)
+        assert peer.read(15) == b"x" * 15
+        with takes_ms(150, 700):
+            response = client.response()
+        assert (response.status, response.reason) == (408, "body_timeout") and peer.ended()
+
+
+def test_a_backend_that_does_not_answer_is_504(tmp_path):
+    with http_exchange(tmp_path, request(), *TIMES_200MS) as (_, client, peer, _):
+        with takes_ms(150, 700):
+            response = client.response()
+        assert (response.status, response.reason) == (504, "backend_timeout") and peer.ended()
+
+
+def test_a_backend_that_stops_in_its_answer_is_cut_and_one_that_drips_is_not(tmp_path):
+    with http_exchange(tmp_path, request(), *TIMES_200MS) as (gate, client, peer, _):
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n")
+        client.head()
+        for _ in range(15):
+            assert peer.silent(20 * MS)
+            peer.send(b"x")
+        assert client.read(15) == b"x" * 15
+        with takes_ms(150, 700):
+            assert not ends_by_reset(client)
+        assert peer.ended() and gate.line(" 200 ", "reason=backend_timeout")
+
+
+def test_a_backend_that_takes_no_more_of_the_body_is_504(tmp_path):
+    raw = request(b"POST", b"/", b"Content-Length: %d" % (64 << 20))
+    with http_exchange(tmp_path, raw, *TIMES_200MS) as (_, client, _, _):
+        with takes_ms(180, 4000):
+            pour_until_stuck(client, 64 << 20, 50)
+            with takes_ms(0, 700):
+                response = client.response()
+        assert (response.status, response.reason) == (504, "backend_timeout")
+
+
+def test_a_client_that_takes_no_more_of_the_answer_is_cut(tmp_path):
+    with http_exchange(tmp_path, request(), *TIMES_200MS) as (gate, client, peer, _):
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 << 20))
+        with takes_ms(180, 4000):
+            pour_until_stuck(peer, 64 << 20, 50)
+            with takes_ms(0, 700):
+                gate.line(" 499 ", "reason=send_timeout")
+        assert ends_by_reset(client) and peer.ended()
+
+
+def test_keepalive_timeout_0_means_one_request_each_also_for_the_gates_own_answers(tmp_path):
+    lines = "keepalive_timeout = 0", "[location /own]", "return = 200 own", "[location /]"
+    with gate_and_backend(tmp_path, answer(ok()), *lines) as (gate, _):
+        for target in (b"/", b"/own"):
+            client = gate.connect().send(request(b"GET", target))
+            assert client.response().get(b"connection") == b"close" and client.ended()
+            client.close()
+
+
+@pytest.mark.parametrize("raw, status", [
+    (request(b"POST", body=b"x" * 8), 200), (request(b"POST", body=b"x" * 9), 413),
+    (CHUNKED_POST + chunked_body(b"x" * 4, b"y" * 4), 200),
+    (CHUNKED_POST + chunked_body(b"x" * 4, b"y" * 5), 413), (CHUNKED_POST + b"fffffffffffffff\r\n", 413)])
+def test_client_max_body_size_holds_for_both_framings(tmp_path, raw, status):
+    complete = []
+
+    def script(peer):
+        complete.append(read_request(peer)[1])
+        peer.send(ok())
+
+    with gate_and_backend(tmp_path, script, "client_max_body_size = 8") as (gate, backend):
+        response = gate.ask(raw)
+        assert (response.status, response.reason) == (status, "body_too_large" if status == 413 else "")
+        assert len(complete) == (status == 200) and (b"Content-Length: 9" not in raw or not backend.peers)
+
+
+def test_the_backend_of_a_client_that_went_away_is_let_go_within_a_second(tmp_path):
+    cases = [(how, raw, begun) for how in ("close", "finish", "reset") for raw, begun in (
+        (request(), b""), (request(b"POST", body=b"hello"), b""), (CHUNKED_POST + b"5\r\nhel", b""),
+        (request(), b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhell"))]
+    with gate_and_backend(tmp_path) as (gate, backend):
+        waiting = []
+        for how, raw, begun in cases:
+            waiting.append((gate.connect().send(raw), backend.peer(len(waiting))))
+            waiting[-1][1].send(begun)
+            waiting[-1][0].read(len(begun))
+        for (how, _, _), (client, _) in zip(cases, waiting):
+            getattr(client, how)()
+        with takes_ms(0, 1000):
+            assert [case for case, (_, peer) in zip(cases, waiting) if not peer.ended(1000 * MS)] == []
+        eventually(lambda: len([line for line in gate.access if "reason=client_gone" in line]) == len(cases))
+        for client, _ in waiting:
+            client.close()
+
+
+def test_a_client_that_only_says_it_will_send_no_more_gets_an_answer_that_comes_soon(tmp_path):
+    with http_exchange(tmp_path, request(b"POST", body=b"hello")) as (_, client, peer, _):
+        client.finish()
+        assert peer.read(5) == b"hello" and peer.silent(50 * MS)
+        peer.send(ok())
+        assert client.response().body == b"ok"
+
+
+def test_a_broken_backend_behind_a_slow_reader_costs_no_cpu(tmp_path):
+    with http_exchange(tmp_path, request()) as (_, client, peer, _):
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 << 20))
+        pour_until_stuck(peer, 64 << 20, 50)
+        peer.reset()
+        assert cpu_in_ms(300) < 50 * MS
+        client.head()
+        assert not ends_by_reset(client)
+
+
+def test_what_a_backend_has_sent_before_it_died_reaches_a_slow_reader(tmp_path):
+    script = answer(OK + b"Content-Length: 900000\r\n\r\n" + b"x" * 600000)
+    with gate_and_backend(tmp_path, script) as (gate, _), contextlib.closing(socket.socket()) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", gate.port))
+        client = Peer(sock).send(request())
+        client.head()
+        assert client.read(600000) == b"x" * 600000 and not ends_by_reset(client)
+
+
+def test_a_client_that_ends_in_an_upload_that_nobody_takes_costs_no_cpu(tmp_path):
+    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: %d" % (64 << 20))) as (gate, client, peer, _):
+        held = next(iter(gate.gate.connections)).request
+        while not all(select_readable(held, 0) and client.silent(10 * MS) for _ in range(3)):
+            client.send(b"x" * 150000)  # until the gate does not take it any more, and a little of it waits
+        client.finish()
+        assert cpu_in_ms(300) < 50 * MS
+
+
+def test_a_refused_upload_still_gets_to_read_its_answer(tmp_path):
+    with gate_and_backend(tmp_path, None, "client_max_body_size = 1m") as (gate, _):
+        client = gate.connect().send(request(b"POST", b"/", body=b"x" * (3 << 20)))
+        response = client.response()
+        assert (response.status, response.reason, response.get(b"connection")) == (413, "body_too_large", b"close")
+        assert not ends_by_reset(client)
+        client.close()
+
+
+@pytest.mark.parametrize("line, raw, status, reason, detail, kept", [
+    ("", request(b"GET", b"/other/"), b"404 Not Found", "no_route", b"no [location] matches\n", True),
+    ("", request(b"HEAD", b"/other/"), b"404 Not Found", "no_route", b"", True),
+    ("", request(b"POST", b"/other/", body=b"x"), b"404 ", "no_route", b"no [location] matches\n", False),
+    ("deny = all", request(b"GET", b"/app/"), b"403 ", "access_denied", b"this address may not connect\n", True),
+    ("client_max_body_size = 1", request(b"POST", b"/app/", body=b"xy"), b"413 ", "body_too_large",
+     b"client_max_body_size is 1\n", False),
+    ("", request(b"GET", b"/app/"), b"502 Bad Gateway", "backend_refused", b"", True)])
+def test_an_answer_of_the_gate_itself_says_why_in_three_places(tmp_path, line, raw, status, reason, detail, kept):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and never listens
+        ini = "[server]\n%s\n[location /app]\nproxy_pass = http://127.0.0.1:%d" % (line, closed.getsockname()[1])
+        with running(ini, tmp_path) as gate:
+            client = gate.connect().send(raw)
+            response = client.response(raw.partition(b" ")[0])
+            assert response.head.startswith(b"HTTP/1.1 " + status) and response.reason == reason
+            assert raw.startswith(b"HEAD") or re.fullmatch(b"%d [A-Za-z ]+: %s\n" % (response.status, reason.encode())
+                                                           + re.escape(detail), response.body)
+            assert response.get(b"content-type") == b"text/plain; charset=utf-8" and response.get(b"date")
+            assert response.get(b"connection") == (None if kept else b"close") and client.silent(10 * MS) == kept
+            client.close()
+            assert gate.line(" %d " % response.status, "reason=" + reason)
+
+
+# ------------------------------------------------------------------- The tunnel
 
 
 @pytest.mark.parametrize("kind", ["bytes", "frames", "lost"])
@@ -3289,46 +4934,7 @@ def test_an_internal_error_is_logged_and_leaves_nothing_behind(tmp_path, monkeyp
         gate.errors.clear()
 
 
-# ------------------------------------------------- WebSocket frames (RFC 6455)
-
-
-def frames_in(data, masked):
-    """A decoder of its own -> ([(first byte, payload)], the incomplete rest)."""
-    frames, position = [], 0
-    while True:
-        if len(data) < position + 2:
-            return frames, data[position:]
-        first, second = data[position], data[position + 1]
-        assert bool(second & 0x80) == masked
-        wide = {126: 2, 127: 8}.get(second & 0x7F, 0)
-        begin = position + 2 + wide + (4 if masked else 0)
-        length = int.from_bytes(data[position + 2:position + 2 + wide], "big") if wide else second & 0x7F
-        if len(data) < begin + length:
-            return frames, data[position:]
-        payload = data[begin:begin + length]
-        if masked:
-            payload = frame(0, payload, data[begin - 4:begin])[-length:] if length else b""
-        frames.append((first, payload))
-        position = begin + length
-
-
-def scan(pieces, masked=False, extensions=False):
-    """Feed pieces to a FrameScanner until it has had enough -> FrameScanner; every byte must have passed."""
-    scanner = wsgate.FrameScanner(masked, extensions, 0, 0.0)
-    for piece in pieces:
-        assert scanner.feed(piece, 1.0) == piece
-        if scanner.lost:
-            break
-    return scanner
-
-
-def wire(masked, *parts):
-    """Frames of (opcode, payload, fin) one behind the other, and where each ends -> (bytes, set of positions)."""
-    data, ends = b"", {0}
-    for opcode, payload, fin in parts:
-        data += frame(opcode, payload, b"\x81\x02\xff\x00" if masked else None, fin)
-        ends.add(len(data))
-    return data, ends
+# ------------------------------------------------------------- WebSocket frames
 
 
 def test_a_close_that_comes_in_pieces_behind_bulk_is_read_and_not_spliced():
@@ -3459,14 +5065,6 @@ def test_bursts_of_mixed_frames_are_counted_like_single_ones(masked, seed):
 PINGING = "ping_interval = " + ini_ms(100)
 
 
-def read_ping(peer, masked):
-    """The next frame must be a ping of the gate -> its payload."""
-    head = peer.read(2)
-    assert head == (b"\x89\x88" if masked else b"\x89\x08")
-    mask = peer.read(4) if masked else b"\0\0\0\0"
-    return bytes(byte ^ mask[place % 4] for place, byte in enumerate(peer.read(8)))
-
-
 def test_a_silent_side_is_pinged_and_its_pong_is_not_passed_on(tmp_path):
     with tunnel(tmp_path, PINGING) as (gate, client, server):
         with lasting(30, 600):
@@ -3480,14 +5078,6 @@ def test_a_silent_side_is_pinged_and_its_pong_is_not_passed_on(tmp_path):
         line = line_of(gate, client, server)
         assert "up=1/%dB down=1/%dB" % (6 + 8 + 6 + 2, 2 + 4 + 2 + 8 + 2 + 3) in line
         assert 0 < float(re.search(r" rtt=(\S+)", line).group(1)) < 1
-
-
-def drip(gate, client, data):
-    """Send byte by byte, each when the gate has read the one before."""
-    for place in range(len(data)):
-        before = gate.gate.traffic()[1]
-        client.send(data[place:place + 1])
-        eventually(lambda: gate.gate.traffic()[1] > before)
 
 
 def test_a_pong_is_swallowed_in_pieces_and_glued_to_others_and_foreign_pongs_pass(tmp_path):
@@ -3556,28 +5146,6 @@ def test_a_backend_that_answers_no_ping_is_gone_for_the_client(tmp_path):
         assert "close=gate:1011 reason=ping_timeout" in line_of(gate, client, server)
 
 
-class Answering:
-    """A thread that reads frames and answers the gate's pings, to the end."""
-
-    def __init__(self, peer, mask):
-        self.peer, self.mask = peer, mask
-        self.codes, self.pings = [], 0
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def run(self):
-        try:
-            while True:
-                opcode, payload = read_frame(self.peer)
-                if opcode == 8:
-                    self.codes.append(struct.unpack("!H", payload[:2])[0])
-                elif opcode == 9:
-                    self.pings += 1
-                    self.peer.send(frame(10, payload, self.mask))
-        except (OSError, AssertionError):  # the end
-            pass
-
-
 def test_pings_keep_a_tunnel_alive_beyond_idle_timeout(tmp_path):
     lines = PINGING, "ping_timeout = " + ini_ms(250), "idle_timeout = " + ini_ms(250)
     with tunnel(tmp_path, *lines) as (gate, client, server):
@@ -3589,63 +5157,6 @@ def test_pings_keep_a_tunnel_alive_beyond_idle_timeout(tmp_path):
             peer.sock.shutdown(socket.SHUT_RDWR)
         for each in answering:
             each.thread.join()
-
-
-def random_talk(rng, count):
-    """What one side says, as (first byte, payload): messages whole or in fragments, own pings and pongs, a Close."""
-    inside = False
-    for number in range(count):
-        if rng.random() < 0.15:
-            yield rng.choice((0x89, 0x8A)), b"%d" % number
-            continue
-        last = rng.random() < 0.6
-        size = rng.choice((0, 1, 7, 8, 125, 126, 127, rng.randint(128, 3000), rng.choice((65535, 65536, 150000))))
-        payload = (rng.getrandbits(8 * size) if size else 0).to_bytes(size, "big")
-        yield last << 7 | (0 if inside else rng.choice((1, 2))), payload
-        inside = not last
-    yield 0x80 if inside else 0x81, b"end"
-    yield 0x88, b"\x03\xe8"
-
-
-class Talker:
-    """One end of a tunnel: talks in random pieces, stalls, answers the gate's pings (8 bytes; its own are shorter)."""
-
-    def __init__(self, peer, rng, masked):
-        self.peer, self.rng, self.masked = peer, rng, masked
-        self.talk = list(random_talk(rng, 80))
-        self.messages = len([first for first, _ in self.talk if first in (0x80, 0x81, 0x82)])
-        self.received = []     # frames, without the pings of the gate
-        self.pongs = []        # that answer them and are not on their way yet
-        self.pings = self.sent = 0
-        self.poll = select.poll()
-
-    def encode(self, first, payload):
-        return frame(first & 15, payload, self.rng.choice((b"abcd", b"\0\0\0\0")) if self.masked else None, first > 127)
-
-    def run(self):
-        queue, wire, unread = list(self.talk), b"", b""
-        closed = False
-        while queue or wire or not closed:
-            closed = bool(self.received) and self.received[-1][0] == 0x88
-            while queue and self.pongs or len(queue) > (self.pings < 3 and not closed) and len(wire) < 1000:
-                wire += self.pongs.pop() if self.pongs else self.encode(*queue.pop(0))  # its Close waits for some pings
-            chance = self.rng.random()
-            writing = select.POLLOUT if wire and chance > 0.5 else 0
-            self.poll.register(self.peer.sock, select.POLLIN | writing if chance > 0.1 else 0)
-            for _, event in self.poll.poll(6 * MS * 1000):
-                if event & select.POLLIN:
-                    unread += self.peer.sock.recv(self.rng.choice((3, 100, 200000)))
-                    frames, unread = frames_in(unread, not self.masked)
-                    for first, payload in frames:
-                        if first == 0x89 and len(payload) == 8:
-                            self.pings += 1
-                            self.pongs = [self.encode(0x8A, payload)]  # the latest will do (RFC 6455 5.5.3)
-                        else:
-                            self.received.append((first, payload))
-                elif event & select.POLLOUT:
-                    count = self.peer.sock.send(wire[:self.rng.choice((1, 5, 300, 500000))])
-                    wire, self.sent = wire[count:], self.sent + count
-        assert not unread
 
 
 def test_whatever_two_sides_say_arrives_as_it_was_said_among_many_pings(tmp_path, relay_mode):
@@ -3660,15 +5171,6 @@ def test_whatever_two_sides_say_arrives_as_it_was_said_among_many_pings(tmp_path
         line = line_of(gate, client, server)
         assert "up=%d/%dB down=%d/%dB close=" % (one.messages, one.sent, two.messages, two.sent) in line
         assert ":1000 reason=-" in line and " rtt=" in line
-
-
-def closing_code(peer, masked, before=b""):
-    """The rest must be these bytes, and a Close frame or none -> its code, None without."""
-    rest = peer.rest()
-    assert rest.startswith(before)
-    frames, rest = frames_in(rest[len(before):], masked)
-    assert rest == b"" and [first for first, _ in frames] in ([], [0x88])
-    return struct.unpack("!H", frames[0][1][:2])[0] if frames else None
 
 
 ENDINGS = {
@@ -3797,1621 +5299,240 @@ def test_the_gate_ends_with_its_close_frame_and_lets_go_though_the_peers_do_noth
             peer.close()
 
 
-# ---------------------------------------------------------------------- Access
-
-
-def service(peer):
-    """A script: a handshake becomes a tunnel in which every frame comes back, any other request gets 200."""
-    head, _ = read_request(peer)
-    if not field(head, b"upgrade"):
-        return peer.send(ok())
-    peer.send(switching())
-    while True:
-        peer.send(frame(*read_frame(peer)))
-
-
-def alive(peer):
-    """Whether a tunnel to service() works."""
-    peer.send(frame(1, b"alive?", b"abcd"))
-    return read_frame(peer) == (1, b"alive?")
-
-
-def reload(gate, ini):
-    """Rewrite the file, send HUP, wait until it was obeyed -> what the error log says about it."""
-    count = len(gate.errors)
-    with open(gate.path, "w") as file:
-        file.write(ini if "\nlisten =" in ini else ini.replace("[server]", "[server]\nlisten = 127.0.0.1:0", 1))
-    gate.signal("SIGHUP")
-    eventually(lambda: any(line.startswith(("reloaded", "reload: nothing")) for line in gate.errors[count:]))
-    return gate.errors[count:]
-
-
-def written(tmp_path, name, text):
-    """Write a file -> its path."""
-    path = os.path.join(str(tmp_path), name)
-    with open(path, "w") as file:
-        file.write(text)
-    return path
-
-
-def config_error(tmp_path, ini):
-    """Load a configuration that is wrong -> the text of its errors."""
-    with pytest.raises(wsgate.ConfigError) as caught:
-        wsgate.load_config(written(tmp_path, "wrong.ini", ini))
-    return str(caught.value)
-
-
-@contextlib.contextmanager
-def refusing():
-    """A port that refuses connections for as long as this lasts -> Peer, whose sock could listen()."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        peer = Peer(sock)
-        peer.where = "127.0.0.1:%d" % sock.getsockname()[1]
-        yield peer
-
-
-def basic(user, password):
-    """The Authorization line for HTTP Basic."""
-    return b"Authorization: Basic " + base64.b64encode(user + b":" + password)
-
-
-def sha1_line(user, password, salt=b""):
-    """An htpasswd line, {SSHA} if there is a salt."""
-    kind = "{SSHA}" if salt else "{SHA}"
-    return "%s:%s%s\n" % (user, kind, base64.b64encode(hashlib.sha1(password + salt).digest() + salt).decode())
-
-
-BOTH_WAYS = pytest.mark.parametrize("raw", [lambda target, *fields: request(b"GET", target, *fields), handshake],
-                                    ids=["http", "handshake"])
-
-
-@BOTH_WAYS
-def test_refusals_come_in_one_order_and_leave_the_backend_alone(tmp_path, raw):
-    passwords = written(tmp_path, "users", sha1_line("ann", b"secret"))
-    with ScriptedBackend() as backend, refusing() as dead:
-        plain = "[server]\n[location /in/]\nproxy_pass = http://%s\n" % backend.where
-        hurdles = [("max_connections = 1", 503, "conn_limit"), ("deny = all", 403, "access_denied"),
-                   ("allowed_origins = same", 403, "origin_denied"),
-                   ("auth_basic_user_file = " + passwords, 401, "auth_required"),
-                   ("auth_request = http://" + dead.where, 502, "auth_unavailable")]
-        with running(plain, tmp_path) as gate:
-            inside = gate.connect().send(handshake(b"/in/"))  # takes the only place
-            backend.peer()
-            answer = gate.ask(raw(b"/out/"))
-            assert (answer.status, answer.reason) == (404, "no_route")
-            for place, (_, status, reason) in enumerate(hurdles):
-                reload(gate, plain + "\n".join(line for line, _, _ in hurdles[place:]))
-                answer = gate.ask(raw(b"/in/", b"Origin: https://evil.test"))
-                assert (answer.status, answer.reason) == (status, reason)
-                assert len(backend.peers) == 1
-            reload(gate, plain)
-            with contextlib.closing(gate.connect().send(raw(b"/in/", b"Origin: https://evil.test"))):
-                assert backend.peer(1).head()
-            for peer in backend.peers + [inside]:
-                peer.close()
-
-
-@pytest.mark.parametrize("address, networks, expected", [
-    ("127.0.0.1", "127.0.0.0/8", True), ("128.0.0.1", "127.0.0.0/8", False), ("10.0.0.7", "10.0.0.7", True),
-    ("::ffff:127.0.0.1", "127.0.0.0/8", True), ("::ffff:128.0.0.1", "127.0.0.0/8", False),
-    ("2001:db8::1", "2001:db8::/32 10.0.0.0/8", True), ("2001:db9::1", "2001:db8::/32", False),
-    ("fe80::1%eth0", "fe80::/10", True), ("10.1.1.1", "all", True), ("::1", "all", True), ("::1", "", False),
-    ("unix:", "all", True), ("nonsense", "all", False), ("unix:", "10.0.0.1 unix:", True),
-    ("unix:", "10.0.0.1", False), ("nonsense", "unix:", False), ("10.0.0.1", "unix:", False),
-    ("10.0.0.1", "unix: 10.0.0.1", True)])
-def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
-    assert wsgate.trusted(wsgate.parse_networks(networks), address) is expected
-
-
-@pytest.mark.parametrize("allow, deny, address, passes", [
-    ("", "", "10.0.0.1", True), ("10.0.0.0/8", "", "10.0.0.1", True), ("10.0.0.0/8", "", "11.0.0.1", False),
-    ("10.0.0.0/8", "10.0.0.1", "10.0.0.1", False), ("", "10.0.0.1", "10.0.0.2", True),
-    ("", "10.0.0.1", "::ffff:10.0.0.1", False), ("10.0.0.0/8", "", "::ffff:10.0.0.1", True), ("", "all", "::1", False),
-    ("unix:", "", "unix:", True), ("all", "", "unix:", True), ("10.0.0.0/8", "", "unix:", False),
-    ("", "", "unix:", True), ("", "all", "unix:", False), ("all", "unix:", "unix:", False),
-    ("unix:", "", "10.0.0.1", False), ("", "unix:", "10.0.0.1", True)])
-def test_deny_wins_and_allow_refuses_all_others(allow, deny, address, passes):
-    rules = wsgate.Settings({"allow": wsgate.parse_networks(allow), "deny": wsgate.parse_networks(deny)})
-    with contextlib.ExitStack() as stack:
-        caught = None if passes else stack.enter_context(pytest.raises(wsgate.HTTPError))
-        wsgate.check_address(rules, address)
-    assert passes or (caught.value.status, caught.value.reason) == (403, "access_denied")
-
-
-@pytest.mark.parametrize("allowed, host, origins, passes", [
-    ("any", "gate.test", ["https://evil.test"], True),
-    ("any", "gate.test", ["a", "b"], True),
-    ("same", "gate.test", [], True),
-    ("https://a.test", "gate.test", [], True),
-    ("same", "gate.test", ["http://gate.test"], True),
-    ("same", "gate.test", ["https://GATE.test"], True),
-    ("same", "gate.test:8080", ["http://gate.test:8080"], True),
-    ("same", "gate.test", ["https://gate.test:8443"], False),
-    ("same", "gate.test:443", ["https://gate.test"], True),
-    ("same", "gate.test:80", ["https://gate.test"], False),
-    ("same", "gate.test", ["https://evil.test"], False),
-    ("same", "gate.test", ["null"], False),
-    ("same", "gate.test", ["http://gate.test.evil.test"], False),
-    ("same", "gate.test", ["http://gate.test", "http://gate.test"], False),
-    ("null", "gate.test", ["null"], True),
-    ("https://a.test, https://b.test", "gate.test", ["https://b.test"], True),
-    ("https://a.test", "gate.test", ["http://a.test"], False),
-    ("https://a.test", "gate.test", ["https://a.test:444"], False),
-    ("https://a.test", "gate.test", ["https://axtest"], False),
-    ("https://a.test:*", "gate.test", ["https://a.test:444"], True),
-    ("https://*.a.test", "gate.test", ["https://x.a.test"], True),
-    ("https://*.a.test", "gate.test", ["https://a.test"], False),
-    ("https://*.a.test", "gate.test", ["https://evil-a.test"], False),
-    ("https://*.a.test", "gate.test", ["https://evil.test/.a.test"], False)])
-def test_origins(allowed, host, origins, passes):
-    location = wsgate.Settings({"allowed_origins": wsgate.parse_origins(allowed)})
-    fields = [b"Host: " + host.encode()] + [b"Origin: " + origin.encode() for origin in origins]
-    message = wsgate.parse_request_head(request(b"GET", b"/", *fields))
-    with contextlib.ExitStack() as stack:
-        if not passes:
-            stack.enter_context(pytest.raises(wsgate.HTTPError, match="Origin"))
-        assert wsgate.check_origin(location, message) is None
-
-
-def test_a_denied_origin_is_logged_with_the_host_it_was_compared_to(tmp_path):
-    with gate_and_backend(tmp_path, None, "allowed_origins = same") as (gate, backend):
-        answer = gate.ask(handshake(b"/", b"Origin: https://evil.test"))
-        assert (answer.status, answer.reason) == (403, "origin_denied") and not backend.peers
-        assert gate.line("reason=origin_denied", "https://evil.test", "Host is gate.test")
-
-
-@pytest.mark.skipif(not hasattr(hashlib, "scrypt"), reason="this Python has no scrypt")
-def test_passwords_of_every_scheme_are_checked(tmp_path):
-    salt = b"0123456789abcdef"
-    scrypt = base64.b64encode(salt + hashlib.scrypt(b"three", salt=salt, n=1 << 14, r=8, p=1)).decode()
-    users = written(tmp_path, "users", "# people\n" + sha1_line("ann", b"one") + sha1_line("bob", b"two", b"salt")
-                    + "eve:{SCRYPT}%s\n" % scrypt)
-    with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users, tmp_path) as gate:
-        for user, password in ((b"ann", b"one"), (b"bob", b"two"), (b"eve", b"three"), (b"eve", b"three")):
-            assert gate.ask(request(b"GET", b"/", basic(user, password))).status == 200
-        for line in (basic(b"ann", b"two"), basic(b"bob", b"one"), basic(b"eve", b"one"), basic(b"zoe", b"one"),
-                     basic(b"", b""), b"X-None: 1", b"Authorization: Basic ?", b"Authorization: Bearer one"):
-            answer = gate.ask(request(b"GET", b"/", line))
-            assert (answer.status, answer.reason) == (401, "auth_required"), line
-            assert answer.get(b"www-authenticate").startswith(b'Basic realm="')
-
-
-def test_a_changed_password_file_is_read_again_and_a_broken_one_is_not_taken(tmp_path):
-    users = written(tmp_path, "users", sha1_line("ann", b"old"))
-    with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users, tmp_path) as gate:
-        def status(password):
-            return gate.ask(request(b"GET", b"/", basic(b"ann", password))).status
-        assert (status(b"old"), status(b"newer")) == (200, 401)
-        written(tmp_path, "users", sha1_line("ann", b"newer", b"salt"))
-        assert (status(b"old"), status(b"newer")) == (401, 200)
-        written(tmp_path, "users", "ann:broken\n")
-        assert (status(b"old"), status(b"newer")) == (401, 200)
-        assert any("auth_basic_user_file" in line for line in gate.errors)
-        os.unlink(users)
-        assert status(b"newer") == 200
-
-
-def test_a_bcrypt_line_is_a_configuration_error_that_says_what_to_do(tmp_path):
-    users = written(tmp_path, "users", sha1_line("ann", b"one") + "bob:$2y$05$bvIG6Nmid91Mu9RcmmWZfO\n")
-    error = config_error(tmp_path, "[server]\nproxy_pass = http://127.0.0.1:1\nauth_basic_user_file = %s\n" % users)
-    assert "users:2" in error and "--hash-password" in error
-
-
-@pytest.mark.parametrize("said, status, reason", [
-    (ok(), 200, ""),
-    (b"HTTP/1.1 204 No Content\r\n\r\n", 200, ""),
-    (b"HTTP/1.1 401 No\r\nWWW-Authenticate: Bearer\r\nSet-Cookie: a=1\r\nX-Other: 1\r\n\r\n", 401, "auth_denied"),
-    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", 403, "auth_denied"),
-    (b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n", 502, "auth_unavailable"),
-    (b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", 502, "auth_unavailable"),
-    (b"", 502, "auth_unavailable"),
-    (b"rubbish\r\n\r\n", 502, "auth_unavailable")], ids=["200", "204", "401", "403", "302", "500", "closed", "rubbish"])
-@BOTH_WAYS
-def test_the_auth_service_decides_and_failure_is_closed(tmp_path, raw, said, status, reason):
-    with ScriptedBackend(answer(said)) as asked:
-        with gate_and_backend(tmp_path, service, "auth_request = http://" + asked.where) as (gate, backend):
-            answer_ = gate.ask(raw(b"/"))
-            passed = 101 if raw is handshake else 200
-            assert (answer_.status, answer_.reason) == (passed if status == 200 else status, reason)
-            assert len(backend.peers) == (status == 200) and len(asked.peers) == 1
-            if b"Bearer" in said:
-                assert (answer_.get(b"www-authenticate"), answer_.get(b"set-cookie")) == (b"Bearer", b"a=1")
-                assert answer_.get(b"x-other") is None
-
-
-def test_the_auth_service_is_asked_without_handshake_and_body(tmp_path):
-    heads = []
-
-    def yes(peer):
-        heads.append(peer.head())
-        assert not peer.buffer
-        peer.send(ok())
-
-    with ScriptedBackend(yes) as asked:
-        with gate_and_backend(tmp_path, service, "auth_request = http://%s/check" % asked.where) as (gate, _):
-            assert gate.ask(handshake(b"/chat?a=1", b"Cookie: id=7", b"Origin: https://a.test",
-                                      b"X-Original-URI: /forged")).status == 101
-            assert gate.ask(request(b"POST", b"/form", b"Content-Type: text/plain", body=b"12345")).status == 200
-    for head, uri in zip(heads, (b"/chat?a=1", b"/form")):
-        assert head.startswith(b"GET /check HTTP/1.1\r\n")
-        assert field(head, b"x-original-uri") == [uri] and field(head, b"connection") == [b"close"]
-        for name in (b"upgrade", b"sec-websocket-key", b"content-length", b"transfer-encoding", b"expect"):
-            assert not field(head, name), name
-    assert field(heads[0], b"cookie") == [b"id=7"] and field(heads[0], b"origin") == [b"https://a.test"]
-    assert field(heads[1], b"x-original-method") == [b"POST"]
-
-
-@pytest.mark.parametrize("header, believed, fields, client", [
-    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: 203.0.113.9"], b"203.0.113.9"),
-    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9"], b"203.0.113.9"),
-    ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1", [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9, 10.0.0.1"], b"203.0.113.9"),
-    ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1",
-     [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9", b"X-Forwarded-For: 10.0.0.1"], b"203.0.113.9"),
-    ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1", [b"X-Forwarded-For: 6.6.6.6, rubbish, 10.0.0.1"], b"10.0.0.1"),
-    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: rubbish"], b"127.0.0.1"),
-    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: 203.0.113.9:51234"], b"203.0.113.9"),
-    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: [2001:db8::7]:443"], b"2001:db8::7"),
-    ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: [2001:db8::7]"], b"2001:db8::7"),
-    ("X-Forwarded-For", "127.0.0.1 10.0.0.1", [b"X-Forwarded-For: 203.0.113.9:1, 10.0.0.1:2"], b"203.0.113.9"),
-    ("X-Forwarded-For", "127.0.0.1", [b"X-Real-IP: 6.6.6.6"], b"127.0.0.1"),
-    ("X-Forwarded-For", "10.0.0.0/8", [b"X-Forwarded-For: 6.6.6.6"], b"127.0.0.1"),
-    ("X-Forwarded-For", "", [b"X-Forwarded-For: 6.6.6.6", b"X-Real-IP: 6.6.6.6"], b"127.0.0.1"),
-    ("X-Real-IP", "127.0.0.1", [b"X-Real-IP: 2001:db8::7", b"X-Forwarded-For: 6.6.6.6"], b"2001:db8::7"),
-    ("X-Real-IP", "10.0.0.0/8", [b"X-Real-IP: 6.6.6.6"], b"127.0.0.1")])
-def test_only_trusted_proxies_say_who_the_client_is(tmp_path, header, believed, fields, client):
-    ini = "[server]\nset_real_ip_from = %s\nreal_ip_header = %s\nreturn = 200 $remote_addr\n" % (believed, header)
-    with running(ini, tmp_path) as gate:
-        assert gate.ask(request(b"GET", b"/", *fields)).body == client
-        assert gate.line(" %s gate.test " % client.decode())
-
-
-@pytest.mark.parametrize("named", [b"203.0.113.9", b"203.0.113.9:51234", b"[2001:db8::7]:443", b"[2001:db8::7]"])
-def test_who_is_named_with_a_port_is_not_taken_for_the_proxy_that_is_allowed(tmp_path, named):
-    lines = "set_real_ip_from = 127.0.0.1", "allow = 127.0.0.1"
-    with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
-        assert gate.ask(request(b"GET", b"/", b"X-Forwarded-For: " + named)).reason == "access_denied"
-        assert not backend.peers
-
-
-def proxy_v2(command, family, data):
-    """A PROXY protocol header, version 2."""
-    return b"\r\n\r\n\0\r\nQUIT\n" + bytes((command, family)) + struct.pack("!H", len(data)) + data
-
-
-V2_TCP4 = bytes((203, 0, 113, 9, 10, 0, 0, 1)) + struct.pack("!HH", 4711, 80)
-V2_TCP6 = bytes.fromhex("20010db8000000000000000000000009") * 2 + struct.pack("!HH", 4711, 80)
-PROXY_INI = """[server]
-listen = 127.0.0.1:0 proxy_protocol%s
-set_real_ip_from = %s
-real_ip_header = proxy_protocol
-return = 200 $remote_addr
-"""
-
-
-@pytest.mark.parametrize("header, client", [
-    (b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", b"203.0.113.9"),
-    (b"PROXY TCP6 2001:db8::9 ::1 4711 80\r\n", b"2001:db8::9"),
-    (b"PROXY UNKNOWN\r\n", b"127.0.0.1"), (b"PROXY UNKNOWN rest of the line\r\n", b"127.0.0.1"),
-    (proxy_v2(0x21, 0x11, V2_TCP4), b"203.0.113.9"), (proxy_v2(0x21, 0x11, V2_TCP4 + b"\x04\0\x01x"), b"203.0.113.9"),
-    (proxy_v2(0x21, 0x21, V2_TCP6), b"2001:db8::9"), (proxy_v2(0x20, 0x00, b""), b"127.0.0.1"),
-    (proxy_v2(0x20, 0x11, V2_TCP4), b"127.0.0.1"), (proxy_v2(0x21, 0x00, b""), b"127.0.0.1")])
-def test_the_proxy_protocol_says_who_the_client_is(tmp_path, header, client):
-    with running(PROXY_INI % ("", "127.0.0.1"), tmp_path) as gate:
-        for pieces in every_way(header + request()):
-            peer = gate.connect()
-            peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for piece in pieces:
-                peer.send(piece)
-            assert peer.response().body == client
-            peer.close()
-
-
-@pytest.mark.parametrize("header", [
-    b"", b"PROXY \r\n", b"PROXY TCP4 1.2.3.4 1.2.3.4 1\r\n", b"PROXY TCP4 ::1 ::1 1 2\r\n",
-    b"PROXY TCP4 1.2.3.4 1.2.3.4 1 65536\r\n", b"PROXY TCP4 1.2.3.4 1.2.3.4 1 2\n",
-    b"PROXY UDP4 1.2.3.4 1.2.3.4 1 2\r\n", b"PROXY " + b"x" * 200 + b"\r\n",
-    b"PROXY TCP4 1.2.3.\xff 1.2.3.4 1 2\r\n", proxy_v2(0x31, 0x11, V2_TCP4), proxy_v2(0x22, 0x11, V2_TCP4),
-    proxy_v2(0x21, 0x11, V2_TCP4[:8]), proxy_v2(0x21, 0x77, V2_TCP4), proxy_v2(0x21, 0x11, b"x" * 4000)])
-def test_a_malformed_proxy_header_closes_without_a_word(tmp_path, header):
-    with running(PROXY_INI % ("", "127.0.0.1"), tmp_path) as gate:
-        assert gate.connect().send(header + request()).rest() == b""
-        assert any("bad PROXY header" in line for line in gate.errors) and not gate.access
-
-
-def test_a_proxy_header_of_a_stranger_closes(tmp_path):
-    with running(PROXY_INI % ("", "10.0.0.0/8"), tmp_path) as gate:
-        assert gate.connect().send(b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n" + request()).rest() == b""
-
-
-@pytest.mark.parametrize("raw", [request(), handshake()], ids=["http", "handshake"])
-def test_the_backend_is_told_the_client_by_the_proxy_protocol(tmp_path, raw):
-    lines = []
-
-    def script(peer):
-        lines.append(peer.read_until(b"\r\n"))
-        service(peer)
-
-    with gate_and_backend(tmp_path, script, "proxy_protocol = on") as (gate, _):
-        peer = gate.connect().send(raw)
-        assert peer.response().status in (101, 200)
-        assert lines == [b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n" % (peer.sock.getsockname()[1], gate.port)]
-        peer.close()
-
-
-@pytest.mark.parametrize("where, line, status, reason", [
-    ("server", "max_connections = 1", 503, "conn_limit"), ("server", "max_connections_per_ip = 1", 429, "conn_limit_per_ip"),
-    ("location", "max_connections = 1", 503, "conn_limit")])
-@BOTH_WAYS
-def test_a_limit_refuses_and_the_place_is_free_again_afterwards(tmp_path, raw, where, line, status, reason):
-    with ScriptedBackend(service) as backend:
-        ini = "[server]\n%s\n[location /]\nproxy_pass = http://%s\n%s\n" % (
-            line if where == "server" else "", backend.where, line if where == "location" else "")
-        with running(ini, tmp_path) as gate:
-            with contextlib.closing(gate.connect().send(handshake())) as inside:
-                assert inside.response().status == 101
-                for _ in range(3):
-                    answer_ = gate.ask(raw(b"/"))
-                    assert (answer_.status, answer_.reason) == (status, reason)
-                    assert answer_.get(b"retry-after").isdigit() and len(backend.peers) == 1
-            assert gate.line("101 closed")
-            assert eventually(lambda: gate.ask(raw(b"/")).status in (101, 200))
-
-
-# -------------------------------------------------- Upstreams and their health
-
-
-def pool(*lines, balance="round_robin", name="pool"):
-    """An Upstream by itself, of server lines."""
-    return wsgate.Upstream(name, wsgate.parse_servers("\n".join(lines)), balance)
-
-
-def pooled(servers, *lines, balance="round_robin"):
-    """The INI text of a gate in front of an upstream of these server lines; lines go into [server]."""
-    return "[server]\n%s\nproxy_pass = http://pool\n[upstream pool]\nbalance = %s\nserver =\n    %s\n" % (
-        "\n".join(lines), balance, "\n    ".join(servers))
-
-
-CLIENTS = ["10.%d.%d.%d" % (number >> 16, number >> 8 & 255, number & 255) for number in range(10000)]
-WEIGHTS = {"a:1": 1, "b:1": 2, "c:1": 3}
-
-
-@pytest.mark.parametrize("balance", ["round_robin", "ip_hash"])
-def test_ten_thousand_picks_are_shared_by_weight(balance):
-    upstream = pool(*["%s weight=%d" % pair for pair in WEIGHTS.items()], balance=balance)
-    for client in CLIENTS:
-        upstream.release(upstream.pick([], client.encode()))
-    for server in upstream.servers:
-        expected = len(CLIENTS) * WEIGHTS[server.name] / sum(WEIGHTS.values())
-        assert abs(server.health.selected - expected) < 0.05 * expected, server.name
-
-
-def test_least_conn_never_differs_by_more_than_one_per_weight():
-    upstream = pool(*["%s weight=%d" % pair for pair in WEIGHTS.items()], balance="least_conn")
-    for client in CLIENTS[:300]:
-        upstream.pick([], client.encode())
-        loads = [server.load() for server in upstream.servers]
-        assert max(loads) - min(loads) <= 1
-    assert [server.health.active for server in upstream.servers] == [50, 100, 150]
-    for _ in range(10):
-        upstream.release(upstream.servers[0])
-    assert [upstream.pick([], b"x").name for _ in range(10)] == ["a:1"] * 10
-
-
-def test_ip_hash_chooses_alike_everywhere_and_a_lost_server_moves_only_its_clients():
-    def choices(*lines):
-        upstream = pool(*lines, balance="ip_hash")
-        return [upstream.pick([], client.encode()).name for client in CLIENTS[:1000]]
-
-    before = choices("a:1", "b:1", "c:1")
-    assert choices("c:1", "a:1", "b:1") == before
-    for old, new in zip(before, choices("a:1", "c:1")):
-        assert old == new if old != "b:1" else new in ("a:1", "c:1")
-
-
-def test_backups_serve_only_when_all_others_rest_and_a_down_server_never():
-    upstream = pool("a:1", "b:1 backup", "c:1 down")
-    assert {upstream.pick([], b"x").name for _ in range(5)} == {"a:1"}
-    upstream.failed(upstream.servers[0], wsgate.BackendError(502, "backend_refused"))
-    assert {upstream.pick([], b"x").name for _ in range(5)} == {"b:1"}
-    upstream.failed(upstream.servers[1], wsgate.BackendError(502, "backend_refused"))
-    tried = []
-    for _ in range(2):
-        tried.append(upstream.pick(tried, b"x"))
-    assert {server.name for server in tried} == {"a:1", "b:1"} and upstream.pick(tried, b"x") is None
-
-
-def test_max_fails_within_fail_timeout_rest_a_server():
-    upstream = pool("a:1 max_fails=3 fail_timeout=10s", "b:1 max_fails=0")
-    error = wsgate.BackendError(502, "backend_refused")
-    for count in range(1, 4):
-        assert upstream.servers[0].available(time.monotonic())
-        upstream.failed(upstream.servers[0], error)
-        upstream.failed(upstream.servers[1], error)
-    now = time.monotonic()
-    assert not upstream.servers[0].available(now + 9) and upstream.servers[0].available(now + 10)
-    assert upstream.servers[1].available(now)
-
-
-@pytest.mark.parametrize("method", [b"GET", b"POST"])
-def test_a_dead_server_is_passed_over_rests_and_returns(tmp_path, method):
-    with refusing() as dead, ScriptedBackend(service) as backend:
-        ini = pooled([dead.where + " fail_timeout=%dms" % (400 * MS * 1000), backend.where])
-        with running(ini, tmp_path) as gate:
-            begun = time.monotonic()
-            assert gate.ask(request(method, b"/1", body=b"x" if method == b"POST" else None)).status == 200
-            rests = time.monotonic()
-            assert " %s " % backend.where in gate.line("/1 ", "failed=1")
-            assert gate.ask(request(method, b"/2")).status == 200
-            assert "failed=" not in gate.line("/2 ")
-            dead.sock.listen(5)
-            asked = []
-
-            def returned():
-                asked.append(gate.connect().send(request()))
-                return select_readable(dead.sock, 0)
-
-            eventually(returned, 2000 * MS)
-            assert 400 * MS <= time.monotonic() - begun and time.monotonic() - rests < 800 * MS
-            for peer in asked + [dead]:
-                peer.close()
-
-
-def test_when_all_rest_each_is_tried_once(tmp_path):
-    """Servers that close without a byte: a GET goes on to the next, a POST does not."""
-    with ScriptedBackend(lambda peer: peer.head()) as one, ScriptedBackend(lambda peer: peer.head()) as two:
-        with running(pooled([one.where, two.where]), tmp_path) as gate:
-            for count in (1, 2):
-                answer_ = gate.ask(request())
-                assert (answer_.status, answer_.reason) == (502, "backend_closed")
-                assert (len(one.peers), len(two.peers)) == (count, count)
-            assert gate.ask(request(b"POST", body=b"x")).status == 502
-            assert len(one.peers) + len(two.peers) == 5
-            assert gate.ask(handshake()).status == 502
-            assert len(one.peers) + len(two.peers) == 7
-
-
-def test_a_get_is_asked_of_another_server_after_a_close_without_a_byte(tmp_path):
-    with ScriptedBackend(lambda peer: peer.head()) as mute, ScriptedBackend(service) as backend:
-        with running(pooled([mute.where + " weight=100", backend.where]), tmp_path) as gate:
-            assert gate.ask(request()).status == 200
-            assert gate.line("failed=1", backend.where)
-
-
-def test_a_server_that_answered_half_a_head_is_not_replaced(tmp_path):
-    with ScriptedBackend(answer(b"HTTP/1.1 200")) as half, ScriptedBackend(service) as backend:
-        with running(pooled([half.where + " weight=100", backend.where]), tmp_path) as gate:
-            assert gate.ask(request()).status == 502
-            assert not backend.peers and " %s " % half.where in gate.line("502")
-
-
-def test_max_conns_everywhere_is_503(tmp_path):
-    with ScriptedBackend(service) as one, ScriptedBackend(service) as two:
-        with running(pooled([one.where + " max_conns=1", two.where + " max_conns=1"]), tmp_path) as gate:
-            inside = [gate.connect().send(handshake()) for _ in range(2)]
-            assert [peer.response().status for peer in inside] == [101, 101]
-            answer_ = gate.ask(request())
-            assert (answer_.status, answer_.reason) == (503, "conn_limit") and answer_.get(b"retry-after")
-            inside[0].close()
-            assert gate.line("101 closed") and eventually(lambda: gate.ask(request()).status == 200)
-            inside[1].close()
-
-
-def test_all_dead_is_502(tmp_path):
-    with refusing() as one, refusing() as two, running(pooled([one.where, two.where]), tmp_path) as gate:
-        for raw in (request(), handshake(), request(b"POST", body=b"x")):
-            answer_ = gate.ask(raw)
-            assert (answer_.status, answer_.reason) == (502, "backend_refused")
-        assert all(any("backend %s of pool failed" % dead.where in line for line in gate.errors) for dead in (one, two))
-
-
-def test_a_unix_socket_whose_queue_is_full_is_504(tmp_path):
-    path = os.path.join(str(tmp_path), "deaf.sock")
-    with contextlib.ExitStack() as stack:
-        deaf = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
-        deaf.bind(path)
-        deaf.listen(0)
-        result = 0
-        while not result:
-            sock = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
-            sock.setblocking(False)
-            result = sock.connect_ex(path)
-        with running("[server]\nproxy_pass = http://unix:%s:\n" % path, tmp_path) as gate:
-            answer_ = gate.ask(request())
-            assert (answer_.status, answer_.reason) == (504, "backend_timeout")
-
-
-def test_a_server_that_does_not_accept_in_time_is_504(tmp_path):
-    with refusing() as deaf:
-        deaf.sock.listen(0)
-        fillers = [socket.socket() for _ in range(4)]
-        for sock in fillers:  # the queue of the deaf server is full now
-            sock.setblocking(False)
-            sock.connect_ex(deaf.sock.getsockname())
-        if select_readable(fillers[-1], 0) or fillers[-1].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            pytest.skip("this system refuses when the queue is full")
-        ini = "[server]\nproxy_pass = http://%s\nproxy_connect_timeout = %dms\n" % (deaf.where, 300 * MS * 1000)
-        with running(ini, tmp_path) as gate:
-            begun = time.monotonic()
-            answer_ = gate.ask(request())
-            assert (answer_.status, answer_.reason) == (504, "backend_timeout")
-            assert 300 * MS <= time.monotonic() - begun < 900 * MS
-        for sock in fillers:
-            sock.close()
-
-
-def test_a_name_that_does_not_resolve_is_a_warning_at_load_and_502_later(tmp_path):
-    # The name of an interface that is not there: no name server is asked.
-    ini = "[server]\nproxy_pass = http://[fe80::1%nosuch0]:9\n"
-    with running(ini, tmp_path) as gate:
-        assert any("cannot be resolved" in line for line in gate.gate.config.warnings)
-        answer_ = gate.ask(handshake())
-        assert (answer_.status, answer_.reason) == (502, "backend_unresolved")
-
-
-def test_all_addresses_of_a_name_are_tried():
-    with refusing() as dead, ScriptedBackend() as backend:
-        server = wsgate.parse_server_line("name.test:80")
-        addresses = dead.sock.getsockname(), backend.listener.getsockname()
-        server.addresses = lambda deadline: [(socket.AF_INET, address) for address in addresses]
-        server.connect(5.0).close()
-        assert backend.peer().ended()
-
-
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["127.0.0.1", "::1"])
-def test_localhost_is_found_on_either_address(tmp_path, family):
-    if family not in [found[0] for found in socket.getaddrinfo("localhost", 80, 0, socket.SOCK_STREAM)]:
-        pytest.skip("localhost has no such address here")
-    with ScriptedBackend(service, family=family) as backend:
-        with running("[server]\nproxy_pass = http://localhost:%d\n" % backend.port, tmp_path) as gate:
-            assert gate.ask(request()).status == 200
-
-
-def test_a_backend_on_ipv6(tmp_path):
-    try:
-        backend = ScriptedBackend(service, family=socket.AF_INET6)
-    except OSError:
-        pytest.skip("this system has no IPv6")
-    with backend, running(simple(backend), tmp_path) as gate:
-        assert gate.ask(request()).status == 200 and gate.line(" %s " % backend.where)
-
-
-needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="this system has no unix sockets")
-
-
-def unix_peer(path):
-    """Connect to a unix socket -> Peer."""
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(path)
-    return Peer(sock)
-
-
-@needs_unix
-def test_unix_sockets_on_both_sides_and_a_stale_one_is_replaced(tmp_path):
-    front, back = str(tmp_path / "front"), str(tmp_path / "back")
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(front)
-    with ScriptedBackend(service, path=back) as backend:
-        with running("[server]\nlisten = unix:%s\nproxy_pass = http://unix:%s:\n" % (front, back), tmp_path) as gate:
-            peer = unix_peer(front).send(handshake())
-            assert peer.response().status == 101
-            assert alive(peer)
-            peer.close()
-            assert gate.line("101 closed", " unix: ", " %s " % backend.where)
-    assert not os.path.exists(front)
-
-
-@needs_unix
-@pytest.mark.parametrize("flag, lines, before, client", [
-    (" proxy_protocol", ("set_real_ip_from = unix:", "real_ip_header = proxy_protocol"),
-     b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", b"203.0.113.9"),
-    (" proxy_protocol", ("set_real_ip_from = 127.0.0.1", "real_ip_header = proxy_protocol"),
-     b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", None),
-    ("", ("set_real_ip_from = unix:",), b"", b"6.6.6.6"), ("", ("set_real_ip_from = 127.0.0.1",), b"", b"unix:"),
-])
-def test_who_comes_over_a_unix_socket_can_be_trusted(tmp_path, flag, lines, before, client):
-    path = str(tmp_path / "front")
-    ini = "[server]\nlisten = unix:%s%s\nreturn = 200 $remote_addr\n%s\n" % (path, flag, "\n".join(lines))
-    with running(ini, tmp_path), contextlib.closing(unix_peer(path)) as peer:
-        with contextlib.suppress(ConnectionError):  # where nobody is trusted it may have closed already
-            peer.send(before, request(b"GET", b"/", b"X-Forwarded-For: 6.6.6.6"))
-        assert peer.ended() if client is None else peer.response().body == client
-
-
-@needs_unix
-def test_a_unix_socket_that_answers_is_not_taken_away(tmp_path):
-    with ScriptedBackend(service, path=str(tmp_path / "front")) as owner:
-        with pytest.raises(OSError, match="another program"):
-            with running("[server]\nlisten = %s\nreturn = 200\n" % owner.where, tmp_path):
-                pass
-        assert unix_peer(str(tmp_path / "front")).send(request()).response().status == 200
-
-
-def test_a_backend_killed_under_live_tunnels_ends_only_its_own(tmp_path):
-    with ScriptedBackend() as one, ScriptedBackend(service) as two:
-        with running(pooled([one.where, two.where]), tmp_path) as gate:
-            clients = []
-            for place in range(4):
-                clients.append(gate.connect().send(handshake()))
-                if place % 2 == 0:
-                    one.peer(place // 2).head()
-                    one.peer(place // 2).send(switching())
-                assert clients[-1].response().status == 101
-            one.close()
-            for peer in one.peers:
-                peer.reset()
-            assert all(peer.rest() == b"" and peer.was_reset for peer in clients[::2])
-            assert all(alive(peer) for peer in clients[1::2])
-            for peer in clients:
-                peer.close()
-
-
-# ------------------------------------------------------------------------- TLS
-#
-# A CA, a server's and a client's certificate, made once and valid until 2120, with this ca.cnf:
-#   [ca]
-#   default_ca = all
-#   [all]
-#   new_certs_dir = .
-#   database = index
-#   serial = serial
-#   policy = names
-#   default_md = sha256
-#   default_startdate = 20200101000000Z
-#   default_enddate = 21200101000000Z
-#   [names]
-#   organizationName = optional
-#   commonName = supplied
-#   [ca_extensions]
-#   basicConstraints = critical,CA:TRUE
-#   keyUsage = critical,keyCertSign,cRLSign
-#   subjectKeyIdentifier = hash
-#   [server]
-#   subjectAltName = DNS:localhost,IP:127.0.0.1,DNS:gate.test,DNS:back.test
-#   authorityKeyIdentifier = keyid
-#   [client]
-#   subjectAltName = DNS:other.test
-#   authorityKeyIdentifier = keyid
-# and, for the subjects "/CN=Test CA", "/CN=gate.test" and "/O=Test, Inc/CN=client" (the last line without ca):
-#   touch index; echo 01 > serial
-#   openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj SUBJECT -keyout NAME.key -out NAME.csr
-#   openssl ca -batch -notext -config ca.cnf -selfsign -extensions ca_extensions -keyfile ca.key -in ca.csr -out ca.pem
-#   openssl ca -batch -notext -config ca.cnf -extensions NAME -cert ca.pem -keyfile ca.key -in NAME.csr -out NAME.pem
-
-CA = (
-    "MIIBVjCB/aADAgECAgEBMAoGCCqGSM49BAMCMBIxEDAOBgNVBAMMB1Rlc3QgQ0EwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBIx"
-    "EDAOBgNVBAMMB1Rlc3QgQ0EwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAATany1cXYLCzQ/Cd6cUpScIQbUYgyG2W9EhTB5OvqcI04n6jknyiub3"
-    "Y0WYISs4IfP4hEBVw+HeqENJU3zKl3zAo0IwQDAPBgNVHRMBAf8EBTADAQH/MA4GA1UdDwEB/wQEAwIBBjAdBgNVHQ4EFgQUAvsApeijIBhTnsNy"
-    "kWCF1JHF1qYwCgYIKoZIzj0EAwIDSAAwRQIgfz3mObBpeHrI5MI3JSeaHDHrWMgwAd3ALHN9Um1USh4CIQDlkvwnp3tTZzd15QJ4MTAa1e4hUAv1"
-    "rHbFrwnKPCgnrQ==")
-SERVER_CERT = (
-    "MIIBijCCATGgAwIBAgIBAjAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENBMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAU"
-    "MRIwEAYDVQQDDAlnYXRlLnRlc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAARaD6O2G7xRtdnwIvgPfegE3O3KjzYM5v+3xNhUh0faOcOGRVHD"
-    "05L7xlJGQwZ/oImkVU54kZFPpcIjkxBEdQKjo3QwcjAwBgNVHREEKTAngglsb2NhbGhvc3SHBH8AAAGCCWdhdGUudGVzdIIJYmFjay50ZXN0MB8G"
-    "A1UdIwQYMBaAFAL7AKXooyAYU57DcpFghdSRxdamMB0GA1UdDgQWBBTENrqSXMgnj/22PXUAUQbdC5NNlDAKBggqhkjOPQQDAgNHADBEAiAwF7NC"
-    "Xk1N6DvCslgpdMJlGNx6mLotQXKWD1URmw+gHgIgXQOXF6fgjltZ56zxkkYa8d/WQhvGTBl7vQ7OKzgw3Ks=")
-SERVER_KEY = (
-    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgU6Q6mI8ofbUyzzrZ33ZEHGpWh+VoTLxskDIOKRQuiOahRANCAARaD6O2G7xRtdnw"
-    "IvgPfegE3O3KjzYM5v+3xNhUh0faOcOGRVHD05L7xlJGQwZ/oImkVU54kZFPpcIjkxBEdQKj")
-CLIENT = (
-    "MIIBgTCCASegAwIBAgIBAzAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENBMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAl"
-    "MRIwEAYDVQQKDAlUZXN0LCBJbmMxDzANBgNVBAMMBmNsaWVudDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABObTGrwAHw5wWz3kZfxlW1BtF9uU"
-    "mV5v0BhZ7Bklpp8H5JYAz7FTJ4MhECBF8KSd990ihsiqIBYeyOTvu22FSJqjWTBXMBUGA1UdEQQOMAyCCm90aGVyLnRlc3QwHwYDVR0jBBgwFoAU"
-    "AvsApeijIBhTnsNykWCF1JHF1qYwHQYDVR0OBBYEFPZGxuDkbe9WBEd9mD3qVTtuxfHtMAoGCCqGSM49BAMCA0gAMEUCICF0hflvoQknva4mxWbR"
-    "v21Mw1NDO1Uo+L9Ik2rWllcGAiEAvDPJ94i7hWrNe8alMrJUZ4fV+yZdeAzEU7cwjAE1Ono=")
-CLIENT_KEY = (
-    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgQdVKbHkqT1x3FGn+I58cks8uX7p4BnPyKrqPS2iTrB6hRANCAATm0xq8AB8OcFs9"
-    "5GX8ZVtQbRfblJleb9AYWewZJaafB+SWAM+xUyeDIRAgRfCknffdIobIqiAWHsjk77tthUia")
-
-
-def pem(encoded, kind="CERTIFICATE"):
-    lines = "\n".join(encoded[place:place + 64] for place in range(0, len(encoded), 64))
-    return "-----BEGIN %s-----\n%s\n-----END %s-----\n" % (kind, lines, kind)
-
-
-SERVER_PEM = pem(SERVER_CERT) + pem(SERVER_KEY, "PRIVATE KEY")  # certificate and key in one file
-CLIENT_PEM = pem(CLIENT) + pem(CLIENT_KEY, "PRIVATE KEY")
-
-
-@pytest.fixture
-def tls(tmp_path):
-    """The files as attributes: ca, server, client."""
-    class Files:
-        ca = written(tmp_path, "ca.pem", pem(CA))
-        server = written(tmp_path, "server.pem", SERVER_PEM)
-        client = written(tmp_path, "client.pem", CLIENT_PEM)
-    return Files
-
-
-def tls_backend(tls, clients=False):
-    """The context of a backend; clients: must show a certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tls.server)
-    if clients:
-        context.load_verify_locations(tls.ca)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
-
-
-def tls_connect(gate, tls, name="gate.test", version=None, certificate=None):
-    """Connect to a gate by TLS -> Peer; an end without close_notify raises."""
-    context = ssl.create_default_context(cafile=tls.ca)
-    if certificate:
-        context.load_cert_chain(certificate)
-    if version and hasattr(ssl, "TLSVersion"):
-        context.minimum_version = context.maximum_version = getattr(ssl.TLSVersion, version.replace(".", "_"))
-    sock = socket.create_connection(("127.0.0.1", gate.port), 5000 * MS)
-    try:
-        return Peer(context.wrap_socket(sock, server_hostname=name, suppress_ragged_eofs=False))
-    except OSError:
-        sock.close()
-        raise
-
-
-def tls_ini(tls, *lines):
-    return "[server]\nlisten = 127.0.0.1:0 ssl\nssl_certificate = %s\n%s\n" % (tls.server, "\n".join(lines))
-
-
-@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
-def test_clients_are_served_by_tls(tmp_path, tls, version):
-    if version == "TLSv1.3" and not (getattr(ssl, "HAS_TLSv1_3", False) and hasattr(ssl, "TLSVersion")):
-        pytest.skip("this Python has no TLS 1.3")
-    with ScriptedBackend(service) as backend:
-        with running(tls_ini(tls, "proxy_pass = http://" + backend.where), tmp_path) as gate:
-            peer = tls_connect(gate, tls, version=version)
-            assert not hasattr(ssl, "TLSVersion") or peer.sock.version() == version
-            for _ in range(2):
-                assert peer.send(request()).response().status == 200
-            assert peer.send(handshake()).response().status == 101
-            assert alive(peer)
-            peer.close()
-
-
-def test_a_version_that_is_not_offered_is_not_spoken(tmp_path, tls):
-    if not getattr(ssl, "HAS_TLSv1_3", False) or not hasattr(ssl, "TLSVersion"):
-        pytest.skip("this Python has no TLS 1.3")
-    with running(tls_ini(tls, "ssl_protocols = TLSv1.3", "return = 200"), tmp_path) as gate:
-        with pytest.raises(OSError):
-            tls_connect(gate, tls, version="TLSv1.2")
-        peer = tls_connect(gate, tls, version="TLSv1.3")
-        assert peer.send(request()).response().status == 200
-        peer.close()
-
-
-def test_plain_http_on_a_tls_port_gets_an_answer_that_people_can_read(tmp_path, tls):
-    with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
-        answer_ = gate.ask(request())
-        assert answer_.status == 400 and b"https://" in answer_.body
-
-
-@pytest.mark.parametrize("asked", [False, True], ids=["before a request", "after one"])
-def test_rubbish_behind_a_tls_handshake_ends_the_connection(tmp_path, tls, asked):
-    with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
-        peer = tls_connect(gate, tls)
-        if asked:
-            assert peer.send(request()).response().status == 200
-        os.write(peer.sock.fileno(), b"this is no TLS record " * 10)
-        with contextlib.suppress(ssl.SSLError):  # the alert
-            peer.sock.recv(1)
-        eventually(lambda: not gate.gate.connections)  # and running() looks for tracebacks
-        peer.close()
-
-
-def test_a_tls_connection_that_is_kept_alive_ends_with_close_notify(tmp_path, tls):
-    with running(tls_ini(tls, "return = 200", "keepalive_timeout = " + ini_ms(200)), tmp_path) as gate:
-        with contextlib.closing(tls_connect(gate, tls)) as peer:
-            assert peer.send(request()).response().status == 200
-            with lasting(150, 1000):
-                assert peer.sock.recv(1) == b""  # without a close_notify this raises
-
-
-def test_a_stalled_tls_handshake_is_cut_in_time_and_delays_nobody(tmp_path, tls):
-    with running(tls_ini(tls, "return = 200", "client_header_timeout = %dms" % (400 * MS * 1000)), tmp_path) as gate:
-        begun = time.monotonic()
-        stalled = [gate.connect(), gate.connect().send(b"\x16"), gate.connect().send(b"\x16\x03\x01\x02\x00\x01")]
-        peer = tls_connect(gate, tls)
-        assert peer.send(request()).response().status == 200
-        assert time.monotonic() - begun < 300 * MS
-        peer.close()
-        for each in stalled:
-            assert each.ended(1000 * MS)
-            assert 400 * MS - 0.02 <= time.monotonic() - begun < 900 * MS
-
-
-def test_a_client_certificate_is_asked_for_and_its_subject_cannot_be_forged(tmp_path, tls):
-    heads = []
-
-    def script(peer):
-        heads.append(peer.head())
-        peer.send(ok())
-
-    forged = request(b"GET", b"/", b"X-SSL-Client-S-DN: CN=root", b"X_SSL_Client_S_DN: CN=root")
-    with ScriptedBackend(script) as backend:
-        proxy = "proxy_pass = http://" + backend.where
-        with running(tls_ini(tls, "ssl_client_certificate = " + tls.ca, proxy), tmp_path) as gate:
-            peer = tls_connect(gate, tls, certificate=tls.client)
-            assert peer.send(forged).response().status == 200
-            peer.close()
-            with pytest.raises(OSError):  # TLS 1.3 tells the client after the handshake
-                tls_connect(gate, tls).send(request()).response()
-        with running(tls_ini(tls, proxy), tmp_path) as gate:
-            assert tls_connect(gate, tls).send(forged).response().status == 200
-    assert [field(head, b"x-ssl-client-s-dn") for head in heads] == [[b"CN=client,O=Test\\, Inc"], []]
-    assert not any(b"root" in head for head in heads)
-
-
-def certificate_shown(gate, tls, name):
-    """The first name in the certificate that the gate shows to a client that asks for this name, unchecked."""
-    context = ssl.create_default_context(cafile=tls.ca)
-    context.check_hostname = False
-    with socket.create_connection(("127.0.0.1", gate.port), 5000 * MS) as sock:
-        with context.wrap_socket(sock, server_hostname=name) as wrapped:
-            return wrapped.getpeercert()["subjectAltName"][0][1]
-
-
-def test_the_certificate_is_chosen_by_the_name_that_the_client_asks_for(tmp_path, tls):
-    ini = tls_ini(tls, "return = 200") + "[location OTHER.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
-    with running(ini, tmp_path) as gate:
-        for asked, shown in (("gate.test", "localhost"), ("other.test", "other.test"), ("Other.Test", "other.test"),
-                             ("x.test", "localhost"), (None, "localhost")):
-            assert certificate_shown(gate, tls, asked) == shown
-
-
-def test_a_changed_certificate_is_taken_and_a_broken_one_is_not(tmp_path, tls):
-    with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
-        assert certificate_shown(gate, tls, "x.test") == "localhost"
-        old = tls_connect(gate, tls)
-        written(tmp_path, "server.pem", CLIENT_PEM)
-        gate.gate.config.certificates.refresh()
-        assert certificate_shown(gate, tls, "x.test") == "other.test"
-        for broken in ("rubbish", pem(SERVER_CERT) + pem(CLIENT_KEY, "PRIVATE KEY"), None):
-            written(tmp_path, "server.pem", broken) if broken else os.unlink(tls.server)
-            gate.gate.config.certificates.refresh()
-            assert certificate_shown(gate, tls, "x.test") == "other.test"
-            assert "new certificate not taken" in gate.errors[-1]
-        assert old.send(request()).response().status == 200
-        old.close()
-
-
-def test_a_connection_from_before_a_reload_that_took_tls_away_is_served_by_tls_or_closed(tmp_path, tls):
-    with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
-        sock = socket.create_connection(("127.0.0.1", gate.port), 5000 * MS)
-        eventually(lambda: gate.gate.connections)
-        certificates = gate.gate.config.certificates
-        gate.gate.config.certificates = None  # the switch is half done: still a listener with TLS
-        with contextlib.closing(gate.connect()) as peer:
-            assert peer.rest() == b""
-        gate.gate.config.certificates = certificates
-        reload(gate, "[server]\nreturn = 200 new\n")
-        assert gate.ask(request()).body == b"new"
-        context = ssl.create_default_context(cafile=tls.ca)
-        with contextlib.closing(Peer(context.wrap_socket(sock, server_hostname="gate.test"))) as peer:
-            assert peer.send(request()).response().body == b"new"
-
-
-@pytest.mark.skipif(not hasattr(ssl, "OP_NO_RENEGOTIATION"), reason="this Python has no such option")
-def test_no_client_of_a_tls_port_may_negotiate_again(tmp_path, tls):
-    ini = tls_ini(tls, "return = 200") + "[location other.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
-    with running(ini, tmp_path) as gate, contextlib.closing(tls_connect(gate, tls)) as peer:
-        assert peer.send(request()).response().status == 200
-        connection, = gate.gate.connections
-        contexts = gate.gate.config.certificates.contexts.values()
-        assert connection.stream.sock.context in contexts and len(contexts) > 1
-        assert all(context.options & ssl.OP_NO_RENEGOTIATION for context in contexts)
-
-
-def test_a_key_of_another_certificate_is_a_configuration_error(tmp_path, tls):
-    error = config_error(tmp_path, tls_ini(tls, "return = 200", "ssl_certificate_key = " + tls.client))
-    assert "ssl_certificate" in error and "not the key of this certificate" in error
-    error = config_error(tmp_path, "[server]\nlisten = 127.0.0.1:0 ssl\nreturn = 200\n")
-    assert "needs ssl_certificate" in error
-
-
-def test_the_proxy_header_and_the_tls_handshake_may_come_in_one_piece(tmp_path, tls):
-    ini = PROXY_INI % (" ssl", "127.0.0.1") + "ssl_certificate = %s\n" % tls.server
-    with running(ini, tmp_path) as gate:
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        client = ssl.create_default_context(cafile=tls.ca).wrap_bio(incoming, outgoing, server_hostname="gate.test")
-        peer = gate.connect()
-        peer.sock.settimeout(1000 * MS)
-        header = b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n"
-
-        def run(step):
-            nonlocal header
-            while True:
-                try:
-                    result = step()
-                except ssl.SSLWantReadError:
-                    result = None
-                data = outgoing.read()
-                if data:
-                    peer.send(header + data)
-                    header = b""
-                if result is not None:
-                    return result
-                incoming.write(peer.sock.recv(65536))
-
-        run(lambda: client.do_handshake() or True)
-        run(lambda: client.write(request()))
-        assert run(lambda: client.read(65536)).startswith(b"HTTP/1.1 200")
-        peer.close()
-
-
-@pytest.mark.parametrize("trust, name, works", [
-    ("proxy_ssl_trusted_certificate = CA", None, True), ("proxy_ssl_trusted_certificate = CA", "back.test", True),
-    ("proxy_ssl_trusted_certificate = CA", "evil.test", False), ("", "back.test", False),
-    ("proxy_ssl_verify = off", "evil.test", True)], ids=["address", "name", "wrong name", "wrong CA", "unchecked"])
-@BOTH_WAYS
-def test_the_certificate_of_a_backend_is_checked_before_a_byte_is_sent(tmp_path, tls, raw, trust, name, works):
-    heads, names = [], []
-
-    def script(peer):
-        peer.buffer = peer.sock.recv(65536)
-        heads.append(peer.buffer)
-        service(peer)
-
-    context = tls_backend(tls)
-    context.set_servername_callback(lambda sock, name, context: names.append(name))
-    with ScriptedBackend(script, tls=context) as backend:
-        ini = "[server]\nproxy_pass = https://%s\n%s\nproxy_ssl_name = %s\n" % (
-            backend.where, trust.replace("CA", tls.ca), name or "")
-        with running(ini, tmp_path) as gate:
-            answer_ = gate.ask(raw(b"/"))
-            if works:
-                assert answer_.status in (101, 200)
-            else:
-                assert (answer_.status, answer_.reason) == (502, "backend_tls")
-                eventually(lambda: backend.errors or heads)
-                assert not any(heads)
-            assert names == [name] or not name
-
-
-def test_unchecked_backend_certificates_are_warned_of(tmp_path, capsys):
-    path = written(tmp_path, "x.ini", "[server]\nproxy_pass = https://127.0.0.1:9\nproxy_ssl_verify = off\n")
-    assert wsgate.main(["-t", "-c", path]) == 0
-    assert "warning" in capsys.readouterr().err and wsgate.load_config(path).warnings
-
-
-def test_the_gate_shows_its_certificate_to_a_backend_that_wants_one(tmp_path, tls):
-    subjects = []
-
-    def script(peer):
-        subjects.append(dict(pair for group in peer.sock.getpeercert()["subject"] for pair in group))
-        service(peer)
-
-    with ScriptedBackend(script, tls=tls_backend(tls, clients=True)) as backend:
-        ini = "[server]\nproxy_pass = https://%s\nproxy_ssl_trusted_certificate = %s\n" % (backend.where, tls.ca)
-        with running(ini + "proxy_ssl_certificate = %s\n" % tls.client, tmp_path) as gate:
-            assert gate.ask(request()).status == 200
-        assert subjects == [{"organizationName": "Test, Inc", "commonName": "client"}]
-        with running(ini, tmp_path) as gate:
-            assert gate.ask(request()).status == 502 and len(subjects) == 1
-
-
-def exchange(sock, out, size):
-    """Send out and read size bytes, all in one thread; reads nothing before sending has stalled -> the bytes."""
-    sock.settimeout(0)
-    out, got, reading, end = memoryview(out), bytearray(), False, time.monotonic() + 10000 * MS
-    while out or len(got) < size:
-        assert time.monotonic() < end, "%d to send, %d to read" % (len(out), size - len(got))
-        moved = 0
-        try:
-            if out:
-                moved = sock.send(out[:65536])
-                out = out[moved:]
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass
-        try:
-            if reading and len(got) < size:
-                data = sock.recv(min(20011, size - len(got)))
-                assert data, "ended after %d bytes" % len(got)
-                got += data
-                moved += len(data)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass
-        if not moved:
-            reading = select_readable(sock, 20 * MS) or not out
-    sock.settimeout(5000 * MS)
-    return bytes(got)
-
-
-@pytest.mark.parametrize("front, back", [(True, False), (False, True), (True, True)], ids=["client", "backend", "both"])
-def test_a_tunnel_over_tls_changes_no_byte_though_both_sides_stall(tmp_path, tls, front, back):
-    rng = random.Random(7)
-    sizes = [0, 1, 125, 126, 65535, 65536, 1000000] + [rng.randint(0, 40000) for _ in range(40)]
-    noise = bytes(rng.getrandbits(8) for _ in range(4099)) * 250
-    up, down = (b"".join(frame(2, noise[size % 4099:][:size], mask) for size in sizes) for mask in (b"k3y!", None))
-    received = []
-
-    def script(peer):
-        peer.head()
-        peer.send(switching())
-        received.append(exchange(peer.sock, down, len(up)))
-        peer.ended()
-
-    with ScriptedBackend(script, tls=tls_backend(tls) if back else None) as backend:
-        ini = (tls_ini(tls) if front else "[server]\n") + "proxy_pass = %s://%s\n" % (
-            "https" if back else "http", backend.where) + "proxy_ssl_trusted_certificate = %s\n" % tls.ca
-        with running(ini, tmp_path) as gate:
-            peer = (tls_connect(gate, tls) if front else gate.connect()).send(handshake())
-            assert peer.head().startswith(b"HTTP/1.1 101")
-            early, peer.buffer = peer.buffer, b""
-            assert early + exchange(peer.sock, up, len(down) - len(early)) == down
-            peer.close()
-            line = gate.line("101 closed")
-            assert received == [up] and backend.errors == []
-            assert "up=%d/" % len(sizes) in line and "down=%d/" % len(sizes) in line
-
-
-def test_what_tls_has_decrypted_and_nobody_has_read_is_not_left_until_more_comes(tmp_path, tls, monkeypatch):
-    """Smaller reads than TLS records: poll() says nothing of the rest of a record."""
-    monkeypatch.setattr(wsgate, "SMALL_READ", 1000)
-    monkeypatch.setattr(wsgate, "BIG_READ", 2000)
-    with ScriptedBackend(service, tls=tls_backend(tls)) as backend:
-        ini = tls_ini(tls, "proxy_pass = https://" + backend.where, "proxy_ssl_trusted_certificate = " + tls.ca)
-        with running(ini, tmp_path) as gate, contextlib.closing(tls_connect(gate, tls).send(handshake())) as client:
-            assert client.response().status == 101
-            for size in (900, 9000, 1000):  # one record each
-                client.send(frame(2, b"x" * size, b"abcd"))
-                assert read_frame(client) == (2, b"x" * size)
-
-
-def test_a_tunnel_over_tls_ends_with_close_notify_on_both_sides(tmp_path, tls):
-    seen = []
-
-    def script(peer):
-        peer.head()
-        peer.send(switching())
-        peer.sock.suppress_ragged_eofs = False
-        seen.append(read_frame(peer))
-        seen.append(peer.sock.recv(1))
-
-    with ScriptedBackend(script, tls=tls_backend(tls)) as backend:
-        ini = tls_ini(tls, "proxy_pass = https://" + backend.where, "proxy_ssl_trusted_certificate = " + tls.ca)
-        with running(ini + "idle_timeout = %dms\n" % (200 * MS * 1000), tmp_path) as gate:
-            begun = time.monotonic()
-            peer = tls_connect(gate, tls).send(handshake())
-            assert peer.response().status == 101
-            assert read_frame(peer) == (8, struct.pack("!H", 1001) + b"idle_timeout")
-            assert peer.sock.recv(1) == b""  # without a close_notify this raises
-            assert 200 * MS <= time.monotonic() - begun < 1200 * MS
-            peer.close()
-            eventually(lambda: len(seen) == 2 or backend.errors)
-            assert seen == [(8, struct.pack("!H", 1001) + b"idle_timeout"), b""]
-
-
-# ------------------------------------------------------------------- Listening
-
-
-def over(gate):
-    """Wait until the gate has ended by itself; from then on it takes no signals."""
-    eventually(lambda: gate.gate.wake_out.fileno() < 0)
-    gate.signal = lambda name: None
-
-
-@contextlib.contextmanager
-def asking_meanwhile(port):
-    """Connect and ask again and again -> list of all the statuses and errors, until the end."""
-    results, end = [], threading.Event()
-
-    def ask():
-        while not end.is_set():
-            try:
-                with contextlib.closing(connect(port)) as peer:
-                    results.append(peer.send(request()).response().status)
-            except (OSError, AssertionError) as error:
-                results.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    try:
-        yield results
-    finally:
-        end.set()
-        thread.join(6000 * MS)
-
-
-def test_a_reload_takes_new_locations_at_once_and_tunnels_stay(tmp_path):
-    with ScriptedBackend(service) as backend:
-        old = simple(backend, "return = 200 old").replace("return = 200 old\nproxy_pass", "proxy_pass")
-        with running(old, tmp_path) as gate, contextlib.closing(gate.connect().send(handshake())) as tunnel:
-            assert tunnel.response().status == 101
-            kept = gate.connect()
-            assert kept.send(request()).response().body == b"ok"
-            reload(gate, "[server]\nreturn = 200 new\n")
-            assert gate.ask(request()).body == b"new"
-            assert kept.send(request()).response().body == b"new"
-            assert alive(tunnel)
-            kept.close()
-
-
-def test_a_reload_opens_and_closes_listeners_and_those_that_stay_never_refuse(tmp_path):
-    def ini(*addresses):
-        return "[server]\nlisten = %s\nreturn = 200\n" % ", ".join(addresses)
-
-    def ports():
-        return {each.listen.address.host: each.server_address[1] for each in gate.gate.listeners}
-
-    with running(ini("127.0.0.1:0"), tmp_path) as gate, asking_meanwhile(gate.port) as results:
-        for _ in range(3):
-            reload(gate, ini("127.0.0.1:0", "localhost:0"))
-            port = ports()["localhost"]
-            assert ports()["127.0.0.1"] == gate.port and listening(port)
-            reload(gate, ini("127.0.0.1:0"))
-            eventually(lambda: "localhost" not in ports())
-            assert not listening(port)
-        count = len(results)
-        eventually(lambda: len(results) > count + 1)
-    assert set(results) == {200}
-
-
-def test_a_reload_opens_and_closes_the_status_page(tmp_path):
-    with running("[server]\nreturn = 200\n", tmp_path) as gate:
-        reload(gate, "[server]\nreturn = 200\nlisten = 127.0.0.1:0\nstatus_listen = localhost:0\n")
-        port = eventually(lambda: next((each.server_address[1] for each in gate.gate.listeners
-                                        if each.listen.address.host == "localhost"), None), 500 * MS)
-        with contextlib.closing(connect(port)) as peer:
-            assert peer.send(request(b"GET", b"/healthz")).response().status == 200
-        reload(gate, "[server]\nreturn = 200\n")
-        eventually(lambda: not listening(port), 500 * MS)
-
-
-def test_a_reload_keeps_what_is_known_of_the_servers(tmp_path):
-    with refusing() as dead, ScriptedBackend(service) as backend:
-        ini = pooled([dead.where + " weight=9", backend.where])
-        with running(ini, tmp_path) as gate:
-            assert gate.ask(request(b"GET", b"/1")).status == 200
-            assert gate.line("/1 ", "failed=1")
-            reload(gate, ini.replace("[server]", "[server]\nsend_timeout = 7s"))
-            assert gate.ask(request(b"GET", b"/2")).status == 200
-            assert "failed=" not in gate.line("/2 ")
-
-
-@pytest.mark.parametrize("broken, said", [
-    ("[server]\nretrun = 200\n", "did you mean 'return'"), ("rubbish", "outside of a section"),
-    ("[server]\nlisten = OTHER\nreturn = 200\n", "another program"),
-    ("[server]\nreturn = 200\nlisten = 127.0.0.1:0 ssl\n", "ssl_certificate"),
-    ("[server]\nreturn = 200\nauth_basic_user_file = BCRYPT\n", "--hash-password")])
-def test_a_bad_file_changes_nothing_and_the_log_says_why(tmp_path, broken, said):
-    bcrypt = written(tmp_path, "users", "bob:$2y$05$bvIG6Nmid91Mu9RcmmWZfO\n")
-    with ScriptedBackend() as other, running("[server]\nreturn = 200 old\n", tmp_path) as gate:
-        lines = reload(gate, broken.replace("OTHER", "127.0.0.1:0, " + other.where).replace("BCRYPT", bcrypt))
-        assert any(line.startswith("reload: ") and said in line for line in lines), lines
-        assert lines[-1] == "reload: nothing was changed"
-        assert gate.ask(request()).body == b"old" and len(gate.gate.listeners) == 1
-
-
-def test_quit_spreads_the_ends_of_tunnels_over_drain_timeout_quiet_ones_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(wsgate, "QUIET", 100 * MS)
-    window = 800 * MS
-    with gate_and_backend(tmp_path, service, "drain_timeout = %dms" % (window * 1000)) as (gate, _):
-        clients = [gate.connect().send(handshake()) for _ in range(20)]
-        for peer in clients:
-            assert peer.response().status == 101
-        assert clients[-1].silent(150 * MS)  # a tunnel that was busy just now looks up a little later
-        assert alive(clients[0])
-        poll, ends, begun = select.poll(), [], time.monotonic()
-        waiting = {peer.sock.fileno(): peer for peer in clients}
-        for number in waiting:
-            poll.register(number, select.POLLIN)
-        gate.signal("SIGQUIT")
-        while waiting:
-            for number, _ in poll.poll(5000):
-                poll.unregister(number)
-                ends.append(time.monotonic() - begun)
-                last = waiting.pop(number)
-                assert read_frame(last) == (8, struct.pack("!H", 1001) + b"drain")
-        assert last is clients[0] and not listening(gate.port)
-        assert ends[0] < 300 * MS and 600 * MS < ends[-1] < window + 400 * MS
-        assert all(sum(place * window / 4 < end for end in ends) <= 20 - 4 * place for place in (1, 2, 3)), ends
-        for peer in clients:
-            peer.close()
-        over(gate)
-        assert sum("close=gate:1001 reason=drain" in line for line in gate.access) == 20
-
-
-def test_quit_finishes_plain_requests_and_lets_idle_connections_go(tmp_path):
-    go = threading.Event()
-
-    def script(peer):
-        peer.head()
-        assert go.wait(5000 * MS)
-        peer.send(ok(b"whole"))
-
-    with gate_and_backend(tmp_path, script, "[location /idle]", "return = 200", "[location /]") as (gate, backend):
-        idle, fresh, late, busy = [gate.connect() for _ in range(4)]
-        assert idle.send(request(b"GET", b"/idle")).response().status == 200
-        busy.send(request())
-        backend.peer()
-        gate.signal("SIGQUIT")
-        assert idle.ended(500 * MS) and not listening(gate.port)
-        assert busy.silent(50 * MS)
-        answer_ = fresh.send(request(b"GET", b"/idle")).response()  # accepted before: nobody else will answer it
-        assert (answer_.status, answer_.get(b"connection")) == (200, b"close")
-        assert late.send(handshake()).response().reason == "draining"
-        go.set()
-        answer_ = busy.response()
-        assert (answer_.status, answer_.body, answer_.get(b"connection")) == (200, b"whole", b"close")
-        for peer in (idle, fresh, late, busy):
-            peer.close()
-        over(gate)
-
-
-def test_a_gate_that_ends_before_its_last_peers_do_says_no_nonsense(tmp_path):
-    """The drain is over, but a client has not closed yet: running() looks for tracebacks."""
-    with gate_and_backend(tmp_path, service, "drain_timeout = 0") as (gate, _):
-        client = gate.connect().send(handshake())
-        assert client.response().status == 101
-        gate.signal("SIGQUIT")
-        assert read_frame(client)[0] == 8
-        over(gate)
-        client.close()
-        assert "close=gate:1001 reason=drain" in gate.line("101 closed")
-
-
-@pytest.mark.parametrize("first, second", [
-    ("SIGQUIT", "SIGQUIT"), ("SIGQUIT", "SIGTERM"), ("SIGTERM", None)])
-def test_a_second_quit_stops_as_term_does(tmp_path, monkeypatch, first, second):
-    monkeypatch.setattr(wsgate, "QUIET", 100 * MS)
-    with gate_and_backend(tmp_path, service, "drain_timeout = 60s") as (gate, _):
-        client = gate.connect().send(handshake())
-        assert client.response().status == 101
-        begun = time.monotonic()
-        gate.signal(first)
-        if second:
-            eventually(lambda: gate.gate.state == "draining")
-            assert client.silent(50 * MS)
-            gate.signal(second)
-        assert read_frame(client) == (8, struct.pack("!H", 1001) + b"shutdown")
-        client.close()
-        over(gate)
-        assert time.monotonic() - begun < 1500 * MS
-
-
-@pytest.mark.parametrize("name, reason", [("SIGQUIT", b"drain"), ("SIGTERM", b"shutdown")])
-def test_a_tunnel_whose_101_comes_behind_the_signal_is_ended_too(tmp_path, name, reason):
-    with gate_and_backend(tmp_path, None, "drain_timeout = " + ini_ms(800)) as (gate, backend):
-        client = gate.connect().send(handshake())
+def test_bytes_that_are_no_frames_do_not_get_round_max_message_size(tmp_path):
+    with gate_and_backend(tmp_path, None, "max_message_size = 1k") as (gate, backend):
+        client, peer = gate.tunnel(backend)
+        client.send(frame(2, b"unmasked, as some backends accept"))
+        assert read_frame(client) == (8, b"\x03\xeabad_frames")
+        assert peer.ended()
+        assert "close=gate:1002 reason=bad_frames" in line_of(gate, client, peer)
+
+
+@pytest.mark.parametrize("data, code, reason", [
+    (frame(2, b"x" * 1025, b"abcd", rsv=4), 1009, b"message_too_big"), (b"these are no frames", 1002, b"bad_frames")])
+def test_an_extension_that_nobody_knows_does_not_get_round_max_message_size(tmp_path, data, code, reason):
+    with gate_and_backend(tmp_path, None, "max_message_size = 1k") as (gate, backend):
+        client = gate.connect().send(handshake(b"/", b"Sec-WebSocket-Extensions: x-unknown"))
         peer = backend.peer()
         peer.head()
-        gate.signal(name)
-        eventually(lambda: not listening(gate.port))
-        with lasting(0, 700):
+        peer.send(switching(b"Sec-WebSocket-Extensions: x-unknown"))
+        assert client.response().status == 101
+        fits = frame(2, b"x" * 1024, b"abcd", rsv=4)
+        client.send(fits, data)
+        assert peer.read(len(fits)) == fits
+        assert read_frame(client) == (8, struct.pack("!H", code) + reason)
+        assert "reason=" + reason.decode() in line_of(gate, client, peer)
+
+
+def test_a_refusal_in_a_close_frame_is_only_for_a_handshake(tmp_path):
+    with gate_and_backend(tmp_path, answer(ok()), "reject_with = close", "deny = all") as (gate, _):
+        key = b"Sec-WebSocket-Key: " + KEY
+        assert gate.ask(request(b"GET", b"/", key)).status == 403
+        assert gate.ask(request(b"POST", b"/", key, b"Upgrade: websocket", b"Connection: upgrade", body=b"x")).status == 403
+
+
+# ------------------------------------------------------------------- Access log
+
+
+def test_a_tunnel_has_two_lines_with_one_id_and_the_fields_in_order(tmp_path):
+    with ScriptedBackend() as backend:
+        ini = "[location /chat/]\nproxy_pass = http://%s\n[server]\n" % backend.where
+        with running(ini, tmp_path) as gate:
+            client = gate.connect().send(handshake(b"/chat/?token=secret&room"))
+            peer = backend.peer()
+            peer.head()
             peer.send(switching())
             assert client.response().status == 101
-            assert read_frame(client) == read_frame(peer) == (8, b"\x03\xe9" + reason)
-        assert "close=gate:1001 reason=" + reason.decode() in line_of(gate, client, peer)
-        over(gate)
+            opened = gate.line(" open ")
+            client.send(frame(1, b"hello", b"mask"), frame(8, b"\x03\xe8", b"mask"))
+            assert [read_frame(peer) for _ in range(2)] == [(1, b"hello"), (8, b"\x03\xe8")]
+            peer.send(frame(2, b"x" * 300), frame(8, b"\x03\xe8"))
+            peer.close()
+            assert client.ended()
+            client.close()
+            closed = gate.line(" closed ")
+            assert len(gate.access) == 2
+    stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ([0-9a-f]{6,8}) 127\.0\.0\.1 gate\.test "
+    where = re.escape(backend.where)
+    first = re.fullmatch(stamp + r"open /chat/ %s hs=\d+\.\d+" % where, opened)
+    last = re.fullmatch(stamp + r'"GET /chat/\?token=\.\.\.&room HTTP/1\.1" 101 closed /chat/ %s '
+                        r"dur=\d+\.\d+ hs=\d+\.\d+ up=[12]/19B down=[12]/308B close=client:1000 reason=-"
+                        % where, closed)
+    assert first and last, (opened, closed)
+    assert first.group(1) == last.group(1)
+    assert opened.split()[0] == closed.split()[0]
 
 
-def test_a_tunnel_that_is_never_quiet_is_ended_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(wsgate, "QUIET", 100 * MS)  # it looks up now and then, and polls no wakeup
-    with gate_and_backend(tmp_path, service) as (gate, _):
+def test_a_plain_exchange_is_one_line_and_each_has_an_id_of_its_own(tmp_path):
+    with gate_and_backend(tmp_path, answer(ok(b"12345"))) as (gate, backend):
+        gate.ask(request(b"POST", b"/one", body=b"abc"))
+        gate.ask(request(b"GET", b"/two"))
+        line = gate.line("/one")
+        assert re.fullmatch(r'\S+Z [0-9a-f]{6,8} 127\.0\.0\.1 gate\.test "POST /one HTTP/1\.1" 200 done / %s '
+                            r"dur=\d+\.\d+ up=0/3B down=0/\d+B reason=-" % re.escape(backend.where), line), line
+        assert line.split()[1] != gate.line("/two").split()[1]
+
+
+@pytest.mark.parametrize("target, shown", [
+    (b"/?token=secret&a=b;c=d", "/?token=...&a=...;c=..."), (b"/?flag&empty=&x=", "/?flag&empty=&x="),
+    (b"/?0123456789012345678901234567", "/?..."), (b"/path=secret", "/path=secret"), (b"/?a=b=c", "/?a=..."),
+    (b"/?", "/?"),
+])
+def test_the_values_of_a_query_are_not_logged(tmp_path, target, shown):
+    with running("[server]\nreturn = 204\n", tmp_path) as gate:
+        gate.ask(request(b"GET", target))
+        assert '"GET %s HTTP/1.1" 204 ' % shown in gate.line(" 204 ")
+
+
+@pytest.mark.parametrize("raw", [
+    request(b"GET", b'/"x"?\\n', b'Origin: http://e"v\til\\\xff\x9b'), handshake(b'/"', b'Origin: http://\t"\x80'),
+    b'GET / HTTP/1.1" 200\r\n\r\n', b"GET /\x1b[2J HTTP/1.1\r\n\r\n",
+    request(b"GET", b"/", b"Host: a b\xe9"), request(b"GET", b"/", b'X"Y: 1'),
+    request(b"GET", b"/", b"Sec-WebSocket-Key: " + KEY),
+])
+def test_what_a_peer_sends_cannot_forge_a_line(tmp_path, raw):
+    with running("[server]\nallowed_origins = same\n%s" % PASS, tmp_path) as gate:
+        assert gate.ask(raw).status in (400, 403, 426)
+        line = gate.line("reason=")
+        assert re.fullmatch("[ -~]*", line) and line.count('"') in (2, 4), line
+        assert "\\" not in line or "\\x" in line
+
+
+@pytest.mark.parametrize("line", [
+    b"Authorization : Bearer REDACTED_FIELDS", b"Authorization: Bearer REDACTED_FIELDS\x01", b"Authorization Bearer REDACTED_FIELDS",
+    b"Authorization: Bearer\r\n REDACTED_FIELDS:", b"REDACTED_FIELDS", b"X: y\nSECRET: z"])
+def test_what_a_malformed_field_line_says_is_not_told(tmp_path, line):
+    with running("[server]\nreturn = 204\n", tmp_path) as gate:
+        response = gate.ask(request(b"GET", b"/", line))
+        assert response.status == 400 and b"REDACTED_FIELDS" not in response.head + response.body
+        assert "REDACTED_FIELDS" not in gate.line(" 400 done")
+
+
+def test_a_client_that_goes_away_is_499_and_client_gone(tmp_path):
+    with gate_and_backend(tmp_path) as (gate, backend):
+        client = gate.connect().send(request(b"GET", b"/slow"))
+        backend.peer().head()
+        client.close()
+        assert re.search(r' 499 done / .* reason=client_gone$', gate.line("/slow"))
+        assert backend.peer().ended(1000 * MS)
+        gate.connect().send(b"GET /half HTTP/1.1\r\n").close()
+        assert ' "-" 499 done - - ' in gate.line('"-"')
+
+
+@pytest.mark.parametrize("raw, marks", [
+    (b"HTTP/1.1 302 Found\r\nLocation: https://sso.test/login?next=%2F&key=secret\r\nContent-Length: 0\r\n\r\n",
+     (" 302 ", "reason=backend_said_302", 'note="redirected to https://sso.test/login?next=...&key=..."')),
+    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
+     (" 403 ", "reason=backend_said_403", 'note="Origin https://page.test, Host gate.test"')),
+    (ok(), (" 200 ", "reason=backend_said_200")),
+])
+def test_a_handshake_that_the_backend_refuses_is_explained(tmp_path, raw, marks):
+    with gate_and_backend(tmp_path, answer(raw)) as (gate, _):
+        assert gate.ask(handshake(b"/", b"Origin: https://page.test")).status == int(marks[0])
+        line = gate.line("reason=")
+        assert all(mark in line for mark in marks), line
+
+
+def test_a_location_of_two_words_stays_one_field(tmp_path):
+    with running("[server]\n[location = /a]\nreturn = 200\n", tmp_path) as gate:
+        gate.ask(request(b"GET", b"/a"))
+        assert " 200 done =\\x20/a - dur=" in gate.line("/a")
+
+
+def test_json_is_one_object_a_line_with_the_same_story(tmp_path):
+    with own_logging(), ScriptedBackend() as backend:
+        (path, _), _ = log_to_files(tmp_path, "log_format = json")
+        with running(simple(backend), tmp_path) as gate:
+            client, peer = gate.tunnel(backend)
+            client.send(frame(1, b"hello", b"mask"))
+            read_frame(peer)
+            peer.close()
+            client.ended()
+            client.close()
+            gate.ask(request(b"GET", b'/a/../"?token=secret'))
+            eventually(lambda: len(lines_in(path)) == 3)
+        lines = [json.loads(line) for line in lines_in(path)]
+    events = {line["event"]: line for line in lines}
+    assert events["open"]["id"] == events["closed"]["id"] != events["done"]["id"]
+    assert "request" not in events["open"]
+    closed, done = events["closed"], events["done"]
+    assert (closed["status"], closed["up_messages"], closed["up_bytes"], closed["down_bytes"]) == (101, 1, 11, 0)
+    assert (closed["host"], closed["client"], closed["server"]) == ("gate.test", "127.0.0.1", backend.where)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", closed["time"])
+    assert done["status"] == 400 and done["reason"] == "bad_request" and "secret" not in json.dumps(lines)
+
+
+def test_logs_go_to_files_that_are_made_anew_after_a_rename(tmp_path):
+    with own_logging():
+        paths, reopen = log_to_files(tmp_path)
+        for round_ in ("one", "two", "three"):
+            wsgate.access_log.info("access %s", round_)
+            wsgate.log.warning("error %s \u00e9", round_)
+            wsgate.log.debug("not at level info")
+            if round_ == "one":
+                for path in paths:
+                    os.rename(path, path + ".1")
+            else:
+                reopen()
+        assert lines_in(paths[0] + ".1") == ["access one", "access two"]
+        assert lines_in(paths[0]) == ["access three"]
+        line, = lines_in(paths[1])
+        assert re.fullmatch("[-0-9]+ [:,0-9]+ WARNING error three \u00e9", line)
+        assert [line.split(" ", 2)[2] for line in lines_in(paths[1] + ".1")] == [
+            "WARNING error one \u00e9", "WARNING error two \u00e9"]
+
+
+def test_a_log_that_cannot_be_opened_leaves_the_old_ones(tmp_path):
+    with own_logging():
+        paths, _ = log_to_files(tmp_path)
+        folder = os.path.join(str(tmp_path), "gone")
+        os.mkdir(folder)
+        server = load_text(tmp_path, SERVER + "access_log = %s\n" % os.path.join(folder, "log")).server
+        os.rmdir(folder)
+        before = descriptors()
+        with pytest.raises(OSError):
+            wsgate.setup_logging(server)
+        wsgate.access_log.info("still here")
+        assert lines_in(paths[0]) == ["still here"] and descriptors() == before
+
+
+def test_log_level_and_off_are_obeyed(tmp_path):
+    with own_logging():
+        (_, path), _ = log_to_files(tmp_path, "log_level = error")
+        wsgate.log.warning("no")
+        wsgate.log.error("yes")
+        assert len(lines_in(path)) == 1
+        wsgate.setup_logging(load_text(tmp_path, SERVER + "access_log = off\nerror_log = off\n").server)
+        wsgate.log.error("nowhere")
+        assert not wsgate.access_log.isEnabledFor(logging.INFO) and len(lines_in(path)) == 1
+
+
+def test_lines_for_syslog_begin_with_the_name_of_the_program(tmp_path):
+    with own_logging(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as syslogd:
+        syslogd.bind(("127.0.0.1", 0))
+        syslogd.settimeout(5000 * MS)
+        where = "syslog:127.0.0.1:%d" % syslogd.getsockname()[1]
+        wsgate.setup_logging(load_text(tmp_path, SERVER + "access_log = %s\nerror_log = %s\n" % (where, where)).server)
+        wsgate.access_log.info("GET /")
+        wsgate.log.warning("beware")
+        lines = [syslogd.recv(4096).decode() for _ in range(2)]  # and no NUL at their ends
+    assert lines[0] == "<30>wsgate: GET /" and re.fullmatch("<28>wsgate: [-0-9]+ [:,0-9]+ WARNING beware", lines[1])
+
+
+def test_a_draining_gate_says_that_it_is_not_ready(tmp_path):
+    with ScriptedBackend(service) as backend, with_status(tmp_path, backend, "drain_timeout = 60s") as (gate, ask):
         client = gate.connect().send(handshake())
         assert client.response().status == 101
-        assert alive(client)
-        gate.signal("SIGTERM")
-        eventually(lambda: read_frame(client.send(frame(1, b"more", b"abcd"))) == (8, b"\x03\xe9shutdown"), 800 * MS)
+        gate.signal("SIGQUIT")
+        eventually(lambda: not listening(gate.port))
+        answer_ = ask(b"/readyz")
+        assert (answer_.status, answer_.body) == (503, b"draining\n")
+        assert ask(b"/healthz").status == 200
         client.close()
         over(gate)
 
 
-@contextlib.contextmanager
-def program(tmp_path, *lines, **more):
-    """The real process on a port of its own, once it listens -> Popen with .port, .path, .pid_file."""
-    port = free_port()
-    path = written(tmp_path, "gate.ini", "[server]\nlisten = 127.0.0.1:%d\npid = %s\n%s\n" % (
-        port, tmp_path / "pid", "\n".join(lines)))
-    with process("-c", path, **more) as child:
-        child.port, child.path, child.pid_file = port, path, str(tmp_path / "pid")
-        eventually(lambda: child.said("up to") or child.poll() is not None)
-        assert child.poll() is None, child.lines
-        yield child
-
-
-def control(child, name):
-    """wsgate.py -c FILE -s NAME"""
-    assert wsgate.main(["-c", child.path, "-s", name]) == 0
-
-
-def pid_in(child):
-    """What the pid file says, 0 while there is nothing in it."""
-    with open(child.pid_file) as file:
-        return int(file.read() or "0")
-
-
-needs_signals = pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="this system has no such signals")
-
-
-@pytest.mark.skipif(not wsgate.ALLOWED_PROCESSORS, reason="this system has no affinity")
-def test_a_processor_that_is_not_there_is_an_error_with_those_that_are(tmp_path):
-    error, = errors_of(tmp_path, SERVER + "worker_cpu_affinity = 999999999\n")
-    assert error.endswith("CPU 999999999 is not available (expected one of: %s)" % ", ".join(
-        map(str, sorted(os.sched_getaffinity(0)))))
-
-
-@needs_signals
-def test_a_tunnel_whose_peers_do_not_close_is_logged_before_the_drained_gate_has_gone(tmp_path):
-    with ScriptedBackend(service) as backend, program(tmp_path, "proxy_pass = http://" + backend.where,
-                                                      "drain_timeout = %dms" % (200 * MS * 1000)) as child:
-        with contextlib.closing(connect(child.port).send(handshake())) as client:
-            assert client.response().status == 101
-            control(child, "quit")
-            assert child.wait(5000 * MS) == 0 and eventually(lambda: child.said("reason=drain"))
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
-                    reason="there is one processor only")
-@pytest.mark.parametrize("value", ["auto", "off", "number"])
-def test_the_gate_stays_on_one_processor_unless_told_otherwise(tmp_path, value):
-    allowed = os.sched_getaffinity(0)
-    line = "worker_cpu_affinity = %s" % (max(allowed) if value == "number" else value)
-    with program(tmp_path, "return = 200", line) as child, contextlib.closing(connect(child.port)) as peer:
-        assert peer.send(request()).response().status == 200
-        tasks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % child.pid)]
-        assert len(tasks) > 1  # the connection's thread too
-        if value == "auto":
-            assert tasks == [{sorted(allowed)[child.pid % len(allowed)]}] * len(tasks)
-        else:
-            assert tasks == [allowed if value == "off" else {max(allowed)}] * len(tasks)
-
-
-@needs_signals
-def test_the_process_obeys_reopen_reload_and_stop(tmp_path):
-    log = str(tmp_path / "access.log")
-    with program(tmp_path, "return = 200 old", "access_log = " + log) as child:
-        assert pid_in(child) == child.pid
-        os.rename(log, log + ".1")
-        control(child, "reopen")
-        eventually(lambda: os.path.exists(log))
-        with open(child.path) as file:
-            ini = file.read()
-        written(tmp_path, "gate.ini", ini.replace("old", "new"))
-        control(child, "reload")
-        eventually(lambda: child.said("reloaded"))
-        peer = connect(child.port).send(request(b"GET", b"/somewhere"))
-        assert peer.response().body == b"new"
-        with open(log) as file:
-            eventually(lambda: "/somewhere" in file.read())
-        control(child, "stop")
-        assert child.wait(5000 * MS) == 0 and child.said("stopped")
-        assert not os.path.exists(child.pid_file)
-        peer.close()
-
-
-@needs_signals
-def test_a_reload_that_cannot_open_a_log_the_pid_file_or_a_listener_changes_nothing(tmp_path):
-    def ini(text, **values):
-        return "[server]\nreturn = 200 %s\n" % text + "".join("%s = %s\n" % pair for pair in sorted(values.items()))
-
-    log, pid, nowhere = [str(tmp_path / name) for name in ("access.log", "pid2", "no/folder")]
-    with ScriptedBackend() as other, program(tmp_path, "return = 200 old", "access_log = " + log) as child:
-        for count, (key, wrong) in enumerate((("access_log", nowhere), ("pid", nowhere), ("listen", other.where)), 1):
-            fresh = {"access_log": log + ".new", "pid": pid, "listen": "127.0.0.1:%d" % free_port()}
-            written(tmp_path, "gate.ini", ini("new", **dict(fresh, **{key: wrong})))
-            os.kill(child.pid, signal.SIGHUP)
-            eventually(lambda: sum("nothing was changed" in line for line in list(child.lines)) == count)
-            with contextlib.closing(connect(child.port).send(request(b"GET", b"/" + key.encode()))) as peer:
-                assert peer.response().body == b"old"
-            eventually(lambda: "/%s " % key in "\n".join(lines_in(log)))
-            assert pid_in(child) == child.pid and not os.path.exists(pid)
-
-
-@needs_signals
-def test_a_reload_moves_the_pid_file_and_s_finds_the_gate_by_it(tmp_path):
-    with program(tmp_path, "return = 200") as child:
-        old, child.pid_file = child.pid_file, str(tmp_path / "pid2")
-        written(tmp_path, "gate.ini", "[server]\nreturn = 200\nlisten = 127.0.0.1:%d\npid = %s\n" % (
-            child.port, child.pid_file))
-        os.kill(child.pid, signal.SIGHUP)
-        eventually(lambda: child.said("reloaded"))
-        assert pid_in(child) == child.pid and not os.path.exists(old)
-        control(child, "stop")
-        assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
-
-
-TELL_WHO_IS_ASKED_FOR = """
-import socket
-def asked(host, *more, real=socket.getaddrinfo, **options):
-    print("asked for", host)
-    return real(host, *more, **options)
-socket.getaddrinfo = asked
-"""
-
-
-@needs_signals
-def test_a_reload_asks_no_name_server(tmp_path):
-    written(tmp_path, "sitecustomize.py", TELL_WHO_IS_ASKED_FOR)
-    # The name of an interface that is not there: no name server is really asked.
-    with program(tmp_path, "proxy_pass = http://[fe80::1%nosuch0]:9", environ={"PYTHONPATH": str(tmp_path)}) as child:
-        assert child.said("asked for fe80::1%nosuch0") and child.said("cannot be resolved now")
-        with open(child.path) as file:
-            ini = file.read()
-        written(tmp_path, "gate.ini", ini.replace("fe80::1", "fe80::2"))
-        os.kill(child.pid, signal.SIGHUP)
-        eventually(lambda: child.said("reloaded"))
-        assert not child.said("asked for fe80::2")
-        with contextlib.closing(connect(child.port).send(request())) as peer:
-            assert peer.response().reason == "backend_unresolved"
-        eventually(lambda: child.said("asked for fe80::2"))
-
-
-@needs_signals
-def test_a_second_ctrl_c_waits_for_nobody_and_one_more_on_the_way_out_prints_nothing(tmp_path):
-    def pid_file_is_read():
-        with contextlib.suppress(OSError):  # ENXIO until then
-            return os.open(child.pid_file, os.O_WRONLY | os.O_NONBLOCK)
-
-    with ScriptedBackend() as backend, program(tmp_path, "proxy_pass = http://" + backend.where) as child:
-        client = connect(child.port).send(request())
-        backend.peer().head()
-        os.unlink(child.pid_file)
-        os.mkfifo(child.pid_file)  # looking whose it is, the gate stops on its way out until somebody has written
-        child.send_signal(signal.SIGINT)
-        eventually(lambda: not listening(child.port))
-        with lasting(0, 600):  # a backend that does not answer would hold it up for a second
-            child.send_signal(signal.SIGINT)
-            writing = eventually(pid_file_is_read)
-        child.send_signal(signal.SIGINT)
-        os.write(writing, b"%d\n" % child.pid)
-        os.close(writing)
-        assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
-        eventually(lambda: child.said("stopped"))
-        assert not child.said("Traceback") and not child.said("Exception")
-        client.close()
-
-
-def test_a_signal_to_a_gate_that_does_not_run_is_an_error(tmp_path, capsys):
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    for text in ("%d\n" % done.pid, "%d\n" % (1 << 22 | 1), "", None):
-        if text is not None:
-            written(tmp_path, "pid", text)
-        else:
-            os.unlink(str(tmp_path / "pid"))
-        path = written(tmp_path, "gate.ini", "[server]\nreturn = 200\npid = %s\n" % (tmp_path / "pid"))
-        assert wsgate.main(["-c", path, "-s", "reload"]) == 1
-        said = capsys.readouterr().err
-        assert said.startswith("wsgate: ") and str(tmp_path / "pid") in said and said.count("\n") == 1
-
-
-@contextlib.contextmanager
-def successor_of(child):
-    """See to it that the process that takes over does not outlive the test."""
-    try:
-        yield
-    finally:
-        for number in re.findall(r"upgrade: process (\d+) has taken over", "\n".join(child.lines)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(number), signal.SIGKILL)
-
-
-@needs_signals
-def test_an_upgrade_replaces_the_process_and_nobody_is_refused(tmp_path):
-    with ScriptedBackend(service) as backend:
-        lines = "drain_timeout = %dms" % (300 * MS * 1000), "proxy_pass = http://" + backend.where
-        with program(tmp_path, *lines) as child:
-            tunnel = connect(child.port).send(handshake())
-            assert tunnel.response().status == 101
-            with successor_of(child), asking_meanwhile(child.port) as results:
-                control(child, "upgrade")
-                assert read_frame(tunnel) == (8, struct.pack("!H", 1001) + b"drain")
-                tunnel.close()
-                assert child.wait(5000 * MS) == 0
-                count = len(results)
-                eventually(lambda: len(results) > count + 2)
-                assert pid_in(child) != child.pid and set(results) == {200}
-                control(child, "quit")
-                eventually(lambda: not os.path.exists(child.pid_file))
-                eventually(lambda: not listening(child.port))
-
-
-@needs_signals
-def test_a_broken_upgrade_leaves_the_old_process_as_it_was(tmp_path, monkeypatch):
-    with open(WSGATE) as file:
-        copy = written(tmp_path, "wsgate.py", file.read())
-    monkeypatch.setitem(globals(), "WSGATE", copy)  # what process() runs
-    with ScriptedBackend(service) as backend, program(tmp_path, "proxy_pass = http://" + backend.where) as child:
-        tunnel = connect(child.port).send(handshake())
-        assert tunnel.response().status == 101
-        for text in ("this is no Python", "import sys\nsys.exit(3)\n"):
-            written(tmp_path, "wsgate.py", text)
-            count = sum("upgrade: the new process ended" in line for line in child.lines)
-            control(child, "upgrade")
-            eventually(lambda: sum("upgrade: the new process ended" in line for line in list(child.lines)) > count)
-            assert pid_in(child) == child.pid and child.poll() is None
-            peer = connect(child.port).send(request())
-            assert peer.response().status == 200
-            peer.close()
-        assert alive(tunnel)
-        tunnel.close()
-
-
-@needs_signals
-@needs_unix
-def test_systemd_hands_over_a_socket_and_is_told_how_it_goes(tmp_path):
-    with socket.socket() as listener, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(5)
-        told.bind(str(tmp_path / "notify"))
-        told.settimeout(5000 * MS)
-        port = listener.getsockname()[1]
-        early = connect(port).send(request())  # a client that comes before the gate runs
-        path = written(tmp_path, "gate.ini", "[server]\nlisten = 127.0.0.1:%d\nreturn = 200 activated\n" % port)
-
-        def as_systemd_does():
-            os.dup2(listener.fileno(), 3)
-            os.set_inheritable(3, True)
-            os.execve(sys.executable, [sys.executable, WSGATE, "-c", path], dict(
-                os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", NOTIFY_SOCKET=str(tmp_path / "notify")))
-
-        def hears(word):
-            while True:
-                message = told.recv(4096).decode()
-                if message.startswith(word):
-                    return message
-
-        with process(before=as_systemd_does) as child:
-            assert hears("READY=1")
-            assert early.response().body == b"activated"
-            for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_KEEPALIVE)):
-                assert listener.getsockopt(*option)  # the same socket: connections have what it has
-            os.kill(child.pid, signal.SIGHUP)
-            assert re.match(r"RELOADING=1\nMONOTONIC_USEC=\d+$", hears("RELOADING=1"))
-            assert hears("READY=1")
-            os.kill(child.pid, signal.SIGTERM)
-            assert hears("STOPPING=1")
-            assert child.wait(5000 * MS) == 0
-        early.close()
-
-
-def processor_seconds(pid):
-    """Seconds of CPU time that a process has used."""
-    with open("/proc/%d/stat" % pid) as file:
-        user, system = file.read().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat") or wsgate.resource is None, reason="this system has no /proc")
-def test_without_descriptors_the_gate_refuses_does_not_spin_and_recovers(tmp_path):
-    def few_descriptors():
-        wsgate.resource.setrlimit(wsgate.resource.RLIMIT_NOFILE, (64, 64))
-
-    with program(tmp_path, "max_connections = 1000", "return = 200", before=few_descriptors) as child:
-        clients = [connect(child.port) for _ in range(100)]
-        eventually(lambda: child.said("cannot accept connections"))
-        before = processor_seconds(child.pid)
-        assert clients[-1].silent(400 * MS)
-        assert processor_seconds(child.pid) - before < 100 * MS
-        assert {peer.send(request()).response().status for peer in clients[:20]} == {200}
-        for peer in clients:
-            peer.close()
-
-        def served():
-            with contextlib.closing(connect(child.port)) as peer:
-                return peer.send(request()).response().status == 200
-
-        eventually(served)
-        assert all(served() for _ in range(20))
-        assert sum("cannot accept connections" in line for line in child.lines) == 1
-
-
-# ---------------------------------------------------------- Access log, status
-
-
-@contextlib.contextmanager
-def with_status(tmp_path, backend, *lines):
-    """-> (Running, function that asks the status page: path -> Response)"""
-    with running(simple(backend, "listen = 127.0.0.1:0", "status_listen = 127.0.0.1:0", *lines), tmp_path) as gate:
-        port = gate.gate.listeners[1].server_address[1]
-
-        def ask(path, method=b"GET"):
-            with contextlib.closing(connect(port)) as peer:
-                answer_ = peer.send(request(method, path)).response(method)
-                assert peer.rest() == b""
-                return answer_
-
-        yield gate, ask
+# ----------------------------------------------------------------------- Status
 
 
 LABEL = r'[a-z_]+="([^"\\]|\\["\\n])*"'
@@ -5464,59 +5585,172 @@ def test_the_status_listener_is_only_for_those_named(tmp_path):
         assert ask(b"/healthz").status == ask(b"/status.json").status == 403
 
 
-def test_a_draining_gate_says_that_it_is_not_ready(tmp_path):
-    with ScriptedBackend(service) as backend, with_status(tmp_path, backend, "drain_timeout = 60s") as (gate, ask):
-        client = gate.connect().send(handshake())
+# ----------------------------------------------------------------- Command line
+
+
+def test_t_says_that_a_good_file_is_good_and_what_to_mind(tmp_path):
+    load_text(tmp_path, SERVER + "[location /a]\nproxy_pass = http://127.0.0.1:9/\n")
+    status, output = run_program("-t", cwd=str(tmp_path))
+    assert status == 0
+    warning, good = only_lines(output)
+    assert "warning: " in warning and "[location /a/]" in warning and good == "wsgate: configuration file wsgate.ini test is successful"
+
+
+def test_t_says_everything_that_is_wrong_and_fails(tmp_path):
+    assert len(errors_of(tmp_path, SERVER + "listen = x\nlisten_on = 1\n")) == 2
+    path = os.path.join(str(tmp_path), "wsgate.ini")
+    status, output = run_program("-t", "-c", path)
+    assert status == 1
+    assert [line.partition(": [")[0] for line in sorted(only_lines(output))] == [
+        "wsgate: %s:%d" % (path, number) for number in (3, 4)]
+    assert run_program("-c", path) == (1, output)  # it does not start either
+
+
+@pytest.mark.parametrize("arguments", [("--nonsense",), ("-s", "nonsense"), ("-c",), ("file.ini",)])
+def test_misuse_is_exit_status_2(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        wsgate.main(arguments)
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("usage: wsgate.py")
+
+
+def test_without_any_wsgate_ini_it_says_so_and_what_to_do(tmp_path):
+    alone = os.path.join(str(tmp_path), "wsgate.py")
+    with open(WSGATE, "rb") as file, open(alone, "wb") as copy:
+        copy.write(file.read())
+    status, output = run_program(file=alone, cwd=str(tmp_path))
+    assert status == 1
+    lines = only_lines(output)
+    assert len([line for line in lines if "no wsgate.ini" in line]) == 1
+    assert "proxy_pass" in lines[-1] and len(lines) <= 2
+
+
+def test_a_wsgate_ini_here_is_taken_before_the_one_beside_the_program(tmp_path):
+    assert errors_of(tmp_path, "[server]\nreturn = 200\nhere = 1\n")
+    assert "wsgate.ini:3: [server] here: unknown key" in run_program("-t", cwd=str(tmp_path))[1]
+
+
+def test_two_options_are_enough_to_serve_and_a_signal_ends_it_within_a_second():
+    with ScriptedBackend() as backend, process("--listen", "127.0.0.1:0", "--backend", backend.where) as child:
+        port = port_of(child)
+        client = connect(port).send(handshake())
+        peer = backend.peer()
+        peer.head()
+        peer.send(switching())
         assert client.response().status == 101
-        gate.signal("SIGQUIT")
-        eventually(lambda: not listening(gate.port))
-        answer_ = ask(b"/readyz")
-        assert (answer_.status, answer_.body) == (503, b"draining\n")
-        assert ask(b"/healthz").status == 200
-        client.close()
-        over(gate)
+        client.send(frame(1, b"hello", b"mask"))
+        assert read_frame(peer) == (1, b"hello")
+        begun = time.monotonic()
+        child.send_signal(signal.SIGTERM)
+        eventually(lambda: not listening(port), 700 * MS)
+        assert read_frame(client)[0] == 8
+        eventually(lambda: child.poll() is not None)
+        assert time.monotonic() - begun < 2000 * MS  # peers that do not answer hold it up for a second
+        assert child.returncode == 0 and child.lines
+        assert not child.said("Traceback")
 
 
-# --------------------------------------------------------------- Command line: --probe
+def test_a_port_in_use_is_one_line_that_helps():
+    with ScriptedBackend() as other:
+        status, output = run_program("--listen", other.where, "--backend", "127.0.0.1:9")
+    line, = only_lines(output)
+    assert status == 1 and other.where in line and "another program listens there already" in line
 
 
-def opens(then=None, *fields):
-    """A script: a good 101 to any key, then what then(peer) does (by default an echo that answers Ping and Close)."""
-    def script(peer):
-        key = field(peer.head(), b"sec-websocket-key")[0]
-        digest = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
-        peer.send(switching(*fields).replace(ACCEPT, base64.b64encode(digest)))
-        (then or echoes_frames)(peer)
-    return script
+def test_v_h_and_print_options_say_what_they_should():
+    assert re.fullmatch(r"wsgate %s, Python 3\.\d+\.\S+\n" % re.escape(wsgate.VERSION), run_program("-v")[1])
+    status, output = run_program("-h")
+    assert status == 0
+    assert not [option for option in ("-c", "-t", "-s", "--listen", "--backend", "--demo", "--probe", "--print-unit",
+                                      "--print-config", "-v", "-h") if not re.search(r"(?m)^  .*%s\b" % option, output)]
+    with open(SAMPLE) as file:
+        assert run_program("--print-config") == (0, file.read())
 
 
-def echoes_frames(peer):
-    opcode = None
-    while opcode != 8:
-        opcode, payload = read_frame(peer)
-        peer.send(frame({9: 10}.get(opcode, opcode), payload))
+def test_print_unit_prints_a_unit_for_this_file():
+    status, output = run_program("--print-unit")
+    unit = configparser.RawConfigParser()
+    unit.optionxform = str
+    unit.read_string("".join(line for line in output.splitlines(True) if not line.startswith("wsgate: the unit")))
+    assert status == 0 and unit.sections() == ["Unit", "Service", "Install"]
+    assert unit["Service"]["ExecStart"].split()[1] == WSGATE and unit["Service"]["Type"] == "notify"
 
 
-def is_deaf(peer):
-    peer.ended()
+def test_s_stop_ends_the_gate_of_the_pid_file(tmp_path):
+    load_text(tmp_path, "[server]\nlisten = 127.0.0.1:0\nreturn = 200 hello\npid = gate.pid\n")
+    pid = os.path.join(str(tmp_path), "gate.pid")
+    with process(cwd=str(tmp_path)) as child:
+        assert connect(port_of(child)).send(request()).response().body == b"hello"
+        with open(pid) as file:
+            assert int(file.read()) == child.pid
+        assert run_program("-s", "stop", cwd=str(tmp_path)) == (0, "")
+        eventually(lambda: child.poll() is not None)
+        assert child.returncode == 0 and not os.path.exists(pid)
+    status, output = run_program("-s", "stop", cwd=str(tmp_path))  # nobody is there
+    line, = only_lines(output)
+    assert status == 1 and "gate.pid" in line
 
 
-def is_deaf_until_the_close(peer):
-    while read_frame(peer)[0] != 8:
-        pass
+def test_s_needs_a_pid_in_the_configuration(tmp_path):
+    load_text(tmp_path, SERVER)
+    assert run_program("-s", "reload", cwd=str(tmp_path)) == (1, "wsgate: -s needs pid = FILE in [server]\n")
 
 
-def says(line, *fields):
-    """A script: an answer without a body."""
-    return answer(b"\r\n".join((b"HTTP/1.1 " + line, b"Content-Length: 0") + fields) + b"\r\n\r\n")
+def test_an_old_python_gets_one_sentence():
+    old = next((path for path in (os.path.expanduser("~/.pyenv/versions/2.7.18/bin/python"), "/usr/bin/python2.7")
+                if os.path.exists(path)), None)
+    if old is None:
+        pytest.skip("no Python 2.7 here")
+    done = subprocess.run([old, WSGATE], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    assert (done.returncode, done.stdout) == (1, "wsgate needs Python 3.6 or later, this is Python 2.7\n")
 
 
-def probed(capsys, *arguments):
-    """-> (exit status, the verdict's word, the whole report)"""
-    result = wsgate.main(["--probe"] + list(arguments))
-    out, err = capsys.readouterr()
-    words = re.findall(r"^verdict   (\w+): ", out, re.M)
-    return result, words[-1] if words else None, out + err
+# ------------------------------------------------------------------------- Demo
+
+
+def test_the_demo_has_a_page_and_a_socket_that_echoes():
+    port = free_port()
+    with process("--demo", "--listen", "127.0.0.1:%d" % port) as child:
+        assert port_of(child) == port
+        eventually(lambda: child.said("open http://127.0.0.1:%d/ in a browser" % port))
+        page = connect(port).send(request()).response()
+        assert page.status == 200 and page.get(b"content-type") == b"text/html; charset=utf-8"
+        assert b"new WebSocket" in page.body
+        client = connect(port).send(handshake(b"/socket", b"Origin: http://gate.test"))
+        assert client.response().status == 101
+        client.send(frame(1, b"head", b"mask"))
+        opcode, head = read_frame(client)
+        assert opcode == 1 and head.startswith(b"GET /socket HTTP/1.1\r\nHost: gate.test\r\n")
+        assert field(head, b"connection") == [b"upgrade"] and field(head, b"x-forwarded-for") == [b"127.0.0.1"]
+        for payload in (b"hello", b"x" * 200, b"y" * 70000):
+            client.send(frame(2, payload, b"mask"))
+            assert read_frame(client) == (2, payload)
+        client.send(frame(9, b"are you there", b"mask"))
+        assert read_frame(client) == (10, b"are you there")
+        client.send(frame(8, b"\x03\xe8", b"mask"))
+        assert read_frame(client) == (8, b"\x03\xe8") and client.ended(1000 * MS)
+        child.send_signal(signal.SIGINT)
+        eventually(lambda: child.poll() is not None)
+        assert child.returncode == 0 and not child.said("Traceback")
+
+
+def test_the_demo_shows_how_long_the_pings_of_the_gate_take(tmp_path):
+    backend = wsgate.DemoBackend()
+    try:
+        with running("[server]\nping_interval = 50ms\nproxy_pass = http://127.0.0.1:%d\n" % backend.server_address[1],
+                     tmp_path) as gate:
+            backend.gate = gate.gate
+            assert gate.ask(request(b"GET", b"/rtt")).body == b""
+            client = gate.connect().send(handshake(b"/socket"))
+            assert client.response().status == 101
+            body = eventually(lambda: gate.ask(request(b"GET", b"/rtt")).body)
+            assert re.fullmatch(br"The gate's last ping took \d+\.\d ms\.", body)
+            client.close()
+    finally:
+        backend.shutdown()
+        backend.server_close()
+
+
+# ------------------------------------------------------------------------ Probe
 
 
 @pytest.mark.parametrize("word, script, options", [
@@ -5662,259 +5896,7 @@ def test_every_failure_behind_the_gate_has_an_explanation():
     assert len(words) > 10 and not words - set(wsgate.REASONS) - {"bad_transfer_encoding", "bad_version"}
 
 
-# --------------------------------------------------------------- Hostile peers
-
-
-def small_limits(descriptors):
-    """For a child process: so many descriptors and no more."""
-    def before():
-        wsgate.resource.setrlimit(wsgate.resource.RLIMIT_NOFILE, (descriptors, descriptors))
-    return before
-
-
-@contextlib.contextmanager
-def flooded(tmp_path, backend, count, environ=None):
-    """A gate with 64 descriptors and more silent connections than that -> (process, port)."""
-    port = free_port()
-    ini = tmp_path / "flood.ini"
-    ini.write_text(simple(backend, "listen = 127.0.0.1:%d" % port, "client_header_timeout = 60s", "drain_timeout = 1s"))
-    with process("-c", str(ini), before=small_limits(64), environ=environ or {}) as child:
-        eventually(lambda: child.said("up to"))
-        client = connect(port)
-        assert client.send(request()).response().status == 200  # it is in before the flood
-        silent = [connect(port) for _ in range(count)]
-        try:
-            yield child, client
-        finally:
-            for peer in silent + [client]:
-                peer.close()
-
-
-def test_a_flood_of_silent_connections_leaves_descriptors_for_the_backends_of_those_admitted(tmp_path):
-    with ScriptedBackend(answer(ok())) as backend, flooded(tmp_path, backend, 60) as (child, client):
-        eventually(lambda: child.said("conn_limit") or child.said("cannot accept") or len(os.listdir("/proc/%d/fd" % child.pid)) > 20)
-        assert client.send(request()).response().status == 200
-        assert not child.said("cannot accept")
-
-
-@contextlib.contextmanager
-def no_descriptor_free():
-    """Every descriptor that this process may have is taken."""
-    resource, taken = wsgate.resource, []
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 8, limits[1]))
-    try:
-        with pytest.raises(OSError):
-            while True:
-                taken.append(socket.socket())
-        yield
-    finally:
-        for each in taken:
-            each.close()
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_gate(tmp_path, monkeypatch):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(str(tmp_path / "notify"))
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        with no_descriptor_free():
-            wsgate.notify("WATCHDOG=1")
-
-
-def test_a_want_of_descriptors_is_503_and_no_failure_of_the_server(tmp_path):
-    location = location_of(load_text(tmp_path, "[server]\nproxy_pass = http://127.0.0.1:9\n"))
-    with no_descriptor_free(), pytest.raises(wsgate.HTTPError) as caught:
-        wsgate.Attempts(location.upstream, location, None, b"").connect()
-    assert (caught.value.status, caught.value.reason) == (503, "conn_limit")
-    health = location.upstream.servers[0].health
-    assert (health.fails, health.active) == (0, 0) and not health.down_until
-
-
-@pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
-def test_a_flood_of_wrong_passwords_costs_the_memory_of_a_few_hashes(tmp_path):
-    (tmp_path / "passwords").write_bytes(b"me:" + wsgate.hash_password(b"right") + b"\n")
-    port = free_port()
-    (tmp_path / "hash.ini").write_text("[server]\nlisten = 127.0.0.1:%d\nreturn = 200\nauth_basic_user_file = %s\n"
-                                       % (port, tmp_path / "passwords"))
-    with process("-c", str(tmp_path / "hash.ini")) as child:
-        eventually(lambda: listening(port))
-        wrong = request(b"GET", b"/", b"Authorization: Basic " + base64.b64encode(b"me:wrong"))
-        clients = [connect(port) for _ in range(8 + 4 * (os.cpu_count() or 1))]
-        for client in clients:
-            client.send(wrong)
-        assert {client.response().status for client in clients} == {401}
-        with open("/proc/%d/status" % child.pid) as file:
-            peak = int(re.search(r"VmHWM:\s+(\d+)", file.read()).group(1))
-        for client in clients:
-            client.close()
-    assert peak < (64 + 16 * (os.cpu_count() or 1)) * 1024, "%d KiB" % peak
-
-
-@pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
-def test_a_password_checked_while_its_file_changes_is_not_remembered(tmp_path, monkeypatch):
-    path = tmp_path / "passwords"
-    path.write_bytes(b"me:" + wsgate.hash_password(b"old") + b"\n")
-    passwords = wsgate.PasswordFile(str(path))
-    old, verify = base64.b64encode(b"me:old"), wsgate.verify_password
-
-    def verify_slowly(stored, password):
-        right = verify(stored, password)
-        path.write_bytes(b"me:" + wsgate.hash_password(b"new password") + b"\n")
-        passwords.refresh()  # by the request of somebody else
-        monkeypatch.undo()
-        return right
-
-    monkeypatch.setattr(wsgate, "verify_password", verify_slowly)
-    assert passwords.accepts(old)  # it was right when it was asked
-    assert not passwords.accepts(old)
-
-
-@pytest.mark.parametrize("target", [b"/public/..;/admin", b"/public/..;x=1/admin", b"/public/..%3b/admin", b"/.;/admin"])
-def test_a_dot_segment_with_a_parameter_is_one_too(tmp_path, target):
-    with gate_and_backend(tmp_path, answer(ok())) as (gate, backend):
-        assert gate.ask(request(b"GET", target)).status == 400
-        assert not backend.peers
-
-
-def test_bytes_that_are_no_frames_do_not_get_round_max_message_size(tmp_path):
-    with gate_and_backend(tmp_path, None, "max_message_size = 1k") as (gate, backend):
-        client, peer = gate.tunnel(backend)
-        client.send(frame(2, b"unmasked, as some backends accept"))
-        assert read_frame(client) == (8, b"\x03\xeabad_frames")
-        assert peer.ended()
-        assert "close=gate:1002 reason=bad_frames" in line_of(gate, client, peer)
-
-
-@pytest.mark.parametrize("data, code, reason", [
-    (frame(2, b"x" * 1025, b"abcd", rsv=4), 1009, b"message_too_big"), (b"these are no frames", 1002, b"bad_frames")])
-def test_an_extension_that_nobody_knows_does_not_get_round_max_message_size(tmp_path, data, code, reason):
-    with gate_and_backend(tmp_path, None, "max_message_size = 1k") as (gate, backend):
-        client = gate.connect().send(handshake(b"/", b"Sec-WebSocket-Extensions: x-unknown"))
-        peer = backend.peer()
-        peer.head()
-        peer.send(switching(b"Sec-WebSocket-Extensions: x-unknown"))
-        assert client.response().status == 101
-        fits = frame(2, b"x" * 1024, b"abcd", rsv=4)
-        client.send(fits, data)
-        assert peer.read(len(fits)) == fits
-        assert read_frame(client) == (8, struct.pack("!H", code) + reason)
-        assert "reason=" + reason.decode() in line_of(gate, client, peer)
-
-
-def test_draining_does_not_wait_for_a_connection_that_became_idle_after_it_began(tmp_path):
-    with gate_and_backend(tmp_path, None, "drain_timeout = 20s") as (gate, backend):
-        client = gate.connect().send(request())
-        peer = backend.peer()
-        peer.head()
-        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\na")
-        client.read_until(b"\r\n\r\na")
-        gate.signal("SIGQUIT")
-        eventually(lambda: gate.gate.state == "draining" and not gate.gate.listeners)
-        peer.send(b"b")
-        assert client.read(1) == b"b"
-        assert client.ended(1000 * MS)
-
-
-@pytest.mark.parametrize("line", [b"PROXY TCP6 fe80::1%a\nX-Evil:1 ::1 1 2\r\n", b"PROXY TCP6 fe80::1%eth0 ::1 1 2\r\n"])
-def test_a_proxy_header_with_a_scope_in_its_address_is_refused(tmp_path, line):
-    lines = "listen = 127.0.0.1:0 proxy_protocol", "set_real_ip_from = 127.0.0.1", "real_ip_header = proxy_protocol"
-    with gate_and_backend(tmp_path, answer(ok()), *lines) as (gate, backend):
-        client = gate.connect().send(line, request())
-        assert client.rest() == b""
-        assert not backend.peers
-
-
-@pytest.mark.parametrize("name", ["\0peer", "\0", "\n"])
-def test_a_client_of_a_unix_socket_that_has_a_name_is_nobody_else(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    path = str(tmp_path / "gate.sock")
-    with ScriptedBackend(answer(ok())) as backend:
-        with running(simple(backend, "listen = 127.0.0.1:0, unix:%s" % path, "proxy_protocol = on"), tmp_path):
-            sock = socket.socket(socket.AF_UNIX)
-            sock.bind(name + ("%d" % os.getpid() if name == "\0peer" else ""))
-            sock.connect(path)
-            client = Peer(sock).send(request())
-            peer = backend.peer()
-            assert client.response().status in (200, 502)
-            client.close()
-            assert peer is not None
-
-
-def test_a_subject_cannot_end_its_field():
-    subject = ((("commonName", "me\r\nX-Real-IP: 1.2.3.4\x7f"),),)
-    assert wsgate.distinguished_name({"subject": subject}) == "CN=me\\0D\\0AX-Real-IP: 1.2.3.4\\7F"
-
-
-def test_a_refusal_in_a_close_frame_is_only_for_a_handshake(tmp_path):
-    with gate_and_backend(tmp_path, answer(ok()), "reject_with = close", "deny = all") as (gate, _):
-        key = b"Sec-WebSocket-Key: " + KEY
-        assert gate.ask(request(b"GET", b"/", key)).status == 403
-        assert gate.ask(request(b"POST", b"/", key, b"Upgrade: websocket", b"Connection: upgrade", body=b"x")).status == 403
-
-
-def test_deny_all_holds_for_unix_sockets_too(tmp_path):
-    path = str(tmp_path / "gate.sock")
-    with ScriptedBackend(answer(ok())) as backend:
-        with running(simple(backend, "listen = 127.0.0.1:0, unix:%s" % path, "deny = all"), tmp_path):
-            sock = socket.socket(socket.AF_UNIX)
-            sock.connect(path)
-            client = Peer(sock).send(request())
-            assert client.response().status == 403
-            client.close()
-
-
-# ------------------------------------------------------------------ All of it, for long
-
-
-def moody(peer):
-    """A script: the target says how the backend behaves and how it ends."""
-    head, body = read_request(peer)
-    mood = head.split(b" ", 2)[1]
-    if mood in (b"/late", b"/cut"):
-        return peer.ended() if mood == b"/late" else peer.send(ok(BODY_300K)[:70000])
-    if not field(head, b"upgrade"):
-        return peer.send(ok(body))
-    peer.send(switching(), frame(2, BODY_300K) if mood == b"/bulk" else b"")
-    ends, opcode = {b"/vanish": peer.close, b"/reset": peer.reset, b"/deaf": peer.ended}.get(mood), None
-    while opcode != 8:
-        opcode, payload = read_frame(peer)
-        if ends:
-            return ends()
-        peer.send(frame(8, b"\x03\xe8") if mood == b"/bye" else frame(opcode, payload))
-
-
-def asks(peer, rng):
-    for size in rng.sample((0, 10, 5000, 300000), 3):
-        assert peer.send(request(b"POST", b"/", body=BODY_300K[:size])).response().body == BODY_300K[:size]
-    raw, status = rng.choice(((request(b"GET", b"/../"), 400), (request(b"GET", b"/late"), 504), (b"nonsense\r\n\r\n", 400)))
-    assert peer.send(raw).response().status == status
-
-
-def stalls(peer, rng):
-    assert peer.send(request(b"POST", b"/", body=b"x" * 100)[:rng.randint(1, 120)]).ended()
-
-
-def breaks_off(peer, rng):
-    raw = rng.choice((handshake(b"/echo") + frame(2, b"x" * 300, b"abcd"), request(b"GET", b"/cut")))
-    peer.send(raw[:rng.choice((rng.randint(0, len(raw)), len(raw)))]).ended(rng.choice((1, 20)) * MS)
-
-
-def talks(peer, rng):
-    mood = rng.choice((b"/echo", b"/echo", b"/bulk", b"/bye", b"/vanish", b"/reset", b"/deaf"))
-    assert peer.send(handshake(mood)).response().status == 101
-    assert mood != b"/bulk" or peer.read(len(BODY_300K) + 10)[10:] == BODY_300K
-    for size in (0, 10, 2000) if mood in (b"/echo", b"/bulk") else ():
-        assert read_frame(peer.send(frame(1, BODY_300K[:size], b"abcd"))) == (1, BODY_300K[:size])
-    peer.send(frame(rng.choice((2, 8)), b"\x03\xe8", b"abcd")[:rng.choice((8, 3))])
-    assert rng.random() < 0.5 or peer.ended()  # by a Close, by the backend, or by idle_timeout
-
-
-def taken_by(pid):
-    """-> (threads, descriptors, MiB of memory) of a process"""
-    with open("/proc/%d/statm" % pid) as file:
-        memory = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2 ** 20
-    return len(os.listdir("/proc/%d/task" % pid)), len(os.listdir("/proc/%d/fd" % pid)), memory
+# ------------------------------------------------------------------- Everything
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="this system has no /proc")
@@ -5954,3 +5936,42 @@ def test_soak_leaves_threads_descriptors_and_memory_flat(tmp_path, tls):
             assert sizes[1] - sizes[0] < 3, sizes
             os.kill(child.pid, signal.SIGTERM)
             assert child.wait(5000 * MS) == 0 and not child.said("internal error"), child.lines[-5:]
+
+
+# --------------------------------------------------------------------- The file
+
+
+def test_the_file_is_ascii_and_no_line_is_longer_than_130_columns():
+    assert not [(number, len(line)) for number, line in enumerate(source_lines(), 1)
+                if len(line) > 130 or max(line, default=0) > 126]
+
+
+def test_no_name_of_the_module_is_bound_twice():
+    names = [name.id for node in ast.parse(b"\n".join(source_lines())).body
+             if isinstance(node, ast.Assign) for target in node.targets
+             for name in ast.walk(target) if isinstance(name, ast.Name)]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_the_map_names_the_sections_of_the_file_in_their_order():
+    banners = [line.decode().lstrip("#- ") for line in source_lines() if re.match(br"# -{5,} .", line)]
+    titles = [title for title, _ in map_of_the_file()]
+    assert len(titles) > 10
+    assert [banner[:len(title)] for banner, title in zip(banners, titles)] == titles and len(banners) == len(titles)
+
+
+def test_every_name_on_the_map_exists():
+    names = set()
+    for _, text in map_of_the_file():
+        names.update(re.findall(r"\b(?:[A-Z]+[a-z]\w*|[a-z]+_\w+|main)(?:\.[a-z_]\w*)?", text))
+    names |= set(re.findall(r"\b[A-Z]\w*[a-z][A-Z]\w*(?:\.\w+)?", wsgate.__doc__))
+    names -= {"WebSocket", *wsgate.LOCATION_KEYS}
+    assert len(names) > 20
+    missing = []
+    for name in names:
+        thing = wsgate
+        for part in name.split("."):
+            thing = getattr(thing, part, getattr(thing, part[:-1] if part.endswith("s") else part, None))
+        if thing is None:
+            missing.append(name)
+    assert not missing
