@@ -2337,7 +2337,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 self.served += 1
                 self.stream.turns.take(time.monotonic())
             if end is LINGERING_CLOSE:
-                self.stream.linger()
+                self.stream.linger(Deadline(LINGERING_TIME))
             elif end is RESET_CLOSE:
                 self.stream.reset()
             elif self.stream.tls and self.tunnel is None:
@@ -2381,7 +2381,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 self.stream.write_all(make_response(
                     400, "http_on_tls_port", b"this port requires TLS: use https:// or wss://"),
                     self.deadline)
-                self.stream.linger()
+                self.stream.linger(Deadline(LINGERING_TIME))
             return False
         try:
             self.stream.start_tls(self.certificates.contexts[None], self.deadline, server_side=True)
@@ -2687,6 +2687,8 @@ class Exchange:
 SMALL_READ = 16 * 1024    # for frames and heads
 BIG_READ = 128 * 1024     # once a stream has shown that it is bulk
 LONGEST_POLL = 1e6        # seconds; poll(2) takes 31 bits of milliseconds
+LINGERING_TIME = 30.0     # seconds to read on after the last response, as in nginx
+LINGERING_TIMEOUT = 5.0   # seconds without a byte that end this, as in nginx
 LINGER = 2.0              # seconds to read on behind the last byte sent
 POLLIN = getattr(select, "POLLIN", 1)
 POLLOUT = getattr(select, "POLLOUT", 4)
@@ -2818,17 +2820,18 @@ class Stream:
         except OSError:  # the peer is gone
             pass
 
-    def linger(self):
-        """End, and read on for a moment: unread bytes would make the kernel send RST, and destroy the answer."""
+    def linger(self, deadline):
+        """Send FIN, then read and discard while bytes come within LINGERING_TIMEOUT, and close.
+
+        Bytes that are unread at close() would make the kernel send a reset, which takes the
+        response away from a client that sends its request first and reads afterwards.
+        """
         self.end()
-        deadline = Deadline(LINGER)
         with contextlib.suppress(OSError, TimedOut):
-            for _ in range(1024):
-                data = self.read(SMALL_READ)
-                if data == b"":
+            while True:
+                self.wait(POLLIN, Deadline(min(LINGERING_TIMEOUT, deadline.remaining())))
+                if not socket.socket.recv(self.sock, BIG_READ):  # nothing has to be decrypted
                     break
-                if data is None:
-                    self.wait(self.read_event, deadline)
         self.close()
 
     def reset(self):
@@ -5743,7 +5746,7 @@ class StatusConnection(socketserver.BaseRequestHandler):
                     % (status, reason_phrase(status), kind, len(body))).encode()
             head += b"".join(b"%s: %s\r\n" % pair for pair in fields) + b"\r\n"
             stream.write_all(head if method == b"HEAD" else head + body, deadline)
-            stream.linger()
+            stream.linger(Deadline(LINGER))
         except (OSError, EOFError, TimedOut):  # whoever asked has gone
             pass
         finally:
@@ -6245,7 +6248,7 @@ class DemoConnection(socketserver.BaseRequestHandler):
             answer = PONG if opcode == PING else opcode
             stream.write_all(make_frame(answer, payload, masked=False), deadline)
             if opcode == CLOSE:
-                return stream.linger()
+                return stream.linger(Deadline(LINGER))
 
 
 def read_frames(stream, deadline):
