@@ -497,7 +497,8 @@ class Template:
 # --------------------------------------------------------- Configuration: hosts
 
 Address = collections.namedtuple("Address", "host port path")  # path: of a Unix socket
-Listen = collections.namedtuple("Listen", "address ssl proxy_protocol reuseport")
+Listen = collections.namedtuple("Listen", "address ssl proxy_protocol reuseport redirect")
+Listen.__new__.__defaults__ = (False,) * 4
 Target = collections.namedtuple("Target", "tls authority uri")  # a parsed proxy_pass
 
 
@@ -567,7 +568,7 @@ def show_address(address):
     return ("[%s]:%d" if ":" in address.host else "%s:%d") % (address.host, address.port)
 
 
-LISTEN_OPTIONS = ("ssl", "proxy_protocol", "reuseport")
+LISTEN_OPTIONS = ("ssl", "proxy_protocol", "reuseport", "redirect")
 
 
 def parse_listen(text):
@@ -580,6 +581,8 @@ def parse_listen(text):
             if word not in LISTEN_OPTIONS:
                 raise ValueError("unknown listen option %r (expected one of: %s)" % (
                     word, ", ".join(LISTEN_OPTIONS)))
+        if "ssl" in words and "redirect" in words:
+            raise ValueError("redirect leads from http to https, so it cannot be combined with ssl")
         address = parse_listen_address(words[0], "0.0.0.0")
         if address in seen:
             raise ValueError("duplicate address %s" % words[0])
@@ -748,7 +751,8 @@ SERVER_KEYS = {
     "listen": Key(
         parse_listen, "127.0.0.1:8080",
         "addresses to accept connections on, one per line: host:port, [v6]:port, :port, port or"
-        " unix:/path, then options: ssl, proxy_protocol (expect a PROXY header), reuseport"),
+        " unix:/path, then options: ssl, proxy_protocol (expect a PROXY header), reuseport,"
+        " redirect (respond with a redirect to https:// on the first ssl listener)"),
     "ssl_client_certificate": Key(
         optional(parse_pem), "",
         "CA file (PEM); if set, TLS clients must present a certificate signed by it"),
@@ -2131,6 +2135,10 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return "%s://%s/" % ("https" if self.listen.ssl else "http", show_address(Address(host, port, None)))
 
+    def port(self):
+        """Return the port it is bound to; 443, that of https, for a unix socket."""
+        return 443 if self.listen.address.path else self.server_address[1]
+
     def get_request(self):
         """accept() without what socket.accept() spends on turning the socket's family into an enum."""
         descriptor, address = self.socket._accept()
@@ -2201,7 +2209,7 @@ def wanted_listeners(server):
     """-> {(class that serves its connections, Address): Listen}"""
     wanted = {(ClientConnection, listen.address): listen for listen in server.listen}
     if server.status_listen:
-        wanted[StatusConnection, server.status_listen] = Listen(server.status_listen, False, False, False)
+        wanted[StatusConnection, server.status_listen] = Listen(server.status_listen)
     return wanted
 
 
@@ -2349,7 +2357,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             self.gate.leave(self)
 
     def begin(self):
-        """Read the PROXY header and do the TLS handshake. Return False if there is nobody to serve."""
+        """Read the PROXY header and do the TLS handshake. Return False if either failed."""
         server, address = self.gate.config.server, self.client_address
         # A client on a unix socket may have any name: text, bytes or none.
         peer, port = address[:2] if isinstance(address, tuple) else ("unix:", 0)
@@ -2396,7 +2404,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         return PLAIN_CLOSE if deadline is None else Exchange(self).run(deadline)
 
     def await_request(self):
-        """Wait for the first byte of a request. Return the Deadline of its head, None if none comes."""
+        """Wait for the first byte of a request. Return the Deadline of its head, or None."""
         server, deadline = self.gate.config.server, self.deadline
         if self.served:
             deadline = Deadline(server.keepalive_timeout)
@@ -2420,6 +2428,20 @@ def client_info(stream, peer, port, believed):
     return ClientInfo(peer, peer, port, b"https" if stream.tls else b"http",
                       (subject or "").encode("ascii", "backslashreplace"), believed,
                       server_address, server_port)
+
+
+ACME_CHALLENGE = "/.well-known/acme-challenge/"  # RFC 8555 8.3
+NOT_PRINTABLE = re.compile(br"[^\x21-\x7e]")
+
+
+def is_challenge(location):
+    """Return True for a location below /.well-known/acme-challenge/, which is never redirected."""
+    return location is not None and (location.path + "/").startswith(ACME_CHALLENGE)
+
+
+def percent_encode(match):
+    """Return the match of a byte as %XX."""
+    return b"%%%02X" % ord(match.group())
 
 
 class Exchange:
@@ -2450,6 +2472,10 @@ class Exchange:
         try:
             self.receive(deadline)
             self.admit()
+            self.location = self.config.route(self.request.host, self.request.path)
+            if self.connection.listen.redirect and not is_challenge(self.location):
+                return self.redirect_to_https()
+            self.enter_location()
             end = self.respond()
             tunnel = self.connection.tunnel
             if tunnel:
@@ -2483,7 +2509,7 @@ class Exchange:
                       show_head(self.request))
 
     def admit(self):
-        """Check everything that may refuse the request before a backend is connected to."""
+        """Check what may refuse the request whatever it asks for. Find the real client's address."""
         request, gate = self.request, self.gate
         if not self.connection.admitted:
             raise HTTPError(503, "conn_limit", "max_connections is reached", retry_after())
@@ -2493,11 +2519,14 @@ class Exchange:
         address = real_client(self.config.server, self.client, request.fields)
         self.client = self.client._replace(address=address)
         self.entry.client = address
-        self.location = location = self.config.route(request.host, request.path)
+
+    def enter_location(self):
+        """Check everything by which the location may refuse the request."""
+        request, location, address = self.request, self.location, self.client.address
         if location is None:
             raise HTTPError(404, "no_route", "no [location] matches")
         self.entry.location = location.name
-        gate.acquire(location, address)
+        self.gate.acquire(location, address)
         self.acquired = True
         check_address(location, address)
         check_origin(location, request)
@@ -2550,6 +2579,26 @@ class Exchange:
                 raise HTTPError(response.status, "backend_said_%d" % response.status)
         return self.forward(relay, response, protocol)
 
+    def redirect_to_https(self):
+        """Redirect to the https:// URL of the same host and target, on the first ssl listener.
+
+        Only to a host that a location is for. A client without a Host gets no address of
+        wsgate's own, which may be an internal one.
+        """
+        request = self.request
+        if not self.config.hosts_for(request.host):
+            raise HTTPError(404, "no_route", "no [location] is for host %s" % printable(request.host))
+        if not request.host:
+            raise HTTPError(400, "bad_request", "missing Host header")
+        port = next((listener.port() for listener in list(self.gate.listeners)
+                     if listener.listen.ssl), 443)
+        target = b"/" if request.target == b"*" else request.target
+        url = b"https://%s%s%s" % (request.host.encode(), b"" if port == 443 else b":%d" % port,
+                                   NOT_PRINTABLE.sub(percent_encode, target))
+        # Only GET and HEAD may be repeated as another method by the client (RFC 9110 15.4.2).
+        self.entry.status = 301 if request.method in (b"GET", b"HEAD") else 308
+        return self.send_response(self.entry.status, fields=((b"Location", url),))
+
     def send_return(self, return_):
         """Send the response that `return` describes."""
         text = return_.text.render(self.request, self.client)
@@ -2573,7 +2622,8 @@ class Exchange:
                 self.backend = attempts.connect(preface)
             finally:
                 self.entry.server, self.entry.failed = attempts.last, attempts.failures
-            head = request_head_for_backend(request, location, client, self.backend.server, protocol)
+            head = request_head_for_backend(request, location, client, self.backend.server,
+                                            protocol)
             relay = HTTPRelay(self.stream, self.backend.stream, head,
                               request.body(location.client_max_body_size, location.withheld),
                               location, self.config.server)
