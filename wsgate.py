@@ -2371,9 +2371,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
             except ValueError as error:
                 log.info("%s: closed, bad PROXY header: %s", peer, error)
                 return False
+            believed = False  # the bytes after the PROXY header are the client's own
             if source and server.real_ip_header == "proxy_protocol":
                 peer, port = source
-                believed = trusted(server.set_real_ip_from, peer)
         if self.listen.ssl and not self.begin_tls(peer):
             return False
         self.client = client_info(self.stream, peer, port, believed)
@@ -2422,6 +2422,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
 def client_info(stream, peer, port, believed):
     """Return the ClientInfo of a connection that has begun."""
+    if peer.startswith("::ffff:"):  # a dual-stack socket: IPv4 is written as IPv4 everywhere
+        peer = str(parse_ip(peer))
     name = stream.sock.getsockname()
     server_address, server_port = name[:2] if isinstance(name, tuple) else ("unix:", 0)
     subject = distinguished_name(stream.sock.getpeercert() or {}) if stream.tls else None
