@@ -498,7 +498,6 @@ class Template:
 
 Address = collections.namedtuple("Address", "host port path")  # path: of a Unix socket
 Listen = collections.namedtuple("Listen", "address ssl proxy_protocol reuseport redirect")
-Listen.__new__.__defaults__ = (False,) * 4
 Target = collections.namedtuple("Target", "tls authority uri")  # a parsed proxy_pass
 
 
@@ -2209,7 +2208,8 @@ def wanted_listeners(server):
     """-> {(class that serves its connections, Address): Listen}"""
     wanted = {(ClientConnection, listen.address): listen for listen in server.listen}
     if server.status_listen:
-        wanted[StatusConnection, server.status_listen] = Listen(server.status_listen)
+        wanted[StatusConnection, server.status_listen] = Listen(
+            server.status_listen, *[False] * len(LISTEN_OPTIONS))
     return wanted
 
 
