@@ -1637,16 +1637,16 @@ BAD_CONFIGURATIONS = [
     (SERVER + "Upgrade = any", ":3: [server] Upgrade: unknown key (did you mean 'upgrade'?)"),
     (SERVER + "[location /a]\n\n# a comment\nlisten = 80", ":6: [location /a] listen: not allowed in this section (expected in [server])"),
     (SERVER + "[locaton /]", ":3: [locaton /]", "did you mean 'location'?"),
-    (SERVER + "[DEFAULT]", ":3: [DEFAULT] unknown section"),
+    (SERVER + "[DEFAULT]", ":3: [DEFAULT]: unknown section"),
     (SERVER + "[ ]", ":3:", "unknown section"),
     (SERVER + "[location chat]", ":3: [location chat]", "[location HOST/path]"),
-    (SERVER + "[location]", ":3: [location] invalid location (expected [location /path]"),
+    (SERVER + "[location]", ":3: [location]: invalid location (expected [location /path]"),
     (SERVER + "[upstream]\nserver = a:1", ":3: [upstream]", "NAME"),
-    (SERVER + "[server]", "wsgate.ini:3: [server] duplicate section"),
-    (SERVER + PASS, "wsgate.ini:3: [server] proxy_pass: duplicate key"),
-    (SERVER + "[location /a]\n[location  /a]", ":4: [location /a] duplicate section"),
-    (SERVER + "[location a.test/]\n[location A.test/]", ":4: [location A.test/] duplicate location"),
-    (SERVER + "[location = /a]\n[location =/a]", ":4: [location =/a] duplicate location"),
+    (SERVER + "[server]", "wsgate.ini:3: [server]: duplicate section (first in line 1)"),
+    (SERVER + PASS, "wsgate.ini:3: [server] proxy_pass: duplicate key (first in line 2)"),
+    (SERVER + "[location /a]\n[location  /a]", ":4: [location /a]: duplicate section (first in line 3)"),
+    (SERVER + "[location a.test/]\n[location A.test/]", ":4: [location A.test/]: duplicate location"),
+    (SERVER + "[location = /a]\n[location =/a]", ":4: [location =/a]: duplicate location"),
     (SERVER + "[upstream u]\nbalance = ip_hash", ":3: [upstream u] server:", "no server"),
     (SERVER + "[upstream u]\nserver =\n  a:1\n  a:2 wieght=2", ":4: [upstream u] server:", "unknown server parameter 'wieght=2'"),
     (SERVER + "[upstream u]\nserver = a:1 weight=0", ":4:", "invalid weight 0"),
@@ -1657,11 +1657,11 @@ BAD_CONFIGURATIONS = [
     (SERVER + "# a\u2028b\x1cc\x85\nproxy_pas = x", "wsgate.ini:4: [server] proxy_pas: unknown key"),
     ("[server]\nlisten = x\nreturn = 200 some text\n  listen = is more of it", "wsgate.ini:2: [server] listen:"),
     ("[server]\nreturn = 200 some text\n  [location /a]\nlisten = x", "wsgate.ini:4: [server] listen:"),
-    (PASS, "wsgate.ini:1: outside of a section: proxy_pass = http://127.0.0.1:9"),
+    (PASS, "wsgate.ini:1: proxy_pass: outside of a section (expected [server] above it)"),
     (SERVER + "nonsense", "wsgate.ini:3: invalid line: nonsense"),
     ("[server]\n", "wsgate.ini: no location", "proxy_pass"),
     ("", "wsgate.ini: no location"),
-    ("[location /a]\n", "wsgate.ini:1: [location /a] missing proxy_pass or return"),
+    ("[location /a]\n", "wsgate.ini:1: [location /a]: missing proxy_pass or return"),
     (SERVER.encode() + b"pid = \xff", "wsgate.ini: not UTF-8 (invalid byte at offset %d)" % (len(SERVER) + 6)),
 ]
 
@@ -1934,7 +1934,7 @@ def test_a_reload_keeps_what_is_known_of_the_servers(tmp_path):
 
 
 @pytest.mark.parametrize("broken, said", [
-    ("[server]\nretrun = 200\n", "did you mean 'return'"), ("rubbish", "outside of a section"),
+    ("[server]\nretrun = 200\n", "did you mean 'return'"), ("rubbish", "invalid line: rubbish"),
     ("[server]\nlisten = OTHER\nreturn = 200\n", "another program"),
     ("[server]\nreturn = 200\nlisten = 127.0.0.1:0 ssl\n", "ssl_certificate"),
     ("[server]\nreturn = 200\nauth_basic_user_file = BCRYPT\n", "--hash-password")])

@@ -380,7 +380,7 @@ def parse_log(text):
 
 
 def parse_path(text):
-    """Return the path of a file to write; raise OSError if its directory does not exist."""
+    """Return the path of a file to write; raise ValueError if its directory does not exist."""
     if re.search(r"[\n\0\"']|;$|\s[#;]", text):
         raise ValueError("invalid path %r" % text)
     if os.path.isdir(text):
@@ -390,8 +390,10 @@ def parse_path(text):
 
 
 def check_directory(path):
-    """Raise OSError unless the directory of this path exists."""
-    os.stat(os.path.join(os.path.dirname(path) or ".", ""))
+    """Raise ValueError unless the directory of this path exists."""
+    directory = os.path.dirname(path) or "."
+    if not os.path.isdir(directory):
+        raise ValueError("no such directory: %s (expected an existing one)" % directory)
 
 
 def optional(parse):
@@ -553,7 +555,7 @@ def parse_status_listen(text):
 
 
 def parse_listen_address(text, default_host):
-    """Return the Address of a listener; raise OSError if a Unix socket cannot be made there."""
+    """Return the Address of a listener; the directory of a Unix socket must exist."""
     address = parse_address(text, default_host=default_host)
     if address.path:
         check_directory(address.path)
@@ -730,9 +732,11 @@ def parse_location(title):
     plain = re.sub(r"//+", "/", decoded)
     if plain != path:
         raise ValueError("%s never matches (expected the decoded path, %s)" % (path, plain))
-    if re.search(r"(?:^|/)\.\.?(?:[/;]|$)|[\\?#{}\x00-\x1f\x7f]", path):
-        raise ValueError("%s never matches (expected a path without dot segments, queries, \\,"
-                         " braces and control characters)" % path)
+    if re.search(r"/\.\.?(?:[/;]|$)", path):
+        raise ValueError("%s never matches (expected a path without dot segments)" % path)
+    if re.search(r"[\\?#\x00-\x1f\x7f]|\{$", path):
+        raise ValueError("invalid path %s (expected one without \\, ?, # and control characters)"
+                         % path)
     return hosts or (None,), path, exact
 
 
@@ -986,7 +990,7 @@ FOREIGN = (
      "gzip gzip_types gzip_vary gzip_proxied gzip_comp_level gzip_min_length gunzip brotli"
      " encode compression"),
     ("out of scope: HTTP/1.1 only", "http2 http3 http2_max_concurrent_streams quic_retry"),
-    ("out of scope: rewrite rules; return, or a /uri in proxy_pass",
+    ("out of scope: use return, or a /uri in proxy_pass",
      "rewrite if set break rewrite_log uri strip_prefix"),
     ("out of scope: cache in nginx or in the backend",
      "proxy_cache proxy_cache_path proxy_cache_valid proxy_cache_key proxy_store"),
@@ -1018,8 +1022,6 @@ def unknown_key(name, table):
         if name in keys:
             return "not allowed in this section (expected in [%s])" % section
     word, space, _ = name.partition(" ")
-    if name.startswith("["):
-        return "invalid section (expected nothing after the ])"
     if space and any(word in keys for _, keys in SECTIONS):
         return "missing = after %s" % word
     advice = foreign(name.replace(" ", "_"), word)
@@ -1134,18 +1136,18 @@ class ConfigReader:
     # ---- errors and warnings
 
     def place(self, title, key):
-        """Return (line number or 0, 'FILE:LINE: [section] key:')."""
+        """Return (line number or 0, 'FILE:LINE: [section] key')."""
         title = title if title in self.sections else "server"  # [location /] made by add_root
         if title == "server" and key in self.overrides:
-            return 0, {"listen": "--listen:", "proxy_pass": "--backend:"}.get(key, key + ":")
+            return 0, {"listen": "--listen", "proxy_pass": "--backend"}.get(key, key)
         line = self.lines.get((title, key)) or self.lines.get((title, None), 0)
         return line, "%s%s: [%s]%s" % (self.path or "command line", ":%d" % line if line else "",
-                                       title, " %s:" % key if key else "")
+                                       title, " " + key if key else "")
 
     def error(self, title, key, message):
         """Add an error, FILE:LINE: [section] key: message."""
         line, place = self.place(title, key)
-        self.errors.append((line, "%s %s" % (place, message)))
+        self.errors.append((line, "%s: %s" % (place, message)))
 
     def line_error(self, number, message):
         """Add an error of a line that is in no section."""
@@ -1153,7 +1155,7 @@ class ConfigReader:
 
     def warn(self, title, key, message):
         """Add a warning of what is valid but surely not meant, in the form of an error."""
-        self.warnings.append("%s %s" % (self.place(title, key)[1], message))
+        self.warnings.append("%s: %s" % (self.place(title, key)[1], message))
 
     def raise_errors(self):
         """Raise ConfigError with all errors in the order of the file, if there are any."""
@@ -1188,37 +1190,41 @@ class ConfigReader:
         """Fill self.sections and self.lines from the text of a file.
 
         configparser keeps no line numbers and stops at the first duplicate. So each line gets
-        its number, after a NUL, before the ] of a header or the first =: every key and every
-        section is then unique and has its line.
+        its number, after a NUL, at the end of a header or before the first =: every key and
+        every section is then unique and has its line.
         """
         parser = configparser.RawConfigParser(delimiters=("=",), interpolation=None,
                                               default_section="")
         parser.optionxform = str  # keys are case-sensitive
-        parser.SECTCRE = re.compile(r"\[(?P<header>.*)\]$")  # to the last ]: [location [::1]/]
+        parser.SECTCRE = re.compile(r"\[(?P<header>.*)")  # add_section takes the ] off
         lines = text.replace("\0", "\N{REPLACEMENT CHARACTER}").split("\n")
-        try:
-            parser.read_string("\n".join(
-                re.sub(r"^(\s*\[.*(?=\]\s*$)|[^=]*(?==))", r"\g<1>" + "\0%d" % number, line)
-                for number, line in enumerate(lines, 1)))
-        except configparser.MissingSectionHeaderError as error:
-            line = lines[error.lineno - 1].strip()
-            self.line_error(error.lineno, "outside of a section: %s (%s)" % (
-                line, "expected [server] above it" if "=" in line else expected_line(line)))
+        numbered = [re.sub(r"^(\s*\[.*|[^=]*(?==))", r"\g<1>" + "\0%d" % number, line)
+                    for number, line in enumerate(lines, 1)]
+        try:  # with a section for what is above the first one
+            parser.read_string("\n".join(["[]\0000"] + numbered))
         except configparser.ParsingError as error:
             for number, _ in error.errors:
-                line = lines[number - 1].strip()
-                self.line_error(number, "invalid line: %s (%s)" % (
-                    line, expected_line(line)))
+                line = lines[number - 2].strip()
+                self.line_error(number - 1, "invalid line: %s (%s)" % (line, expected_line(line)))
         self.raise_errors()
         for header in parser.sections():
             self.add_section(header, parser.items(header))
 
     def add_section(self, header, items):
         """Add a section to self.sections; header and keys end with a NUL and their line."""
-        title, _, number = header.partition("\0")
-        title = " ".join(title.split())
+        header, _, number = header.partition("\0")
+        title = " ".join(header.strip()[:-1].split())
+        if number == "0":
+            for key, _ in items:
+                key, _, number = key.partition("\0")
+                self.line_error(int(number), "%s: outside of a section (expected [server] above"
+                                             " it)" % key.strip())
+            return None
+        if not header.strip().endswith("]"):
+            return self.line_error(int(number), "invalid line: [%s (expected [section] and nothing"
+                                                " after it)" % header.strip())
         if title in self.sections:
-            return self.line_error(int(number), "[%s] duplicate section (first in line %d)" % (
+            return self.line_error(int(number), "[%s]: duplicate section (first in line %d)" % (
                 title, self.lines[title, None]))
         self.lines[title, None] = int(number)
         texts = self.sections[title] = {}
@@ -1380,7 +1386,7 @@ def find_slip(text, parse):
     line = next(line for line, without in zip(text.splitlines(), rest.splitlines() + [""])
                 if line != without)
     pronoun = "them" if names[1:] or names == ["quotes"] else "it"
-    return "unexpected %s in %s (remove %s)" % (" and ".join(names), line, pronoun)
+    return "unexpected %s in %r (remove %s)" % (" and ".join(names), line, pronoun)
 
 
 class Settings:
