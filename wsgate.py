@@ -85,6 +85,7 @@ import textwrap
 import threading
 import time
 import urllib.parse
+import warnings
 
 try:
     import fcntl
@@ -1601,8 +1602,9 @@ def announce(config, gate):
         log.warning("%s", warning)
     for listener in gate.listeners:
         client_port = listener.RequestHandlerClass is ClientConnection
-        log.info("%s %s", "listening on" if client_port else "status page", listener.url() + (
-            " and every other address" if listener.listen.address.host in ("0.0.0.0", "::") else ""))
+        others = {"0.0.0.0": " and every other IPv4 address", "::": " and every other IPv6 address"}
+        log.info("%s %s%s", "listening on" if client_port else "status page", listener.url(),
+                 others.get(listener.listen.address.host, ""))
     for location in config.locations:
         target = location.proxy_pass
         log.info("[location %s] -> %s", location.name, "%s://%s%s" % (
@@ -2532,7 +2534,8 @@ class Exchange:
         """Check everything by which the location may refuse the request."""
         request, location, address = self.request, self.location, self.client.address
         if location is None:
-            raise HTTPError(404, "no_route", "no [location] matches")
+            raise HTTPError(404, "no_route", "no [location] for host %s and path %s" % (
+                printable(request.host or "-"), printable(request.path[:200])))
         self.entry.location = location.name
         self.gate.acquire(location, address)
         self.acquired = True
@@ -3096,6 +3099,7 @@ class CertificateStore:
     def load(self):
         """-> {host or None: SSLContext}; raises ValueError with what is wrong."""
         contexts = {host: self.make_context(*pair) for host, pair in self.pairs.items()}
+        check_protocols(contexts[None], self.server.ssl_protocols)
 
         def choose(sock, name, context):
             """Called in the handshake with the name that the client asks for (SNI)."""
@@ -3156,11 +3160,40 @@ def set_protocols(context, names):
     """Allow these versions of TLS and none between them (Python 3.6 has options for it alone)."""
     if hasattr(ssl, "TLSVersion"):
         versions = sorted(getattr(ssl.TLSVersion, name.replace(".", "_")) for name in names)
-        context.minimum_version, context.maximum_version = versions[0], versions[-1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # TLSv1 and TLSv1_1 since 3.10
+            context.minimum_version, context.maximum_version = versions[0], versions[-1]
     else:
         for name in ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"):
             if name not in names:
                 context.options |= getattr(ssl, "OP_NO_" + name.replace(".", "_"), 0)
+
+
+def check_protocols(context, names):
+    """Raise SettingError if OpenSSL refuses TLS 1.0 or 1.1 though a listener allows it.
+
+    OpenSSL 3 has no cipher for them at its default security level, so that each handshake
+    would fail with NO_SHARED_CIPHER (SSL_CTX_set_security_level(3)). Tried with a client in
+    memory that accepts any cipher.
+    """
+    for name in names:
+        if name not in ("TLSv1", "TLSv1.1"):
+            continue
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+        set_protocols(client, [name])
+        up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+        try:
+            client.set_ciphers("ALL:@SECLEVEL=0")
+            sides = (client.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True))
+            for side in sides * 2:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+        except ssl.SSLError as error:
+            if error.reason != "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+                raise SettingError("ssl_protocols", "%s is refused by %s (remove it, or set"
+                                   " ssl_ciphers = DEFAULT@SECLEVEL=0)" % (
+                                       name, ssl.OPENSSL_VERSION))
 
 
 def backend_context(settings):
@@ -6029,7 +6062,7 @@ def parse_arguments(argv):
     group("-c", metavar="FILE",
           help="configuration file (default: ./wsgate.ini, then wsgate.ini beside wsgate.py)")
     group("--listen", metavar="ADDRESS", help="listen on this address, in place of the file's")
-    group("--backend", metavar="URL", help="forward all requests to this backend")
+    group("--backend", metavar="URL", help="forward all requests to this backend (URL, host:port or port)")
     group("--demo", action="store_true", help="run a gateway, an echo backend and a test page")
     group = parser.add_argument_group("control a running process").add_argument
     words = sorted(CONTROL)
@@ -6083,8 +6116,8 @@ def find_config(arguments):
     if arguments.listen:
         overrides["listen"] = arguments.listen
     if arguments.backend:
-        scheme = "" if "://" in arguments.backend else "http://"
-        overrides["proxy_pass"] = scheme + arguments.backend
+        where = re.sub(r"^:?(?=[0-9]+$)", "127.0.0.1:", arguments.backend)  # PORT, :PORT
+        overrides["proxy_pass"] = where if "://" in where else "http://" + where
     elif not path:
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wsgate.ini")
         path = next(filter(os.path.exists, ("wsgate.ini", beside)), None)
@@ -6113,11 +6146,23 @@ def send_signal(arguments):
     try:
         with open(path) as file:
             number = int(file.read())
-        if number < 1:  # kill(2) would signal process groups
+        if number < 1 or not is_wsgate(number):  # below 1, kill(2) signals groups of processes
             raise ValueError
         os.kill(number, getattr(signal, CONTROL[arguments.s]))
     except (FileNotFoundError, ProcessLookupError, ValueError):
         raise ValueError("no wsgate process with the PID in %s" % path)
+
+
+def is_wsgate(number):
+    """False if the process with this ID is known to be another program (Linux)."""
+    try:
+        with open("/proc/%d/cmdline" % number, "rb") as file:
+            words = file.read().split(b"\0")
+    except OSError:
+        return True  # no /proc, or no such process: kill(2) decides
+    names = [os.path.basename(word) for word in words]  # python3 -u wsgate.py ...
+    return bool(re.match(b"python|pypy|wsgate", names[0]) and {
+        b"wsgate.py", b"wsgate", os.path.basename(__file__).encode()}.intersection(names))
 
 
 def print_password(arguments):
