@@ -4696,9 +4696,9 @@ def test_a_refused_upload_still_gets_to_read_its_answer(tmp_path):
 
 
 @pytest.mark.parametrize("line, raw, status, reason, detail, kept", [
-    ("", request(b"GET", b"/other/"), b"404 Not Found", "no_route", b"no [location] matches\n", True),
+    ("", request(b"GET", b"/other/"), b"404 Not Found", "no_route", b"no [location] for host gate.test and path /other/\n", True),
     ("", request(b"HEAD", b"/other/"), b"404 Not Found", "no_route", b"", True),
-    ("", request(b"POST", b"/other/", body=b"x"), b"404 ", "no_route", b"no [location] matches\n", False),
+    ("", request(b"POST", b"/other/", body=b"x"), b"404 ", "no_route", b"no [location] for host gate.test and path /other/\n", False),
     ("deny = all", request(b"GET", b"/app/"), b"403 ", "access_denied", b"this address may not connect\n", True),
     ("client_max_body_size = 1", request(b"POST", b"/app/", body=b"xy"), b"413 ", "body_too_large",
      b"client_max_body_size is 1\n", False),
