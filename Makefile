@@ -1,21 +1,33 @@
-.PHONY: run demo test compat lint bench fuzz soak interop clean
+.PHONY: help run demo test compat lint bench fuzz soak interop clean
 
 PYTHON ?= python3
 VENV = .venv
-# The pip that comes with Python 3.6 does not find by itself what was the last for it.
-PYTEST_36 = pytest==7.0.1 pluggy==1.0.0 iniconfig==1.1.1 attrs==22.2.0 packaging==21.3 pyparsing==3.0.9 \
-            importlib-metadata==4.8.3 tomli==1.2.3 py==1.11.0 zipp==3.6.0 typing-extensions==4.1.1
+# pip for Python 3.6 does not pick the last versions that run there.
+PYTEST_36 = pytest==7.0.1 pluggy==1.0.0 iniconfig==1.1.1 attrs==22.2.0 packaging==21.3 \
+            pyparsing==3.0.9 importlib-metadata==4.8.3 tomli==1.2.3 py==1.11.0 zipp==3.6.0 \
+            typing-extensions==4.1.1
 PICK = import sys; print("$(PYTEST_36)" if sys.version_info < (3, 7) else "pytest")
 install_pytest = $(1) -m pip install --quiet --disable-pip-version-check $$($(1) -c '$(PICK)')
 
-# The gate with ./wsgate.ini; ARGS="-c other.ini" for another file.
+help:
+	@echo 'make run      start wsgate with ./wsgate.ini (ARGS="-c FILE")'
+	@echo 'make demo     start wsgate with an echo backend and a page for the browser'
+	@echo 'make test     run the tests, about two minutes (ARGS="-k WORDS -x")'
+	@echo 'make compat   run the tests under every Python from 3.6 to 3.15 found here'
+	@echo 'make lint     compile all scripts, check wsgate.ini'
+	@echo 'make fuzz     send mutated bytes for five minutes'
+	@echo 'make soak     run all kinds of traffic for ten minutes'
+	@echo 'make bench    measure beside nginx and haproxy, five minutes (ARGS=--quick)'
+	@echo 'make interop  test with real clients, servers and a browser'
+	@echo 'make clean    remove virtual environments and caches'
+
 run:
 	$(PYTHON) wsgate.py $(ARGS)
 
 demo:
 	$(PYTHON) wsgate.py --demo
 
-# pytest goes into a virtual environment of its own; nothing else is installed.
+# pytest is installed into a virtual environment; wsgate itself needs nothing.
 $(VENV)/ready:
 	$(PYTHON) -m venv $(VENV)
 	$(call install_pytest,$(VENV)/bin/python)
@@ -24,12 +36,14 @@ $(VENV)/ready:
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -q $(ARGS) test_wsgate.py
 
-# The suite under every python3.x that is found, in PATH and in ~/.pyenv/versions.
+# Every python3.x in PATH and in ~/.pyenv/versions, each version once.
 compat:
 	@set -e; done=""; \
 	for python in $$(ls $(HOME)/.pyenv/versions/3.*/bin/python 2>/dev/null) \
-	              $$(for minor in 6 7 8 9 10 11 12 13 14; do command -v python3.$$minor || true; done); do \
-	    version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
+	              $$(for minor in 6 7 8 9 10 11 12 13 14 15; do \
+	                     command -v python3.$$minor || true; done); do \
+	    version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' \
+	               2>/dev/null) || continue; \
 	    case " $$done " in *" $$version "*) continue;; esac; done="$$done $$version"; \
 	    echo "== Python $$version"; \
 	    test -e $(VENV)-$$version/ready || { $$python -m venv $(VENV)-$$version; \
@@ -38,23 +52,28 @@ compat:
 	    $(VENV)-$$version/bin/python -m pytest -q -p no:cacheprovider $(ARGS) test_wsgate.py; \
 	done; echo "passed on:$$done"
 
-# Every file compiles, the sample configuration is good and is what the tables say.
+# Everything compiles; the sample configuration is valid and matches the tables of keys.
+SCRIPTS = wsgate.py test_wsgate.py .ci/bench .ci/interop
+COMPILE = import pathlib, sys; \
+          [compile(pathlib.Path(name).read_bytes(), name, "exec") for name in sys.argv[1:]]
 lint:
-	for file in *.py; do $(PYTHON) -W error -m py_compile $$file; done
+	$(PYTHON) -W error -c '$(COMPILE)' $(SCRIPTS)
+	$(PYTHON) .ci/bench --help >/dev/null
+	$(PYTHON) .ci/interop --help >/dev/null
+	bash -n .ci/run
 	$(PYTHON) wsgate.py -c wsgate.ini -t
 	$(PYTHON) wsgate.py --print-config | diff - wsgate.ini
 
 bench:
-	$(PYTHON) bench_wsgate.py $(ARGS)
+	$(PYTHON) .ci/bench $(ARGS)
 
-# The fuzzer for five minutes, the soak for ten; make test runs both for seconds.
+# make test runs these two for seconds.
 fuzz: $(VENV)/ready
 	FUZZ_SECONDS=300 $(VENV)/bin/python -m pytest -q -k no_bytes_of_either_side test_wsgate.py
 
 soak: $(VENV)/ready
 	SOAK_SECONDS=600 $(VENV)/bin/python -m pytest -q -k soak test_wsgate.py
 
-# Real clients, servers and a browser, in a throwaway environment.
 interop:
 	$(PYTHON) .ci/interop $(ARGS)
 
