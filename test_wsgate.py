@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -21,6 +22,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -1554,6 +1556,9 @@ def taken_by(pid):
     ("set_real_ip_from", "unix: ::1", ["unix:", "::1/128"]),
     ("status_allow", "all", ["0.0.0.0/0", "::/0", "unix:"]),
     ("ssl_protocols", "TLSv1.2,TLSv1.3", ("TLSv1.2", "TLSv1.3")),
+    ("client_body_timeout", "3650d", 3650 * 86400), ("idle_timeout", "never", math.inf),
+    ("deny", "::ffff:127.0.0.0/104, ::ffff:1.2.3.4, ::/0", ["127.0.0.0/8", "1.2.3.4/32", "::/0"]),
+    ("proxy_ssl_name", "::1", "::1"), ("access_log", "syslog:", "syslog:"),
     ("log_format", "json", "json"), ("pid", "", None), ("pid", "/run/wsgate %d.pid", "/run/wsgate %d.pid"),
 ])
 def test_values_of_the_server_section_mean_what_they_say(tmp_path, key, text, value):
@@ -1662,6 +1667,66 @@ BAD_CONFIGURATIONS = [
     ("[server]\n", "wsgate.ini: no location", "proxy_pass"),
     ("", "wsgate.ini: no location"),
     ("[location /a]\n", "wsgate.ini:1: [location /a]: missing proxy_pass or return"),
+    # What is left in a value by mistake: the sentence says to remove just that.
+    (SERVER + "keepalive_timeout = 75s;", ":3: [server] keepalive_timeout: unexpected semicolon in '75s;' (remove it)"),
+    (SERVER + "max_connections = 5 # five", ":3:", "unexpected comment in '5 # five' (remove it)"),
+    (SERVER + "log_format = 'json'; ; both", ":3:", "unexpected comment and semicolon and quotes in", "(remove them)"),
+    (SERVER + "pid = \"wsgate.pid\"", ":3:", "unexpected quotes in"),
+    (SERVER + "access_log = access.log; # text", ":3:", "unexpected comment and semicolon in"),
+    (SERVER + "[upstream u]\nserver =\n  a:1\n  a:2;", ":4:", "unexpected semicolon in 'a:2;'"),
+    ("[server] # main\n" + PASS, "wsgate.ini:1: invalid line: [server] # main (expected [section] and nothing after it)"),
+    (SERVER + "[location = /] ; x\nreturn = 200", "wsgate.ini:3: invalid line: [location = /] ; x"),
+    # A line that is indented by mistake, or not.
+    ("[server]\nlisten = 1\n  " + PASS, ":2: [server] listen: line 3 is indented, so it continues listen of line 2"
+     " (remove the indentation)"),
+    ("[server]\npid = wsgate.pid\n\n # comment\n\tuser = root\n" + PASS, "line 5 is indented, so it continues pid of line 2"),
+    ("[server]\nlisten = 1\n  [location /a]\n  return = 200", "line 3 is indented, so it continues listen of line 2"),
+    (SERVER + "[upstream u]\nserver =\na:1", "wsgate.ini:5: invalid line: a:1",
+     "a line that continues a value is indented"),
+    # Lines of another program's configuration.
+    ("[server]\nproxy_pass \thttp://127.0.0.1:9;", ":2: invalid line:", "(expected proxy_pass = http://127.0.0.1:9)"),
+    ("[server]\nproxy_pass: http://127.0.0.1:9", ":2: invalid line:", "(expected proxy_pass = http://127.0.0.1:9)"),
+    (SERVER + "location /ws/ {", "wsgate.ini:3: invalid line: location /ws/ { (expected [location /ws/])"),
+    (SERVER + "}", "wsgate.ini:3: invalid line: } (remove it: a section ends where the next one begins)"),
+    (SERVER + "gzip on;", "wsgate.ini:3: invalid line: gzip on; (out of scope: let the backend compress)"),
+    (SERVER + "timeout tunnel = 1h", ":3: [server] timeout tunnel: unknown key (expected idle_timeout)"),
+    (SERVER + "[upstream u]\nserver = a:1\nserver a:2 weight=2;", ":5:", "missing = after server"),
+    (SERVER + "[http]", ":3: [http]: unknown section (built in: remove it)"),
+    (SERVER + "[location ~ ^/a]", ":3: [location ~ ^/a]: regular expressions and modifiers are not supported"),
+    # An address, a name, a size, a path and a time are checked whole.
+    (SERVER + "listen = *:80", ":3:", "invalid host '*' (expected :80 for every IPv4 address"),
+    (SERVER + "listen = [::zz]:80", ":3:", "invalid host '[::zz]'"),
+    (SERVER + "listen = [1.2.3.4]:80", ":3:", "invalid host '[1.2.3.4]'"),
+    (SERVER + "listen = 1.2.3:80", ":3:", "invalid host '1.2.3'"),
+    (SERVER + "listen = 256.1.1.1:80", ":3:", "invalid host '256.1.1.1'"),
+    (SERVER + "listen = a..b:80", ":3:", "invalid host 'a..b'"),
+    (SERVER + "listen = -a:80", ":3:", "invalid host '-a'"),
+    (SERVER + "listen = 8080\n  8080", ":3:", "duplicate address 8080"),
+    (SERVER + "listen = unix:/no/folder/s", ":3: [server] listen: no such directory: /no/folder"),
+    (SERVER + "status_listen = unix:/no/folder/s", ":3: [server] status_listen: no such directory: /no/folder"),
+    (SERVER + "pid = /no/folder/pid", ":3: [server] pid: no such directory: /no/folder"),
+    (SERVER + "error_log = /no/folder/log", ":3: [server] error_log: no such directory: /no/folder"),
+    (SERVER + "access_log = /", ":3: [server] access_log: / is a directory"),
+    (SERVER + "client_header_size = 0", ":3:", "invalid size '0' (expected at least 128)"),
+    (SERVER + "proxy_read_timeout = 3651d", ":3:", "duration '3651d' is too long (expected at most 3650d)"),
+    (SERVER + "idle_timeout = Never", ":3:", "invalid duration 'Never'"),
+    (SERVER + "proxy_ssl_name = a b", ":3:", "invalid host 'a b'"),
+    ("[server]\nproxy_pass = http://$host:3000", ":2: [server] proxy_pass: variables are not allowed in the host"),
+    ("[server]\nproxy_pass = http://3000", ":2:", "invalid host '3000'"),
+    (SERVER + "[upstream a b]\nserver = a:1", ":3: [upstream a b]: invalid name 'a b'"),
+    (SERVER + "allow = ::ffff:10.0.0.1/104", ":3:", "has host bits set (expected ::ffff:"),
+    # Locations that no request can reach.
+    (SERVER + "[location /a%20b/]", ":3:", "/a%20b/ never matches (expected the decoded path, /a b/)"),
+    (SERVER + "[location /a%2Fb]", ":3:", "(expected the decoded path, /a/b)"),
+    (SERVER + "[location //x/]", ":3:", "//x/ never matches (expected the decoded path, /x/)"),
+    (SERVER + "[location /x/../y/]", ":3:", "never matches (expected a path without dot segments)"),
+    (SERVER + "[location /x/.]", ":3:", "never matches (expected a path without dot segments)"),
+    (SERVER + "[location /x?y]", ":3:", "invalid path /x?y"),
+    (SERVER + "[location / {]", ":3:", "invalid path / {"),
+    (SERVER + "[location a.test:80/]", ":3:", "invalid host 'a.test:80' (expected a name without a port"),
+    (SERVER + "[location a.*.test/]", ":3:", "invalid host 'a.*.test'"),
+    (SERVER + "[location b\u00fccher.test/]", ":3:", "in ASCII"),
+    (SERVER + "[location a.test,b.test/]\n[location b.test/]", ":4:", "duplicate location (first in line 3"),
     (SERVER.encode() + b"pid = \xff", "wsgate.ini: not UTF-8 (invalid byte at offset %d)" % (len(SERVER) + 6)),
 ]
 
@@ -1672,6 +1737,100 @@ def test_a_bad_configuration_is_one_error_that_says_where_and_what(tmp_path, cas
     assert "\n" not in error and not error.endswith("\\n")
     for mark in case[1:]:
         assert mark in error
+
+
+@pytest.mark.parametrize("key, near", [
+    ("proxy_pas", "proxy_pass"), ("Listen", "listen"), ("idle_timout", "idle_timeout"), ("listne", "listen"),
+    ("proxy_connection_timeout", "proxy_connect_timeout"), ("ssl_protocol", "ssl_protocols"), ("alow", "allow"),
+    ("log_file", None), ("websocket", None), ("read_timeout", None), ("proxy", None), ("cert", None), ("port", None)])
+def test_only_a_key_that_is_near_is_suggested(tmp_path, key, near):
+    error, = errors_of(tmp_path, SERVER + key + " = 1")
+    assert error == "wsgate.ini:3: [server] %s: unknown key%s" % (key, " (did you mean %r?)" % near if near else "")
+
+
+NGINX = (
+    "absolute_redirect alias auth_basic autoindex brotli chunked_transfer_encoding client_body_buffer_size"
+    " client_header_buffer_size daemon error_page etag events expires fastcgi_pass geo gzip gzip_types gzip_vary hash"
+    " http http2 if include index internal ip_hash keepalive keepalive_requests large_client_header_buffers least_conn"
+    " limit_conn limit_conn_zone limit_rate limit_req limit_req_zone load_module map memcached_pass merge_slashes mirror"
+    " multi_accept proxy_bind proxy_buffer_size proxy_buffering proxy_buffers proxy_busy_buffers_size proxy_cache"
+    " proxy_cache_bypass proxy_cache_path proxy_cookie_path proxy_hide_header proxy_http_version proxy_max_temp_file_size"
+    " proxy_next_upstream proxy_no_cache proxy_request_buffering proxy_socket_keepalive proxy_ssl_server_name"
+    " real_ip_recursive resolver rewrite root satisfy sendfile server_name server_tokens set ssl ssl_dhparam"
+    " ssl_prefer_server_ciphers ssl_session_cache ssl_session_tickets ssl_session_timeout ssl_stapling"
+    " ssl_trusted_certificate ssl_verify_client stub_status sub_filter tcp_nodelay tcp_nopush try_files types"
+    " underscores uwsgi_pass worker_connections worker_processes worker_rlimit_nofile zone").replace(" underscores", "")
+
+
+def test_a_directive_of_another_proxy_gets_a_sentence_of_its_own(tmp_path):
+    """Built in, written differently here (then the key that is named exists), or out of scope."""
+    keys = {key for table in TABLES.values() for key in table} | {"add_header", "proxy_keepalive"}
+    errors = errors_of(tmp_path, SERVER + "".join(name + " = 1\n" for name in NGINX.split()))
+    assert len(errors) == len(NGINX.split()) > 60
+    for error in errors:
+        assert re.search(r": unknown key \((built in: remove it|out of scope: .+|expected .+|one process .+|set it .+)\)$",
+                         error), error
+    for advice, names in wsgate.FOREIGN:
+        assert not keys & set(names.split())
+        assert all(word in keys for word in re.findall(r"\b[a-z]+_[a-z_]+\b", advice)), advice
+
+
+def test_a_location_has_several_hosts(tmp_path):
+    """Its counters are those of one location, whichever host a request names."""
+    config = load_text(tmp_path, SERVER + "[location a.test, B.test,*.c.test/x]\nmax_connections = 1\n")
+    location = location_of(config, "a.test, B.test,*.c.test/x")
+    assert location.hosts == ("a.test", "b.test", "*.c.test")
+    assert [config.route(host, "/x/y") is location for host in ("a.test", "b.test", "d.c.test", "c.test")] == [
+        True, True, True, False]
+
+
+MISTAKES = [
+    # What is valid, then marks of its only warning.
+    ("[location /chat/]\n[location a.test/]", ":3: [location /chat/]: hidden by [location a.test/] for requests to"
+     " a.test (expected [location a.test/chat/] too)"),
+    ("[location *.test/chat/]\n[location a.test/]", ":3: [location *.test/chat/]: hidden by [location a.test/]"),
+    ("[location = /chat/]\n[location a.test,b.test/]", ":3:", "hidden by [location a.test,b.test/] for requests to a.test"),
+    ("ssl_certificate = CERTIFICATE", ":3: [server] ssl_certificate: unused: no listener has the option ssl"),
+    ("[location a.test/]\nssl_certificate = CERTIFICATE", ":4: [location a.test/] ssl_certificate: unused"),
+    ("[location /a]\nproxy_pass = http://127.0.0.1:9/", ":4: [location /a] proxy_pass: requests for /a/x are forwarded as //x"),
+    ("[location /a]\nproxy_pass = http://127.0.0.1:9/$request_uri", ":4:", "no variables in /$request_uri"),
+    ("[location /a]\nproxy_pass = https://127.0.0.1:9\nproxy_ssl_verify = off", ":5: [location /a] proxy_ssl_verify: off"),
+    ("ping_interval = 60s", ":3: [server] ping_interval: not less than idle_timeout"),
+    ("proxy_set_header = X-A: b;", ":3: [server] proxy_set_header: unexpected semicolon in 'X-A: b;' (remove it)"),
+    ("[location /a]\nreturn = 200 text\n  listen = 1", ":4:", "line 5 is indented, so it continues return of line 4"),
+    ("[location /a]\nproxy_pass = http://[fe80::1%nosuch0]:9", ":4:", "host fe80::1%nosuch0 cannot be resolved now"),
+]
+
+
+@pytest.mark.parametrize("text, marks", [(case[0], case[1:]) for case in MISTAKES], ids=lambda each: repr(each)[-45:])
+def test_what_is_valid_but_surely_not_meant_is_a_warning(tmp_path, text, marks):
+    path = written(tmp_path, "server.pem", SERVER_PEM)
+    warning, = load_text(tmp_path, SERVER + text.replace("CERTIFICATE", path) + "\n").warnings
+    for mark in marks:
+        assert mark in warning
+
+
+@pytest.mark.parametrize("text", [
+    "[location a.test/]\n[location a.test/chat/]\n[location /chat/]\n[location b.test/chat/]", "[location *.test/]\n",
+    "[location /a]\nproxy_pass = http://127.0.0.1:9/x", "ping_interval = 25s", "idle_timeout = never\nping_interval = 1d",
+    "[location /a/]\nproxy_pass = http://127.0.0.1:9/", "proxy_ssl_verify = off", "[location /a]\nreturn = 200 a;b"])
+def test_what_is_meant_is_no_warning(tmp_path, text):
+    assert load_text(tmp_path, SERVER + text + "\n").warnings == []
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root gives files to others")
+@pytest.mark.parametrize("mode, folder, readable", [(0o600, 0o755, False), (0o644, 0o755, True), (0o644, 0o700, False)])
+def test_a_key_that_the_user_cannot_read_is_a_warning(tmp_path, mode, folder, readable):
+    """It is read as root at start, but neither a reload nor a renewal could read it again."""
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, folder)
+        path = os.path.join(parent, "server.pem")
+        with open(path, "w") as file:
+            file.write(SERVER_PEM)
+        os.chmod(path, mode)
+        warnings = load_text(tmp_path, SERVER + "user = nobody\nlisten = 1 ssl\nssl_certificate = %s\n" % path).warnings
+    assert [warning.partition("wsgate.ini")[2] for warning in warnings] == ([] if readable else [
+        ":5: [server] ssl_certificate: %s is not readable for user nobody: reload and renewal would fail" % path])
 
 
 def test_a_missing_file_is_an_error_with_its_name(tmp_path):
@@ -1685,6 +1844,14 @@ def test_every_error_of_a_file_is_told_once_in_the_order_of_its_lines(tmp_path):
                                  "proxy_pas = x\n[location /a]\nreturn = x\nallow = me\n[location /b]\nreturn = 200\n"
                                  "[upsteam u]\n[upstream v]\nserver = a:1 b\n")
     assert [int(error.split(":")[1]) for error in errors] == [2, 3, 4, 5, 7, 8, 11, 13]
+
+
+def test_duplicates_are_all_reported_with_the_line_of_the_first(tmp_path):
+    errors = errors_of(tmp_path, SERVER + PASS + "[location /a]\nreturn = 200\nreturn = 201\n[server]\n[location /a]\n")
+    assert errors == ["wsgate.ini:3: [server] proxy_pass: duplicate key (first in line 2)",
+                      "wsgate.ini:6: [location /a] return: duplicate key (first in line 5)",
+                      "wsgate.ini:7: [server]: duplicate section (first in line 1)",
+                      "wsgate.ini:8: [location /a]: duplicate section (first in line 4)"]
 
 
 def test_every_line_that_is_no_ini_is_told(tmp_path):
@@ -3237,6 +3404,12 @@ def test_a_group_of_a_host_that_has_no_such_path_leaves_it_to_the_next(tmp_path)
     assert config.route("a.b.test", "/other") is None and config.route("other", "/x") is None
 
 
+def test_a_location_of_a_wildcard_host_may_be_the_only_one(tmp_path):
+    config = load_text(tmp_path, "[location *.b.test/]\n" + PASS)
+    assert config.route("a.b.test", "/x").name == "*.b.test/"
+    assert config.route("b.test", "/x") is None and config.route("ab.test", "/x") is None
+
+
 def test_an_exact_root_leaves_the_rest_to_the_backend_of_server(tmp_path):
     config = load_text(tmp_path, SERVER + "[location = /]\nreturn = 200 here\n")
     assert config.route("any", "/").name == "= /" and config.route("any", "/x").name == "/"
@@ -3402,6 +3575,7 @@ def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
     ("", "10.0.0.1", "::ffff:10.0.0.1", False), ("10.0.0.0/8", "", "::ffff:10.0.0.1", True), ("", "all", "::1", False),
     ("unix:", "", "unix:", True), ("all", "", "unix:", True), ("10.0.0.0/8", "", "unix:", False),
     ("", "", "unix:", True), ("", "all", "unix:", False), ("all", "unix:", "unix:", False),
+    ("", "::ffff:127.0.0.0/104", "127.0.0.1", False), ("::ffff:10.0.0.0/104", "", "10.0.0.1", True),
     ("unix:", "", "10.0.0.1", False), ("", "unix:", "10.0.0.1", True)])
 def test_deny_wins_and_allow_refuses_all_others(allow, deny, address, passes):
     rules = wsgate.Settings({"allow": wsgate.parse_networks(allow), "deny": wsgate.parse_networks(deny)})
@@ -5593,7 +5767,8 @@ def test_t_says_that_a_good_file_is_good_and_what_to_mind(tmp_path):
     status, output = run_program("-t", cwd=str(tmp_path))
     assert status == 0
     warning, good = only_lines(output)
-    assert "warning: " in warning and "[location /a/]" in warning and good == "wsgate: configuration file wsgate.ini test is successful"
+    assert "warning: " in warning and "[location /a/]" in warning
+    assert good == "wsgate: configuration file wsgate.ini test is successful"
 
 
 def test_t_says_everything_that_is_wrong_and_fails(tmp_path):
@@ -5606,7 +5781,21 @@ def test_t_says_everything_that_is_wrong_and_fails(tmp_path):
     assert run_program("-c", path) == (1, output)  # it does not start either
 
 
-@pytest.mark.parametrize("arguments", [("--nonsense",), ("-s", "nonsense"), ("-c",), ("file.ini",)])
+@pytest.mark.parametrize("backend, where", [
+    ("3000", "127.0.0.1:3000"), (":3000", "127.0.0.1:3000"), ("a.test", "a.test:80"), ("[::1]:9", "[::1]:9"),
+    ("https://a.test:9/x", "a.test:9"), ("unix:/run/a", "unix:/run/a")])
+def test_a_port_alone_is_a_backend_on_this_machine(backend, where):
+    config = wsgate.reload_config(*wsgate.find_config(wsgate.parse_arguments(["--backend", backend])))
+    assert config.upstreams[0].servers[0].name == where
+
+
+@pytest.mark.parametrize("option, value", [("--backend", "ftp://a"), ("--listen", "a:b:c")])
+def test_an_error_of_an_option_names_the_option(option, value):
+    line, = only_lines(run_program("--listen", "127.0.0.1:0", "--backend", "127.0.0.1:9", option, value, "-t")[1])
+    assert line.startswith("wsgate: %s: invalid " % option) and value in line
+
+
+@pytest.mark.parametrize("arguments", [("--nonsense",), ("-s", "nonsense"), ("-c",), ("file.ini",), ("--count", "x")])
 def test_misuse_is_exit_status_2(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         wsgate.main(arguments)
@@ -5688,6 +5877,19 @@ def test_s_stop_ends_the_gate_of_the_pid_file(tmp_path):
     status, output = run_program("-s", "stop", cwd=str(tmp_path))  # nobody is there
     line, = only_lines(output)
     assert status == 1 and "gate.pid" in line
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only Linux tells what a process is")
+def test_s_signals_no_process_that_is_another_program(tmp_path):
+    """A pid file may outlive its process, and the number then belongs to somebody else."""
+    load_text(tmp_path, SERVER + "pid = gate.pid\n")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        written(tmp_path, "gate.pid", "%d\n" % other.pid)
+        status, output = run_program("-s", "stop", cwd=str(tmp_path))
+        assert (status, output) == (1, "wsgate: no wsgate process with the PID in gate.pid\n")
+        assert other.poll() is None
+        other.communicate(b"\n")
+    assert other.returncode == 0
 
 
 def test_s_needs_a_pid_in_the_configuration(tmp_path):
