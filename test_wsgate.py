@@ -1764,7 +1764,8 @@ NGINX = (
 
 def test_a_directive_of_another_proxy_gets_a_sentence_of_its_own(tmp_path):
     """Built in, written differently here (then the key that is named exists), or out of scope."""
-    keys = {key for table in TABLES.values() for key in table} | {"add_header", "proxy_keepalive"}
+    keys = {key for table in TABLES.values() for key in table} | {"add_header", "proxy_keepalive", "ip_hash", "least_conn",
+                                                                  "round_robin"}
     errors = errors_of(tmp_path, SERVER + "".join(name + " = 1\n" for name in NGINX.split()))
     assert len(errors) == len(NGINX.split()) > 60
     for error in errors:
@@ -1967,6 +1968,18 @@ def test_every_key_has_a_meaning_and_a_default_that_parses(table):
 
 
 # ------------------------------------------------------------------ The process
+
+
+@pytest.mark.parametrize("host, text", [("0.0.0.0", "127.0.0.1 and every other IPv4 address"),
+                                        ("[::]", "[::1] and every other IPv6 address"), ("127.0.0.1", "127.0.0.1")])
+def test_the_log_names_where_the_gate_listens(tmp_path, host, text):
+    load_text(tmp_path, "[server]\nreturn = 200\nlisten = %s:0\n" % host)
+    with process(cwd=str(tmp_path)) as child:
+        eventually(lambda: child.said("up to") or child.poll() is not None)
+        if host == "[::]" and child.poll():
+            pytest.skip("this machine has no IPv6")
+        line, = [line for line in child.lines if "listening on" in line]
+        assert re.sub(r":[0-9]+/", "", line).endswith("listening on http://" + text)
 
 
 @pytest.mark.skipif(not wsgate.ALLOWED_PROCESSORS, reason="this system has no affinity")
@@ -2615,6 +2628,15 @@ def test_a_proxy_header_with_a_scope_in_its_address_is_refused(tmp_path, line):
 #   openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj SUBJECT -keyout NAME.key -out NAME.csr
 #   openssl ca -batch -notext -config ca.cnf -selfsign -extensions ca_extensions -keyfile ca.key -in ca.csr -out ca.pem
 #   openssl ca -batch -notext -config ca.cnf -extensions NAME -cert ca.pem -keyfile ca.key -in NAME.csr -out NAME.pem
+
+
+@pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3,), reason="older versions of OpenSSL have ciphers for TLS 1.0")
+@pytest.mark.parametrize("version", ["TLSv1", "TLSv1.1"])
+def test_a_version_that_openssl_refuses_is_an_error_with_the_remedy(tmp_path, tls, version):
+    error, = errors_of(tmp_path, "[server]\nreturn = 200\nlisten = 127.0.0.1:0 ssl\nssl_certificate = %s\n"
+                                 "ssl_client_certificate = %s\nssl_protocols = %s TLSv1.2\n" % (tls.server, tls.ca, version))
+    assert error.startswith("wsgate.ini:6: [server] ssl_protocols: %s is refused by OpenSSL 3" % version)
+    assert error.endswith("(remove it, or set ssl_ciphers = DEFAULT@SECLEVEL=0)")
 
 
 @pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
