@@ -14,8 +14,10 @@ The file reads from top to bottom as a connection lives:
     Configuration: keys   SERVER_KEYS, LOCATION_KEYS, UPSTREAM_KEYS: the reference
     Configuration: file   load_config: wsgate.ini -> one immutable Config, by a ConfigReader
     Configuration: checks warn_of_mistakes, warn_of_machine: valid but surely not meant
-    The process           run_gate: from a configuration to a running Gate
-    The gate              Gate.run accepts, obeys signals, reloads, drains, upgrades
+    The process           run_gate: from a configuration to a running Gate; PidFile
+    The gate              Gate.run accepts, handles signals, reloads, drains; Wakeup
+    Upgrade in place      Successor, inherited_sockets: USR2 hands the sockets over
+    Limits and counters   Connections.enter, acquire; Counters for the status page
     Listening             Listener gives each connection a thread, from Workers
     One connection        ClientConnection.handle: begin (PROXY protocol, TLS), then an
                           Exchange for each request: receive, admit, respond, finish
@@ -30,8 +32,9 @@ The file reads from top to bottom as a connection lives:
     Relaying              Relay: two Flows, one each way; HTTPRelay: a request and its response
     The tunnel            Tunnel: a Relay after a 101, pings and endings
     WebSocket frames      frame_header, FrameScanner; make_frame, close_frame
-    Access log            AccessLogEntry and its line
-    Status                StatusConnection: the status page
+    Access log            AccessLogEntry and its LogLine, as text or JSON
+    Log writers           LogWriter: a queue and a thread, so that no log holds up traffic
+    Status                StatusConnection: the status page and metrics
     Command line          main and what its options do
     Demo                  demo: a gate, an echo backend and a page
     Probe                 probe: one handshake, explained
@@ -500,7 +503,9 @@ class Template:
 # --------------------------------------------------------- Configuration: hosts
 
 Address = collections.namedtuple("Address", "host port path")  # path: of a Unix socket
-Listen = collections.namedtuple("Listen", "address ssl proxy_protocol reuseport redirect")
+Listen = collections.namedtuple(
+    "Listen", "address ssl proxy_protocol reuseport redirect mode status")
+Listen.__new__.__defaults__ = (False, False, False, False, 0o666, False)
 Target = collections.namedtuple("Target", "tls authority uri")  # a parsed proxy_pass
 
 
@@ -579,17 +584,21 @@ def parse_listen(text):
     for words in (entry.split() for entry in re.split(r"[,\n]", text)):
         if not words:
             continue
-        for word in words[1:]:
-            if word not in LISTEN_OPTIONS:
-                raise ValueError("unknown listen option %r (expected one of: %s)" % (
-                    word, ", ".join(LISTEN_OPTIONS)))
         if "ssl" in words and "redirect" in words:
             raise ValueError("redirect leads from http to https, so it cannot be combined with ssl")
         address = parse_listen_address(words[0], "0.0.0.0")
+        modes = [word[5:] for word in words[1:] if address.path and word.startswith("mode=")]
+        for word in words[1:]:
+            if word.startswith("mode=") and not modes:
+                raise ValueError("%s is for unix: addresses only" % word)
+            if word not in LISTEN_OPTIONS and not re.fullmatch("mode=0?[0-7]{3}", word):
+                raise ValueError("unknown listen option %r (expected one of: %s, mode=0660)" % (
+                    word, ", ".join(LISTEN_OPTIONS)))
         if address in seen:
             raise ValueError("duplicate address %s" % words[0])
         seen.add(address)
-        listens.append(Listen(address, *(option in words[1:] for option in LISTEN_OPTIONS)))
+        options = {option: option in words[1:] for option in LISTEN_OPTIONS}
+        listens.append(Listen(address, mode=int((modes or ["666"])[-1], 8), **options))
     if not listens:
         raise ValueError("no address (expected at least one, e.g. 127.0.0.1:8080)")
     return tuple(listens)
@@ -756,7 +765,8 @@ SERVER_KEYS = {
         parse_listen, "127.0.0.1:8080",
         "addresses to accept connections on, one per line: host:port, [v6]:port, :port, port or"
         " unix:/path, then options: ssl, proxy_protocol (expect a PROXY header), reuseport,"
-        " redirect (respond with a redirect to https:// on the first ssl listener)"),
+        " redirect (respond with a redirect to https:// on the first ssl listener), mode=0660"
+        " (permissions of a Unix socket)"),
     "ssl_client_certificate": Key(
         optional(parse_pem), "",
         "CA file (PEM); if set, TLS clients must present a certificate signed by it"),
@@ -1126,7 +1136,7 @@ class ConfigReader:
         self.add_root()
         self.raise_errors()
         config = Config(self.path, server, self.locations, list(self.upstreams.values()),
-                        self.warnings)
+                        self.warnings, self.place)
         if any(listen.ssl for listen in server.listen):
             config.certificates = self.checked("server", "ssl_certificate", CertificateStore,
                                                config)
@@ -1406,14 +1416,16 @@ class Config:
 
     server: Settings. locations: list of Location. upstreams: list of Upstream.
     certificates: a CertificateStore, if a listener has TLS. warnings: list of lines.
+    place: ConfigReader.place, for errors that are found later.
     """
 
-    def __init__(self, path, server, locations, upstreams, warnings):
+    def __init__(self, path, server, locations, upstreams, warnings, place):
         self.path = path
         self.server = server
         self.locations = locations
         self.upstreams = upstreams
         self.warnings = warnings
+        self.place = place
         self.certificates = None
         # {host: ({exact path: Location}, [Location by falling length of the prefix])}
         self.by_host = {}
@@ -1567,69 +1579,74 @@ def readable_by(user, path):
 
 
 def run_gate(path, overrides, ready=None):
-    """Start the gate and run it to its end -> exit status. ready: called with the Gate once it listens."""
-    config = load_config(path, overrides)
-    setup_logging(config.server)
-    stay_on_one_processor(config.server.worker_cpu_affinity)
+    """Start the gate, run it to its end and return the exit status.
+
+    path, overrides: as load_config takes them. ready: called with the Gate once it listens.
+    Raises ConfigError and OSError.
+    """
     threading.stack_size(256 * 1024)  # 10,000 threads of 8 MiB do not fit everywhere
-    gate = Gate(config)
-    gate.load = lambda: reload_config(path, overrides)
-    gate.open_logs = setup_logging
+    config = load_config(path, overrides)
+    stay_on_one_processor(config.server.worker_cpu_affinity)
+    errors = open_logs(config.server)
+    if errors:
+        raise ConfigError(["%s %s" % (config.place("server", key)[1], error)
+                           for key, error in errors.items()])
+    gate = Gate(config, lambda: reload_config(path, overrides), open_logs)
     gate.open(inherited_sockets())
-    gate.write_pid(config.server.pid)
+    with fatal_for(config, "pid"):
+        gate.pid_file.write(config.server.pid, config.server.user)
     if config.server.user:
         drop_privileges(config.server.user)
     gate.catch_signals()
     announce(config, gate)
     if ready:
         ready(gate)
-    if os.environ.get("WSGATE_READY"):
-        os.write(int(os.environ["WSGATE_READY"]), b"ready")
-        os.close(int(os.environ.pop("WSGATE_READY")))
+    report_ready()
     gate.run()
-    gate.remove_pid()
+    gate.pid_file.remove()
     log.info("stopped")
-    logging.shutdown()
+    close_logs()
     if gate.connections:
         os._exit(0)  # threads that did not end in time must not keep the process
     return 0
 
 
+@contextlib.contextmanager
+def fatal_for(config, key):
+    """Raise an OSError of the body as ConfigError, with the line of this key of [server]."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(["%s %s" % (config.place("server", key)[1], error.strerror or error)])
+
+
+def cannot_write(path, error):
+    """Return what is wrong with a file that could not be opened for writing, one sentence."""
+    folder = os.path.dirname(os.path.abspath(path))
+    return "cannot write %s (%s)" % (path, error.strerror if os.path.isdir(folder)
+                                     else "the folder %s does not exist" % folder)
+
+
 def announce(config, gate):
-    """Say in the log what runs here, and where."""
-    log.info("wsgate %s, Python %s, %s", VERSION, sys.version.split()[0], config.path or "no configuration file")
+    """Log what runs here, and where."""
+    log.info("wsgate %s, Python %s, %s", VERSION, sys.version.split()[0],
+             config.path or "no configuration file")
     for warning in config.warnings:
         log.warning("%s", warning)
     for listener in gate.listeners:
-        client_port = listener.RequestHandlerClass is ClientConnection
         others = {"0.0.0.0": " and every other IPv4 address", "::": " and every other IPv6 address"}
-        log.info("%s %s%s", "listening on" if client_port else "status page", listener.url(),
-                 others.get(listener.listen.address.host, ""))
+        log.info("%s %s%s", "status page on" if listener.listen.status else "listening on",
+                 listener.url(), others.get(listener.listen.address.host, ""))
     for location in config.locations:
         target = location.proxy_pass
         log.info("[location %s] -> %s", location.name, "%s://%s%s" % (
             "https" if target.tls else "http", target.authority, target.uri or "") if target else
             "return %d" % location.return_.status)
-    log.info("up to %d connections (%s)", gate.capacity, gate.capacity_reason)
-
-
-def inherited_sockets():
-    """Listening sockets from a predecessor (USR2) or from systemd (sd_listen_fds(3)) -> {address text: socket}."""
-    descriptors = [int(pair.rpartition("=")[2]) for pair in os.environ.pop("WSGATE_SOCKETS", "").split()]
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        descriptors += range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
-    found = {}
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, False)
-        sock = socket.socket(fileno=descriptor)
-        name = sock.getsockname()
-        address = Address(None, None, name) if isinstance(name, str) else Address(name[0], name[1], None)
-        found[show_address(address)] = sock
-    return found
+    log.info("up to %d connections (%s)", gate.connections.capacity, gate.connections.limited_by)
 
 
 def drop_privileges(user):
-    """Become this user, with its groups, for good; started as anybody else this must fail."""
+    """Become this user for good, with its groups; raise OSError if that is not allowed."""
     entry = pwd.getpwnam(user)
     if os.getuid() == entry.pw_uid:
         return
@@ -1638,17 +1655,84 @@ def drop_privileges(user):
         os.setgid(entry.pw_gid)
         os.setuid(entry.pw_uid)
     except PermissionError:
-        raise OSError(errno.EPERM, "user = %s works only when started as root; take it out, or start as root" % user)
+        raise OSError(errno.EPERM, "user = %s requires root (remove it, or start as root)" % user)
     if os.getuid() != entry.pw_uid or os.geteuid() == 0:
-        raise OSError(errno.EPERM, "privileges could not be dropped to %s" % user)
+        raise OSError(errno.EPERM, "cannot drop privileges to %s" % user)
+
+
+def give_to(user, path, descriptor):
+    """Make `user` the owner of a file that root has opened, so that it can be opened again later.
+
+    nginx does the same for its logs. A device or a link is left alone: the user could have
+    put it there, to get at the file that it leads to.
+    """
+    if not user or os.getuid():
+        return
+    opened, named = os.fstat(descriptor), os.lstat(path)
+    if (stat.S_ISREG(opened.st_mode) and opened.st_nlink == 1
+            and (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino)):
+        os.fchown(descriptor, pwd.getpwnam(user).pw_uid, -1)
+
+
+class PidFile:
+    """The file with the process ID, for -s and service managers. Used by the main thread alone."""
+
+    def __init__(self):
+        self.path = None  # where it has been written
+
+    def write(self, path, user):
+        """Write the file at `path` (None: nowhere), remove it from where it was; raise OSError.
+
+        The file of another running gate is an error, unless that one is being upgraded to this.
+        """
+        path = path and os.path.abspath(path)
+        if path == self.path:
+            return
+        if path:
+            other = running_gate(path)
+            if other and not (other == os.getppid() and "WSGATE_READY" in os.environ):
+                raise OSError(errno.EEXIST, "%s belongs to the running wsgate process %d (expected"
+                              " a file of its own for each process)" % (path, other))
+            try:
+                with open(path, "w") as file:
+                    file.write("%d\n" % os.getpid())
+                    give_to(user, path, file.fileno())
+            except OSError as error:
+                raise OSError(error.errno, cannot_write(path, error))
+        self.remove()
+        self.path = path
+
+    def remove(self):
+        """Remove the file, unless another process has written its own."""
+        if self.path:
+            with contextlib.suppress(OSError, ValueError):  # gone, or not to be removed by this user
+                with open(self.path) as file:
+                    ours = int(file.read()) == os.getpid()
+                if ours:
+                    os.unlink(self.path)
+
+
+def running_gate(path):
+    """Return the ID of the other process that a pid file names, None unless it runs wsgate."""
+    try:
+        with open(path) as file:
+            number = int(file.read(32))
+        if number < 1 or number == os.getpid():  # kill(2) would signal a group
+            return None
+        os.kill(number, 0)
+    except PermissionError:  # of another user
+        pass
+    except (OSError, ValueError, OverflowError):  # no file, no number, no process
+        return None
+    return number if is_wsgate(number) else None
 
 
 def stay_on_one_processor(wanted):
-    """Keep this thread, and those that it starts, on one processor; does nothing where it cannot be done.
+    """Keep this thread, and those that it starts, on one processor, if the system can do that.
 
-    Only one thread at a time runs Python. Where two processors hand its lock to and fro, 100 busy
-    tunnels cost three times as much and get a third of the throughput.
-    wanted: worker_cpu_affinity. auto spreads gates by their process ids.
+    Only one thread at a time runs Python. Where two processors pass its lock to and fro, 100
+    busy tunnels cost three times as much and get a third of the throughput.
+    wanted: worker_cpu_affinity. auto spreads gates by their process IDs.
     """
     if wanted is None or not hasattr(os, "sched_setaffinity"):
         return
@@ -1660,7 +1744,7 @@ def stay_on_one_processor(wanted):
     try:
         os.sched_setaffinity(0, {wanted})
     except OSError as error:
-        log.warning("worker_cpu_affinity: processor %d cannot be had: %s", wanted, error.strerror)
+        log.warning("worker_cpu_affinity: cannot pin to CPU %d (%s)", wanted, error.strerror)
 
 
 def use_all_processors():
@@ -1673,69 +1757,81 @@ def use_all_processors():
 ALLOWED_PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
 
 
-def notify(message):
-    """Tell systemd (sd_notify(3)); without systemd nothing happens."""
+def notify(state):
+    """Send a state to systemd (sd_notify(3)), if it wants to know it; a failure is logged."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
+                sock.settimeout(1)
+                sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
         except OSError as error:  # or no descriptor is left for it
-            log.warning("systemd cannot be told %r: %s", message, error)
+            log.warning("sd_notify(%r) failed: %s", state, error)
 
 
 # --------------------------------------------------------------------- The gate
+#
+# How the shutdown wake-up works. Threads wait in poll(), for a client's next request or for
+# the bytes of a tunnel, and a signal ends none of these waits. So Gate.wakeup is a descriptor
+# that they poll too: Gate.end first sets state and deadline, puts a new Wakeup in place, then
+# makes the old one readable, for all of them and for good. A thread takes gate.wakeup first
+# and looks at the state after that, so a change in between makes its poll() return at once. A
+# busy tunnel does not poll the wakeup, it compares it with the one it knows from time to time.
+# A drain may be followed by a stop, hence two spare Wakeups; they are made at the start, since
+# at the end there may be no descriptor left.
 
 
 class Gate:
-    """The running program: its listeners, its live connections, and what signals ask of it."""
+    """The running program: listeners, connections, and what signals demand.
 
-    def __init__(self, config):
+    Connection threads read config, state, deadline and wakeup without a lock: the main thread
+    replaces them whole, and each reader copes with the old value or the new one.
+    """
+
+    def __init__(self, config, load, open_logs=lambda server: {}):
+        """config: the first Config. load(): the next one, raises ConfigError; called by reload.
+
+        open_logs(server): opens the logs again, returns {key: error}.
+        """
         self.config = config
-        self.lock = threading.Lock()
-        # Guarded by lock:
-        self.connections = set()              # every ClientConnection that has a thread
-        self.in_use = collections.defaultdict(int)  # exchanges by ("ip", address) and ("location", name)
-        self.totals = collections.Counter()   # what ended: requests, tunnels, bytes, refusals by reason
-        self.handshakes = [0] * (len(HANDSHAKE_BUCKETS) + 1)  # how many took how long
-        # Changed by the main thread alone:
-        self.listeners = []
-        self.state = "running"                # then "draining", "stopping"
-        self.deadline = math.inf              # time.monotonic() at which the draining or stopping ends
-        self.wakeup = Wakeup()                  # set when state changes: idle threads poll it
-        self.spare_wakeups = [Wakeup(), Wakeup()]  # made before descriptors can run out: one to drain, one to stop
-        self.capacity, self.capacity_reason = capacity(config.server.max_connections)
-        self.started = time.time()
+        self.load = load
+        self.open_logs = open_logs
+        self.connections = Connections(config.server.max_connections)
+        self.counters = Counters()
         self.workers = Workers()
-        self.samples = collections.deque(maxlen=121)  # ten minutes of (time.monotonic(), *traffic())
-        self.next_sample = 0.0                # time.monotonic() of the next one
-        self.next_check = 0.0                 # time.monotonic() of the next look at the certificates
-        self.open_logs = lambda server: None  # set by main
-        self.load = lambda: self.config       # the same, for reload
-        self.pid_file = None                  # where write_pid has written
-        self.successor = None                 # the process that USR2 started, until it is ready
+        self.listeners = []
+        self.state = "running"                     # then "draining", "stopping"
+        self.deadline = math.inf                   # time.monotonic() at which run() returns
+        self.wakeup = Wakeup()                     # set when state changes
+        self.spare_wakeups = [Wakeup(), Wakeup()]  # one to drain, one to stop
+        self.pid_file = PidFile()
+        self.successor = None                      # the Successor that USR2 started
+        self.next_check = 0.0                      # time.monotonic() of the next look at files
+        self.next_sample = 0.0                     # the same, for the counters
+        self.signals = collections.deque()         # numbers; appended to by the signal handler
+        self.signal_wakeup = Wakeup()              # written to for each signal
         self.selector = selectors.DefaultSelector()
-        self.signals = collections.deque()
-        self.wake_in, self.wake_out = socket.socketpair()
-        for end in (self.wake_in, self.wake_out):
-            end.setblocking(False)
-        self.selector.register(self.wake_in, selectors.EVENT_READ, self.handle_signals)
+        self.selector.register(self.signal_wakeup, selectors.EVENT_READ, self.handle_signals)
 
     def open(self, inherited=None):
-        """Bind all listeners; inherited: {address text: socket} from systemd or a predecessor."""
+        """Bind all listeners; raise ConfigError. inherited: see inherited_sockets."""
         inherited = inherited or {}
         try:
-            for (handler, address), listen in wanted_listeners(self.config.server).items():
-                self.add_listener(Listener(self, listen, handler, take_inherited(inherited, address)))
-        except OSError:
+            for listen in wanted_listeners(self.config.server).values():
+                with fatal_for(self.config, "status_listen" if listen.status else "listen"):
+                    self.add_listener(Listener(self, listen, take_inherited(inherited,
+                                                                            listen.address)))
+        except ConfigError:
             self.close()
             raise
 
     def add_listener(self, listener):
+        """Accept connections of this Listener from now on."""
         self.listeners.append(listener)
         self.selector.register(listener, selectors.EVENT_READ, listener.accept_ready)
 
     def close_listener(self, listener):
+        """Accept no more connections of this Listener and close it."""
         self.listeners.remove(listener)
         if not listener.paused_until:
             self.selector.unregister(listener)
@@ -1747,7 +1843,7 @@ class Gate:
             self.close_listener(listener)
 
     def run(self):
-        """Accept connections and obey signals until the gate has been stopped."""
+        """Accept connections and handle signals until the gate has been stopped."""
         notify("READY=1")
         while self.state == "running" or (self.connections and time.monotonic() <= self.deadline):
             for key, _ in self.selector.select(1.0 if self.state == "running" else 0.05):
@@ -1757,48 +1853,55 @@ class Gate:
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)  # a second Ctrl-C finds it closed otherwise
         self.selector.close()
-        for end in [self.wake_in, self.wake_out] + ([] if self.connections else [self.wakeup] + self.spare_wakeups):
-            end.close()  # the wakeup not while late threads still poll it
+        self.signal_wakeup.close()
+        if not self.connections:  # else late threads may still poll them
+            for wakeup in [self.wakeup] + self.spare_wakeups:
+                wakeup.close()
 
     def tick(self, now):
-        """What has to be looked at once in a while; costs nothing when there is nothing to do."""
+        """Do what is due; called after each select(), so it costs nothing when nothing is."""
         for listener in self.listeners:
             listener.resume(now)
-        # Each thread that waits for Python's lock wakes once an interval to ask for it: at the usual 5 ms
-        # thousands of them (a broadcast, a mass of timeouts) would do nothing else, and never come to an end.
+        # Each thread that waits for Python's lock wakes once an interval to ask for it: at the
+        # usual 5 ms thousands of them (a broadcast, a mass of timeouts) would do nothing else.
         sys.setswitchinterval(0.005 + 0.00005 * len(self.connections))
+        if self.successor and now >= self.successor.deadline:
+            self.end_upgrade()
         if now >= self.next_check:
             self.next_check = now + 60
             if self.config.certificates:
                 self.config.certificates.refresh()
         if now >= self.next_sample:
             self.next_sample = now + 5
-            self.samples.append((now,) + self.traffic())
+            self.counters.sample(now, self.tunnels())
             notify("WATCHDOG=1\nSTATUS=%d tunnels open" % len(self.tunnels()))
+            report_dropped_lines()
 
-    # Signals: Python runs the handler in the main thread, and the wake-up
-    # descriptor makes select() return, so that all work is done in run().
+    # Signals: Python runs the handler in the main thread, and its wake-up descriptor makes
+    # select() return, so that all work is done in run().
 
     def catch_signals(self):
         """Route the process's signals to this gate (main thread only)."""
-        signal.set_wakeup_fd(self.wake_out.fileno())
+        signal.set_wakeup_fd(self.signal_wakeup.writer.fileno())
         for name in SIGNALS:
             number = getattr(signal, name, None)  # Windows has few of them
             if number is not None:
                 signal.signal(number, lambda number, frame: self.signals.append(number))
 
     def handle_signals(self):
-        """Do what the signals that have come ask for, in their order."""
-        with contextlib.suppress(BlockingIOError):
-            self.wake_in.recv(512)
-        while self.signals:
-            number = self.signals.popleft()
+        """Do what the signals that have come demand, in their order, each kind once.
+
+        300 HUPs in a row are a few reloads, and clients are accepted between them.
+        """
+        self.signal_wakeup.clear()
+        pending = [self.signals.popleft() for _ in range(len(self.signals))]
+        for number in collections.OrderedDict.fromkeys(pending):
             name = next(name for name in SIGNALS if getattr(signal, name, None) == number)
             log.info("%s: %s", name, SIGNALS[name])
             getattr(self, SIGNALS[name])()
 
     def stop(self):
-        """TERM, INT: end everything; tunnels get a Close 1001 where one can be placed, within a second."""
+        """TERM, INT: end everything within a second; tunnels get a Close 1001 where possible."""
         if self.state == "stopping":
             self.deadline = 0.0
         self.end("stopping", 1.0)
@@ -1811,20 +1914,24 @@ class Gate:
         do not all come back in the same second (HAProxy: close-spread-time).
         """
         if self.state != "running":
-            return self.stop()
+            self.stop()
+            return
         window = self.config.server.drain_timeout
         now = time.monotonic()
         tunnels = sorted(self.tunnels(), key=lambda each: each.last_byte)
         for place, tunnel in enumerate(tunnels):
             tunnel.end_at = now + window * (place + 0.5) / len(tunnels)
-        return self.end("draining", window + 0.5)
+        self.end("draining", window + 0.5)
 
     def end(self, state, seconds):
-        """Accept nothing more and wake all threads; in so many seconds run() comes to its end."""
+        """Accept nothing more and wake all threads; run() returns within `seconds`.
+
+        The status page reports the draining, unless a successor has its socket.
+        """
         notify("STOPPING=1")
         self.state = state
-        for listener in list(self.listeners):  # the status page tells of the draining, unless a successor has it
-            if listener.RequestHandlerClass is ClientConnection or listener.handed_over or state == "stopping":
+        for listener in list(self.listeners):
+            if not listener.listen.status or listener.handed_over or state == "stopping":
                 self.close_listener(listener)
         self.deadline = min(self.deadline, time.monotonic() + seconds)
         wakeup = self.wakeup
@@ -1833,56 +1940,40 @@ class Gate:
         wakeup.set()
 
     def reload(self):
-        """HUP: new requests use a new configuration; tunnels and server health stay as they are."""
+        """HUP: use a new configuration for new requests; tunnels and server health stay.
+
+        What is wrong with the file, or a listener that cannot be opened, changes nothing. A
+        log or a pid file that cannot be written stays where it is, and the rest is done.
+        """
         if self.state != "running":
             return
         notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         try:
-            config, old = self.load(), self.config
-            try:
-                self.open_logs(config.server)
-                self.write_pid(config.server.pid)
-                self.apply_config(config)
-            except OSError:
-                self.open_logs(old.server)
-                self.write_pid(old.server.pid)
-                raise
-            log.info("reloaded %s", self.config.path)
+            self.apply_config(self.load())
         except (ConfigError, OSError) as error:
             for line in str(error).splitlines():
                 log.error("reload: %s", line)
-            log.error("reload: nothing was changed")
+            log.error("reload failed, keeping the current configuration")
+        else:
+            self.reopen()
+            server = self.config.server
+            try:
+                self.pid_file.write(server.pid, server.user)
+            except OSError as error:
+                log.error("reload: pid: %s; keeping the current file", error.strerror)
+            log.info("reloaded %s", self.config.path)
         notify("READY=1")
-
-    def write_pid(self, path):
-        """Write the process id where the configuration wants it (None: nowhere) and remove it from where it was."""
-        path = path and os.path.abspath(path)
-        if path == self.pid_file:
-            return
-        if path:
-            with open(path, "w") as file:
-                file.write("%d\n" % os.getpid())
-        self.remove_pid()
-        self.pid_file = path
-
-    def remove_pid(self):
-        """Remove the pid file, unless a successor has written its own."""
-        if self.pid_file:
-            with contextlib.suppress(OSError, ValueError):  # gone, or not to be removed by this user
-                with open(self.pid_file) as file:
-                    mine = int(file.read()) == os.getpid()
-                if mine:
-                    os.unlink(self.pid_file)
 
     def apply_config(self, config):
         """Open the listeners that are new, then switch, then close those that went."""
-        here = {(listener.RequestHandlerClass, listener.listen.address): listener for listener in self.listeners}
+        current = {(listener.listen.status, listener.listen.address): listener
+                   for listener in self.listeners}
         wanted = wanted_listeners(config.server)
         opened = []
         try:
-            for handler, address in wanted:
-                if (handler, address) not in here:
-                    opened.append(Listener(self, wanted[handler, address], handler))
+            for key, listen in wanted.items():
+                if key not in current:
+                    opened.append(Listener(self, listen))
         except OSError:
             for listener in opened:
                 listener.server_close()
@@ -1892,8 +1983,8 @@ class Gate:
                 if old.name == upstream.name:
                     upstream.inherit_health(old)
         self.config = config
-        self.capacity, self.capacity_reason = capacity(config.server.max_connections)
-        for key, listener in here.items():
+        self.connections.set_capacity(config.server.max_connections)
+        for key, listener in current.items():
             if key in wanted:
                 listener.listen = wanted[key]
             else:
@@ -1902,113 +1993,44 @@ class Gate:
             self.add_listener(listener)
 
     def reopen(self):
-        """USR1: open the log files anew, after a rotation."""
-        try:
-            self.open_logs(self.config.server)
-        except OSError as error:
-            log.error("logs cannot be reopened, going on with the old ones: %s", error)
+        """USR1: open the log files again, after a rotation."""
+        for key, error in self.open_logs(self.config.server).items():
+            log.error("%s: %s; keeping the current log", key, error)
 
     def upgrade(self):
-        """USR2: start the wsgate.py that now stands on disk on the same sockets, then drain this one."""
+        """USR2: start the wsgate.py on disk on the same sockets, then drain this process."""
         if self.successor or self.state != "running" or not hasattr(os, "fork"):
             return
-        try:
-            ready, write_end = os.pipe()
-        except OSError as error:
-            log.error("upgrade: %s", error)
-            return
-        sockets = {show_address(each.listen.address): each.fileno() for each in self.listeners}
-        environ = dict(os.environ, WSGATE_READY=str(write_end),
-                       WSGATE_SOCKETS=" ".join("%s=%d" % pair for pair in sockets.items()))
         use_all_processors()  # the new process chooses for itself
         try:
-            self.successor = subprocess.Popen([sys.executable, os.path.abspath(__file__)] + sys.argv[1:], env=environ,
-                                              pass_fds=[write_end] + list(sockets.values()))
+            self.successor = Successor(self.listeners)
         except OSError as error:
-            log.error("upgrade: the new process cannot be started: %s", error)
-            os.close(ready)
+            log.error("upgrade: cannot start the new process: %s", error)
         else:
-            self.selector.register(ready, selectors.EVENT_READ, lambda: self.on_successor_ready(ready))
-        os.close(write_end)
+            self.selector.register(self.successor, selectors.EVENT_READ, self.end_upgrade)
         stay_on_one_processor(self.config.server.worker_cpu_affinity)
 
-    def on_successor_ready(self, ready):
-        """The new process said that it is ready (or ended without a word)."""
-        word = os.read(ready, 16)
-        self.selector.unregister(ready)
-        os.close(ready)
-        if word == b"ready":
-            log.info("upgrade: process %d has taken over", self.successor.pid)
-            notify("MAINPID=%d" % self.successor.pid)
-            for listener in self.listeners:
-                listener.handed_over = True
-            return self.quit()
-        log.error("upgrade: the new process ended with status %s; going on with the old one", self.successor.wait())
-        self.successor = None
-        return None
-
-    # What the connections' threads call.
-
-    def enter(self, connection):
-        """A connection's thread begins. -> False when the gate is full."""
-        with self.lock:
-            full = len(self.connections) >= self.capacity
-            self.connections.add(connection)
-        return not full
-
-    def leave(self, connection):
-        with self.lock:
-            self.connections.discard(connection)
-
-    def acquire(self, location, address):
-        """Count an exchange against its limits; raises HTTPError when one is reached."""
-        limit = self.config.server.max_connections_per_ip
-        place, client, in_use = ("location", location.name), ("ip", address), self.in_use
-        with self.lock:
-            if 0 < location.max_connections <= in_use[place]:
-                raise HTTPError(503, "conn_limit", "max_connections of [location %s] is reached" % location.name,
-                                retry_after())
-            if 0 < limit <= in_use[client]:
-                raise HTTPError(429, "conn_limit_per_ip", "max_connections_per_ip is reached", retry_after())
-            in_use[place] += 1
-            in_use[client] += 1
-
-    def release(self, location, address):
-        with self.lock:
-            for key in (("location", location.name), ("ip", address)):
-                self.in_use[key] -= 1
-                if not self.in_use[key]:
-                    del self.in_use[key]
-
-    def count_tunnel(self, seconds):
-        """A tunnel has begun, after a handshake of so many seconds."""
-        with self.lock:
-            self.totals["tunnels"] += 1
-            self.totals["handshake_sum"] += seconds
-            self.handshakes[bisect.bisect_left(HANDSHAKE_BUCKETS, seconds)] += 1
-
-    def count_exchange(self, record):
-        """An exchange, or the tunnel it has become, has ended."""
-        with self.lock:
-            self.totals["requests"] += 1
-            self.totals["status_%d" % record.status] += 1
-            self.totals["up"] += record.up[1]
-            self.totals["down"] += record.down[1]
-            if record.handshake is not None:
-                self.totals["end_" + (record.reason or "closed")] += 1
-            elif record.reason:
-                self.totals["refused_" + record.reason] += 1
+    def end_upgrade(self):
+        """The successor is ready, has ended, or its time is over: drain, or continue without it."""
+        successor, self.successor = self.successor, None
+        self.selector.unregister(successor)
+        failure = successor.result()
+        if failure:
+            log.error("upgrade failed, this process continues: %s", failure)
+            return
+        log.info("upgrade: process %d has taken over", successor.process.pid)
+        notify("MAINPID=%d" % successor.process.pid)
+        for listener in self.listeners:
+            listener.handed_over = True
+        self.quit()
 
     def tunnels(self):
-        """-> list of those that are open. Needs no lock: list() of a set is one step for Python."""
-        return [tunnel for tunnel in [each.tunnel for each in list(self.connections)] if tunnel]
+        """Return the open tunnels, a list of Tunnel."""
+        return self.connections.tunnels()
 
     def traffic(self):
-        """-> (tunnels open, bytes up, bytes down), those under way included"""
-        with self.lock:
-            tunnels, up, down = self.tunnels(), self.totals["up"], self.totals["down"]
-        up += sum(each.up.bytes for each in tunnels)
-        return len(tunnels), up, down + sum(each.down.bytes for each in tunnels)
+        """Return (open tunnels, bytes up, bytes down), those under way included."""
+        return self.counters.traffic(self.tunnels())
 
 
 SIGNALS = {"SIGINT": "stop", "SIGTERM": "stop", "SIGBREAK": "stop", "SIGQUIT": "quit",
@@ -2016,27 +2038,190 @@ SIGNALS = {"SIGINT": "stop", "SIGTERM": "stop", "SIGBREAK": "stop", "SIGQUIT": "
 
 
 class Wakeup:
-    """A descriptor that many threads poll: it becomes readable for all when it is set, and stays so."""
+    """A descriptor to poll that becomes readable when it is set, for all who poll it."""
 
     def __init__(self):
         self.reader, self.writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self.writer.setblocking(False)
 
     def fileno(self):
         return self.reader.fileno()
 
     def set(self):
-        self.writer.send(b"!")
+        """Make it readable until clear()."""
+        with contextlib.suppress(BlockingIOError):  # it is
+            self.writer.send(b"!")
+
+    def clear(self):
+        """Make it unreadable again."""
+        with contextlib.suppress(BlockingIOError):
+            self.reader.recv(4096)
 
     def close(self):
         self.reader.close()
         self.writer.close()
 
 
-def capacity(configured):
-    """max_connections and why -> (int, text). auto: what descriptors and threads allow.
+# ------------------------------------------------------------- Upgrade in place
+#
+# USR2 starts the wsgate.py that is on disk now as a child that inherits the listening
+# sockets, named in WSGATE_SOCKETS, and the write end of a pipe, named in WSGATE_READY.
+# It writes "ready" there once it accepts; until then the predecessor serves, and if the
+# child ends or takes too long, the predecessor continues as if nothing had happened.
 
-    A connection takes two descriptors and a thread; a share is kept back for those
-    that are refused politely, for logs and for the pipes of bulk transfers.
+
+class Successor:
+    """The process that USR2 has started, and the pipe on which it reports that it is ready."""
+
+    TIMEOUT = 30  # seconds until it must be ready
+
+    def __init__(self, listeners):
+        """Start it with the sockets of these Listeners; raise OSError."""
+        self.deadline = time.monotonic() + self.TIMEOUT
+        sockets = {show_address(each.listen.address): each.fileno() for each in listeners}
+        self.ready, write_end = os.pipe()
+        os.set_blocking(self.ready, False)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__)] + sys.argv[1:],
+                pass_fds=[write_end] + list(sockets.values()),
+                env=dict(os.environ, WSGATE_READY=str(write_end),
+                         WSGATE_SOCKETS=" ".join("%s=%d" % pair for pair in sockets.items())))
+        except OSError:
+            os.close(self.ready)
+            raise
+        finally:
+            os.close(write_end)
+
+    def fileno(self):
+        return self.ready
+
+    def result(self):
+        """Return None if it has taken over, else what went wrong; then it is ended."""
+        word = None
+        with contextlib.suppress(BlockingIOError):  # not a word: its time is over
+            word = os.read(self.ready, 16)
+        os.close(self.ready)
+        if word == b"ready":
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return "the new process ended with status %d" % self.process.wait(word is not None)
+        self.process.kill()
+        self.process.wait()
+        return "the new process was not ready %s; it was killed" % (
+            "within %d s" % self.TIMEOUT if word is None else "when it closed its pipe")
+
+
+def report_ready():
+    """In the successor: let the predecessor drain."""
+    pipe = os.environ.pop("WSGATE_READY", None)
+    if pipe:
+        os.write(int(pipe), b"ready")
+        os.close(int(pipe))
+
+
+def inherited_sockets():
+    """Return the listening sockets of a predecessor (USR2) or of systemd (sd_listen_fds(3)).
+
+    {address text: socket}; the variables that name them are removed from the environment.
+    """
+    pairs = os.environ.pop("WSGATE_SOCKETS", "").split()
+    descriptors = [int(pair.rpartition("=")[2]) for pair in pairs]
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        descriptors += range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
+    found = {}
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+        sock = socket.socket(fileno=descriptor)
+        name = sock.getsockname()
+        address = (Address(None, None, name) if isinstance(name, str)
+                   else Address(name[0], name[1], None))
+        found[show_address(address)] = sock
+    return found
+
+
+def take_inherited(inherited, address):
+    """Remove and return the inherited socket for this address, None if there is none.
+
+    The same text, else the only socket on that port.
+    """
+    text = show_address(address)
+    if text in inherited:
+        return inherited.pop(text)
+    alike = [key for key in inherited if not address.path and key.endswith(":%d" % address.port)]
+    return inherited.pop(alike[0]) if len(alike) == 1 else None
+
+
+# ----------------------------------------------------------- Limits and counters
+
+
+class Connections:
+    """All client connections that have a thread, and the limits that they count against."""
+
+    def __init__(self, max_connections):
+        self.lock = threading.Lock()
+        # Guarded by lock; len() and list() of the set are one step each, they need none.
+        self.all = set()                            # of ClientConnection
+        self.in_use = collections.defaultdict(int)  # exchanges by ("ip" or "location", name)
+        self.set_capacity(max_connections)
+
+    def __len__(self):
+        return len(self.all)
+
+    def __iter__(self):
+        return iter(list(self.all))
+
+    def set_capacity(self, max_connections):
+        """Set the highest number of connections, and keep in limited_by what limits it."""
+        self.capacity, self.limited_by = capacity(max_connections)
+
+    def enter(self, connection):
+        """Add a connection; return False when there are too many to serve it."""
+        with self.lock:
+            full = len(self.all) >= self.capacity
+            self.all.add(connection)
+        return not full
+
+    def leave(self, connection):
+        """Remove a connection."""
+        with self.lock:
+            self.all.discard(connection)
+
+    def tunnels(self):
+        """Return the open tunnels, a list of Tunnel."""
+        return [tunnel for tunnel in [each.tunnel for each in self] if tunnel]
+
+    def acquire(self, location, address, per_address):
+        """Count an exchange against its limits; raise HTTPError when one is reached.
+
+        per_address: max_connections_per_ip.
+        """
+        place, client, in_use = ("location", location.name), ("ip", address), self.in_use
+        with self.lock:
+            if 0 < location.max_connections <= in_use[place]:
+                raise HTTPError(503, "conn_limit", "max_connections of [location %s] is reached"
+                                % location.name, retry_after())
+            if 0 < per_address <= in_use[client]:
+                raise HTTPError(429, "conn_limit_per_ip", "max_connections_per_ip is reached",
+                                retry_after())
+            in_use[place] += 1
+            in_use[client] += 1
+
+    def release(self, location, address):
+        """Undo acquire."""
+        with self.lock:
+            for key in (("location", location.name), ("ip", address)):
+                self.in_use[key] -= 1
+                if not self.in_use[key]:
+                    del self.in_use[key]
+
+
+def capacity(configured):
+    """Return (number of connections, what limits it). configured: max_connections, None: auto.
+
+    auto: what descriptors and threads allow. A connection takes two descriptors and a thread; a
+    share is kept back for those that get a 503, for logs and for the pipes of bulk transfers.
     """
     if configured is not None:
         return configured, "configured"
@@ -2050,7 +2235,8 @@ def capacity(configured):
             limits = [(max(8, (soft - 48 - min(64, soft // 8)) // 2), "%d descriptors" % soft)]
         processes = resource.getrlimit(resource.RLIMIT_NPROC)[0]
         if processes != resource.RLIM_INFINITY and os.getuid():
-            limits.append((max(8, processes - 64), "%d processes and threads of this user" % processes))
+            limits.append((max(8, processes - 64),
+                           "%d processes and threads of this user" % processes))
     for path in thread_limit_files():
         with contextlib.suppress(OSError, ValueError), open(path) as file:  # not there, or "max"
             limits.append((max(8, int(file.read()) * 9 // 10 - 16), path))
@@ -2058,9 +2244,9 @@ def capacity(configured):
 
 
 def thread_limit_files():
-    """Files of Linux that say how many threads there may be (the last is systemd's TasksMax)."""
+    """Return the files of Linux that limit the number of threads (the last: systemd's TasksMax)."""
     paths = ["/proc/sys/kernel/threads-max"]
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/cgroup") as file:  # no Linux, or no cgroups
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/cgroup") as file:
         for line in file:
             controllers, path = line.rstrip("\n").split(":", 2)[1:]
             if not controllers:
@@ -2068,6 +2254,57 @@ def thread_limit_files():
             elif "pids" in controllers.split(","):
                 paths.append("/sys/fs/cgroup/pids%s/pids.max" % path)
     return paths
+
+
+def retry_after():
+    """Return a Retry-After field of 1 to 5 s, by chance: clients shall not return together."""
+    return ((b"Retry-After", b"%d" % random.randint(1, 5)),)
+
+
+HANDSHAKE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Counters:
+    """What has ended since the start, for the status page."""
+
+    def __init__(self):
+        self.started = time.time()
+        self.lock = threading.Lock()
+        # Guarded by lock:
+        self.totals = collections.Counter()  # requests, tunnels, bytes; status_, end_, refused_*
+        self.handshakes = [0] * (len(HANDSHAKE_BUCKETS) + 1)  # how many took how long
+        # Changed by the main thread alone: ten minutes of (time.monotonic(), *traffic())
+        self.samples = collections.deque(maxlen=121)
+
+    def count_tunnel(self, seconds):
+        """Count a tunnel that has begun, after a handshake of `seconds`."""
+        with self.lock:
+            self.totals["tunnels"] += 1
+            self.totals["handshake_sum"] += seconds
+            self.handshakes[bisect.bisect_left(HANDSHAKE_BUCKETS, seconds)] += 1
+
+    def count_exchange(self, entry):
+        """Count an exchange, or the tunnel it has become, that has ended."""
+        with self.lock:
+            self.totals["requests"] += 1
+            self.totals["status_%d" % entry.status] += 1
+            self.totals["up"] += entry.up[1]
+            self.totals["down"] += entry.down[1]
+            if entry.handshake is not None:
+                self.totals["end_" + (entry.reason or "closed")] += 1
+            elif entry.reason:
+                self.totals["refused_" + entry.reason] += 1
+
+    def traffic(self, tunnels):
+        """Return (number of tunnels, bytes up, bytes down), those of these tunnels included."""
+        with self.lock:
+            up, down = self.totals["up"], self.totals["down"]
+        up += sum(each.up.bytes for each in tunnels)
+        return len(tunnels), up, down + sum(each.down.bytes for each in tunnels)
+
+    def sample(self, now, tunnels):
+        """Add a sample to the history."""
+        self.samples.append((now,) + self.traffic(tunnels))
 
 
 # -------------------------------------------------------------------- Listening
@@ -2080,21 +2317,25 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     an accept that spins when descriptors run out, a list of threads that grows.
     """
 
-    request_queue_size = 1024
+    request_queue_size = 4096                  # the kernel clamps it (net.core.somaxconn)
     allow_reuse_address = os.name == "posix"   # on Windows it would let two programs share a port
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, gate, listen, handler, inherited=None):
+    def __init__(self, gate, listen, inherited=None):
+        """Listen as `listen` (a Listen) says, on the inherited socket if given; raise OSError."""
         self.gate = gate
         self.listen = listen
         self.paused_until = 0.0   # time.monotonic(); 0: accepting
         self.complained = -math.inf
         self.handed_over = False  # a successor uses the same unix socket: leave its file
+        self.recent = collections.deque()  # sockets of the status page's connections
         address = listen.address
         self.address_family = (socket.AF_UNIX if address.path else
                                socket.AF_INET6 if ":" in address.host else socket.AF_INET)
-        super().__init__(address.path or address[:2], handler, bind_and_activate=False)
+        super().__init__(address.path or address[:2],
+                         StatusConnection if listen.status else ClientConnection,
+                         bind_and_activate=False)
         try:
             if inherited:
                 self.socket.close()
@@ -2112,11 +2353,11 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.socket.setblocking(False)
 
     def server_bind(self):
-        """Bind with the options that this kind of address needs; raises OSError."""
+        """Bind with the options for this kind of address; raise OSError."""
         if self.listen.address.path:
             remove_stale_socket(self.listen.address.path)
             self.socket.bind(self.server_address)
-            os.chmod(self.server_address, 0o666)  # who may connect is said by the folder, as in nginx
+            os.chmod(self.server_address, self.listen.mode)
             return
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
@@ -2128,26 +2369,25 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         super().server_bind()
 
     def server_close(self):
-        """Close; the file of a unix socket goes too, unless a successor listens on it."""
+        """Close, and remove the file of a unix socket unless a successor listens on it."""
         super().server_close()
         if self.listen.address.path and not self.handed_over:
-            with contextlib.suppress(OSError):  # somebody else has removed it
+            with contextlib.suppress(OSError):  # another process has removed it
                 os.unlink(self.listen.address.path)
 
     def url(self):
-        """How to reach it, for people -> text."""
+        """Return an address that people can use: a URL, or unix:/path."""
         if self.listen.address.path:
             return show_address(self.listen.address)
-        host, port = self.server_address[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return "%s://%s/" % ("https" if self.listen.ssl else "http", show_address(Address(host, port, None)))
+        address = Address(loopback_for(self.server_address[0]), self.server_address[1], None)
+        return "%s://%s/" % ("https" if self.listen.ssl else "http", show_address(address))
 
     def port(self):
         """Return the port it is bound to; 443, that of https, for a unix socket."""
         return 443 if self.listen.address.path else self.server_address[1]
 
     def get_request(self):
-        """accept() without what socket.accept() spends on turning the socket's family into an enum."""
+        """Return (socket, address) as socket.accept() does, which spends time on enums."""
         descriptor, address = self.socket._accept()
         return socket.socket(self.address_family, socket.SOCK_STREAM, 0, descriptor), address
 
@@ -2166,12 +2406,13 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.process_request(request, address)
 
     def pause(self, error):
-        """Out of descriptors or memory: leave the others in the backlog for a moment."""
+        """Out of descriptors or memory: leave clients in the backlog for a moment."""
         now = time.monotonic()
-        if now - self.complained >= 60:
+        if now - self.complained >= COMPLAIN_INTERVAL:
             self.complained = now
-            log.error("cannot accept connections: %s; trying on (raise LimitNOFILE or lower max_connections)", error)
-        self.paused_until = now + 0.2
+            log.error("accept() failed: %s; will retry (raise LimitNOFILE or lower"
+                      " max_connections)", error)
+        self.paused_until = now + ACCEPT_PAUSE
         self.gate.selector.unregister(self)
 
     def resume(self, now):
@@ -2181,20 +2422,32 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.gate.selector.register(self, selectors.EVENT_READ, self.accept_ready)
 
     def process_request(self, request, client_address):
-        """Give the connection a thread; if the system allows no more, say 503 and close."""
+        """Give the connection a thread; if there can be no more, send 503 and close."""
+        workers, limit = self.gate.workers, self.gate.connections.capacity + REFUSAL_HEADROOM
         try:
-            clients = self.RequestHandlerClass is ClientConnection
-            if clients and self.gate.workers.busy >= self.gate.capacity + REFUSAL_HEADROOM:
-                raise RuntimeError("too many even to be refused politely")
-            self.gate.workers.run(self, request, client_address)
+            if self.listen.status:
+                self.limit_status_connections(request)
+            elif workers.busy >= limit:
+                raise RuntimeError("over the hard connection limit")
+            workers.run(self, request, client_address)
         except RuntimeError:
             request.setblocking(False)
             with contextlib.suppress(OSError):  # it would not have read it
                 request.send(make_response(503, "conn_limit", fields=retry_after()))
             self.close_request(request)
 
+    def limit_status_connections(self, request):
+        """Remember this connection to the status page, and cut the oldest if there are too many.
+
+        So those that send nothing shut out neither a monitoring system nor clients.
+        """
+        self.recent.append(request)
+        if len(self.recent) > STATUS_CONNECTIONS:
+            with contextlib.suppress(OSError):  # it has ended
+                self.recent.popleft().shutdown(socket.SHUT_RDWR)
+
     def shutdown_request(self, request):
-        """The handlers have said all that there is to say."""
+        """Do nothing more than close: the handlers have ended the connection as it must be."""
         self.close_request(request)
 
     def handle_error(self, request, client_address):
@@ -2202,36 +2455,35 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 BIND_ERRORS = {  # what to do about a listening socket that cannot be opened
-    errno.EADDRINUSE: "another program listens there already (ss -ltnp shows which)",
-    errno.EACCES: "not allowed; ports below 1024 need root (then set user =) or CAP_NET_BIND_SERVICE, "
-                  "unix sockets a folder that this user may write",
-    errno.EADDRNOTAVAIL: "this machine has no such address",
+    errno.EADDRINUSE: "already in use by another program (ss -ltnp shows which)",
+    errno.EACCES: "permission denied; ports below 1024 require root (then set user =) or"
+                  " CAP_NET_BIND_SERVICE, unix sockets a folder that this user can write",
+    errno.EADDRNOTAVAIL: "not an address of this machine",
+    errno.ENOENT: "the folder of the socket does not exist",
 }
 
-EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # of descriptors or memory
-REFUSAL_HEADROOM = 16  # connections above max_connections that are heard before they are refused
+EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+ACCEPT_PAUSE = 0.2          # seconds without accept() after one of these
+COMPLAIN_INTERVAL = 60      # seconds between two lines of the log about it
+REFUSAL_HEADROOM = 32       # connections accepted above max_connections, only to get a 503
+STATUS_CONNECTIONS = 16     # open at the same time, on one listener
 
 
 def wanted_listeners(server):
-    """-> {(class that serves its connections, Address): Listen}"""
-    wanted = {(ClientConnection, listen.address): listen for listen in server.listen}
+    """Return {(for the status page?, Address): Listen} of a configuration."""
+    wanted = {(False, listen.address): listen for listen in server.listen}
     if server.status_listen:
-        wanted[StatusConnection, server.status_listen] = Listen(
-            server.status_listen, *[False] * len(LISTEN_OPTIONS))
+        wanted[True, server.status_listen] = Listen(server.status_listen, status=True)
     return wanted
 
 
-def take_inherited(inherited, address):
-    """The inherited socket for this address: the same text, else the only one on that port."""
-    text = show_address(address)
-    if text in inherited:
-        return inherited.pop(text)
-    alike = [key for key in inherited if not address.path and key.endswith(":%d" % address.port)]
-    return inherited.pop(alike[0]) if len(alike) == 1 else None
+def loopback_for(host):
+    """Return an address to reach a listener of this machine: loopback if it has all addresses."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def remove_stale_socket(path):
-    """Remove the socket file of a gate that died; leave one that answers."""
+    """Remove the socket file of a gate that died; leave one that accepts connections."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return
@@ -2243,7 +2495,7 @@ def remove_stale_socket(path):
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
-        except OSError:  # bind() will say what is wrong
+        except OSError:  # bind() will report what is wrong
             pass
 
 
@@ -2253,27 +2505,26 @@ def set_tcp_options(sock):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
-def retry_after():
-    """A Retry-After field with some chance in it, so that clients do not come back together."""
-    return ((b"Retry-After", b"%d" % random.randint(1, 5)),)
-
-
 class Workers:
-    """Threads for connections. One whose connection has ended waits a moment for another: starting one costs more."""
+    """Threads for connections; an idle one waits a moment for the next, since a start costs more."""
 
     KEEP = 1.0  # seconds
 
     def __init__(self):
-        self.idle = []  # [lock, job] of threads that wait; list.append and list.pop need no lock
+        self.idle = []  # [lock, job] of waiting threads; list.append and list.pop need no lock
         self.lock = threading.Lock()
         self.busy = 0   # threads that have a connection, or are about to; guarded by lock
 
     def count(self, change):
+        """Add to the number of busy threads."""
         with self.lock:
             self.busy += change
 
     def run(self, *job):
-        """Let a thread serve a connection, job = (Listener, socket, address); RuntimeError: there can be none."""
+        """Let a thread serve a connection, job = (Listener, socket, address).
+
+        Raises RuntimeError if no thread can be started.
+        """
         try:
             worker = self.idle.pop()
         except IndexError:
@@ -2284,7 +2535,7 @@ class Workers:
         self.count(1)
 
     def work(self, listener, request, address):
-        """The life of a thread."""
+        """Serve this connection and those that follow, until none comes within KEEP."""
         worker = [_thread.allocate_lock(), None]
         worker[0].acquire()
         while True:
@@ -2343,7 +2594,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.deadline = Deadline(self.gate.config.server.client_header_timeout)
 
     def handle(self):
-        self.admitted = self.gate.enter(self)
+        self.admitted = self.gate.connections.enter(self)
         end = KEEP_ALIVE
         try:
             if not self.begin():
@@ -2362,7 +2613,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             log.debug("%s: connection ended: %s", self.client_address, error)
         finally:
             self.stream.close()
-            self.gate.leave(self)
+            self.gate.connections.leave(self)
 
     def begin(self):
         """Read the PROXY header and do the TLS handshake. Return False if either failed."""
@@ -2470,11 +2721,11 @@ class Exchange:
         self.stream = connection.stream
         self.config = connection.gate.config  # of this request, whatever is reloaded meanwhile
         self.client = connection.client
-        self.entry = AccessLogEntry(self.gate, self.client.address)
+        self.entry = AccessLogEntry(self.gate.counters, self.client.address)
         self.request = None
         self.location = None
         self.backend = None
-        self.acquired = False        # counted in Gate.in_use
+        self.acquired = False        # counted in Connections.in_use
         self.responded = False       # a byte of the response may have been sent
 
     def run(self, deadline):
@@ -2537,7 +2788,7 @@ class Exchange:
             raise HTTPError(404, "no_route", "no [location] for host %s and path %s" % (
                 printable(request.host or "-"), printable(request.path[:200])))
         self.entry.location = location.name
-        self.gate.acquire(location, address)
+        self.gate.connections.acquire(location, address, self.config.server.max_connections_per_ip)
         self.acquired = True
         check_address(location, address)
         check_origin(location, request)
@@ -2739,7 +2990,7 @@ class Exchange:
             self.connection.tunnel.close()
         self.drop_backend()
         if self.acquired:
-            self.gate.release(self.location, self.client.address)
+            self.gate.connections.release(self.location, self.client.address)
         self.entry.write()
 
 
@@ -3645,7 +3896,8 @@ class ChunkedBody(Scanner):
                     or b"_" in name or name.startswith(b"x-forwarded-"))
 
 
-def make_response(status, reason, body=b"", fields=(), close=True, head_only=False):
+def make_response(status, reason, body=b"", fields=(), close=True, head_only=False,
+                  content_type=b"text/plain"):
     """A complete answer of the gate's own -> bytes. reason: the word of X-Wsgate-Reason, or None."""
     lines = [b"HTTP/1.1 %d %s" % (status, reason_phrase(status).encode()),
              b"Date: " + email.utils.formatdate(usegmt=True).encode()]
@@ -3655,7 +3907,8 @@ def make_response(status, reason, body=b"", fields=(), close=True, head_only=Fal
         body = body or ("%d %s: %s\n" % (status, reason_phrase(status), reason)).encode()
     bodyless = status in (204, 304)
     if not bodyless:
-        lines += [b"Content-Type: text/plain; charset=utf-8", b"Content-Length: %d" % len(body)]
+        lines += [b"Content-Type: %s; charset=utf-8" % content_type,
+                  b"Content-Length: %d" % len(body)]
     if close:
         lines.append(b"Connection: close, upgrade" if status == 426 else b"Connection: close")  # RFC 9110 7.8
     return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only or bodyless else body)
@@ -5104,7 +5357,7 @@ class Tunnel(Relay):
     """What a connection is after a 101: two Flows of frames, and a clock."""
 
     __slots__ = ("gate", "record", "idle_timeout", "ping_interval", "ping_timeout", "ping_peers",
-                 "send_timeout", "wakeup", "seen_wakeup", "end_at", "deadline", "over", "ended_by",
+                 "send_timeout", "wakeup", "seen_wakeup", "end_at", "deadline", "over",
                  "rtt", "opened")
 
     def __init__(self, exchange, backend, head, scan, extensions):
@@ -5125,7 +5378,6 @@ class Tunnel(Relay):
         self.end_at = math.inf       # when draining ends this tunnel
         self.deadline = math.inf     # when a tunnel that is ending is closed, whatever its peers do
         self.over = False
-        self.ended_by = None         # "client", "backend" or "gate"
         self.rtt = None              # of the last pong, in seconds
         self.wakeup = None           # the descriptor of seen_wakeup while it is polled
         self.seen_wakeup = self.gate.wakeup
@@ -5234,9 +5486,7 @@ class Tunnel(Relay):
 
     def note_end(self, side, how, reason=None):
         """Record who has ended the tunnel, how and why; the first one counts."""
-        if self.ended_by is None:
-            self.ended_by = side
-            self.record.close = "%s:%s" % (side, how)
+        if self.record.closed_by(side, how):
             self.record.reason = reason or side + "_gone"
 
     def on_scanner(self, flow, now):
@@ -5257,16 +5507,13 @@ class Tunnel(Relay):
             self.finish("message_too_big", to_client, to_backend, now)
         elif scanner.rtt is not None:
             self.rtt, scanner.rtt = scanner.rtt, None
-        if scanner.close and self.ended_by is None:
-            self.ended_by = "client" if flow is self.up else "backend"
-            self.record.close = "%s:%s" % (self.ended_by, scanner.close[0])
+        if scanner.close:
+            self.record.closed_by("client" if flow is self.up else "backend", scanner.close[0])
 
     def finish(self, reason, to_client, to_backend, now, seconds=LINGER):
         """End the tunnel: Close frames where they can be placed, FIN, and read on for a moment."""
-        if self.ended_by in (None, "gate"):
-            self.ended_by = "gate"
-            framed = isinstance(self.down.scanner, FrameScanner)
-            self.record.close = "gate:%d" % to_client if framed else "gate:fin"
+        framed = isinstance(self.down.scanner, FrameScanner)
+        self.record.closed_by("gate", to_client if framed else "fin")
         self.record.reason = reason
         self.deadline = min(self.deadline, now + seconds)
         self.down.end(close_frame(to_client, reason, False), now)
@@ -5652,115 +5899,135 @@ class FrameScanner(Scanner):
 # ------------------------------------------------------------------- Access log
 
 access_log = logging.getLogger("wsgate.access")
-HANDSHAKE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class AccessLogEntry:
-    """What the access log says of one exchange; filled in on the way, written once at its end."""
+    """What the access log reports of one exchange; filled in on the way, written once at its end.
 
-    __slots__ = ("gate", "id", "time", "begun", "client", "host", "request", "status", "location", "server", "failed",
-                 "handshake", "up", "down", "close", "reason", "frames", "rtt", "note")
+    The connection's thread alone touches it; the status page reads it while the tunnel is open.
+    """
+
+    __slots__ = ("counters", "id", "time", "begun", "client", "host", "request", "status",
+                 "location", "server", "failed", "handshake", "up", "down", "closer", "how",
+                 "reason", "frames", "rtt", "note")
     ids = itertools.count(random.randrange(1 << 24))
 
-    def __init__(self, gate, client):
-        self.gate = gate
+    def __init__(self, counters, client):
+        self.counters = counters
         self.id = "%06x" % (next(self.ids) & 0xFFFFFFFF)
         self.time = time.time()
         self.begun = time.monotonic()
         self.client = client
         self.host = self.request = self.location = self.server = "-"
         self.status = 0
-        self.failed = 0              # servers that failed before this one
-        self.handshake = None        # seconds up to the 101; None if there was none
+        self.failed = 0               # servers that failed before this one
+        self.handshake = None         # seconds up to the 101; None if there was none
         self.up = self.down = (0, 0)  # (messages, bytes) from and to the client
-        self.close = None            # who ended the tunnel and how: client:1000, gate:1001, backend:eof
-        self.reason = None           # a stable word
-        self.frames = None           # "lost" when the tunnel's bytes were no frames
-        self.rtt = None              # of the tunnel's last pong, in seconds
-        self.note = None             # for people
+        self.closer = None            # who ended the tunnel: "client", "backend" or "gate"
+        self.how = None               # and how: a close code, or "eof", "rst", "fin"
+        self.reason = None            # a stable word, see REASONS
+        self.frames = None            # "lost" when the tunnel's bytes were not frames
+        self.rtt = None               # of the tunnel's last pong, in seconds
+        self.note = None              # for people
 
-    def take_request(self, message):
-        """What was asked, of whom: made safe, and only if somebody reads it."""
+    def take_request(self, request):
+        """Take the request line and the host, escaped; skipped if the log is off."""
         if access_log.isEnabledFor(logging.INFO):
-            self.host = printable(message.authority or b"-")
-            self.request = printable(b"%s %s HTTP/1.%d" % (message.method, mask_query(message.target), message.minor))
+            self.host = printable(request.authority or b"-")
+            self.request = printable(b"%s %s HTTP/1.%d" % (
+                request.method, mask_query(request.target), request.minor))
 
     def take_counts(self, tunnel):
-        """What has passed through a tunnel; once its scanners are gone, messages are counted no more."""
-        for name, flow in (("up", tunnel.up), ("down", tunnel.down)):
-            messages = max(flow.scanner.messages, getattr(self, name)[0])
-            setattr(self, name, (messages, flow.bytes))
+        """Take what has passed through a tunnel; a scanner that gave up counts no messages."""
+        self.up = max(tunnel.up.scanner.messages, self.up[0]), tunnel.up.bytes
+        self.down = max(tunnel.down.scanner.messages, self.down[0]), tunnel.down.bytes
         self.rtt = tunnel.rtt
 
     def ended(self, reason, status=None, note=None):
-        """The exchange could not go on; status only if no answer has begun."""
+        """The exchange could not continue; status only if no response has begun."""
         self.reason = reason
         self.status = status or self.status
         self.note = " ".join(note.split()).replace('"', "'") if note else self.note
 
-    def note_refusal(self, message, response):
-        """A backend refused a handshake: say what its answer and the request disagree about."""
+    def closed_by(self, who, how):
+        """Record who ended the tunnel ("client", "backend" or "gate") and how.
+
+        how: a close code, or "eof", "rst", "fin". The first one counts, but what the gate has
+        done it may do again differently. Returns whether this one counts.
+        """
+        counts = self.closer is None or self.closer == who == "gate"
+        if counts:
+            self.closer, self.how = who, how
+        return counts
+
+    def note_refusal(self, request, response):
+        """A backend refused a handshake: note what its response and the request disagree about."""
         self.reason = "backend_said_%d" % response.status
-        location, origin = response.fields.get(b"location"), message.fields.get(b"origin")
+        location, origin = response.fields.get(b"location"), request.fields.get(b"origin")
         if location and response.status // 100 == 3:
             self.note = "redirected to %s" % printable(mask_query(location))
         elif origin and response.status == 403:
-            self.note = "Origin %s, Host %s" % (printable(origin), printable(message.authority))
+            self.note = "Origin %s, Host %s" % (printable(origin), printable(request.authority))
 
     def tunnel_begins(self):
-        """One line now; the one at the end has the same id, and the whole story."""
+        """Write one line now; the one at the end has the same ID and all fields."""
         self.handshake = time.monotonic() - self.begun
-        self.gate.count_tunnel(self.handshake)
-        if access_log.isEnabledFor(logging.INFO):
-            self.write_line(event="open")
+        self.counters.count_tunnel(self.handshake)
+        self.write_line(event="open")
 
     def write(self):
-        """The line at the end."""
-        self.gate.count_exchange(self)
-        if access_log.isEnabledFor(logging.INFO):
-            self.write_line(
-                event="done" if self.handshake is None else "closed", request=self.request, status=self.status,
-                dur=round(time.monotonic() - self.begun, 3), up=self.up, down=self.down, close=self.close,
-                reason=self.reason or "-", failed=self.failed or None, frames=self.frames, note=self.note,
-                rtt=None if self.rtt is None else round(self.rtt, 4))
+        """Count the exchange and write the line at its end."""
+        self.counters.count_exchange(self)
+        self.write_line(
+            event="done" if self.handshake is None else "closed", request=self.request,
+            status=self.status, dur=round(time.monotonic() - self.begun, 3), up=self.up,
+            down=self.down, close=self.closer and "%s:%s" % (self.closer, self.how),
+            reason=self.reason or "-", failed=self.failed or None, frames=self.frames,
+            note=self.note, rtt=None if self.rtt is None else round(self.rtt, 4))
 
     def write_line(self, **fields):
-        """A line of these fields and of those that each line has; those that are None are left out."""
-        stamp = "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.time)), self.time % 1 * 1000)
-        access_log.info(LogLine(fields, time=stamp, id=self.id, client=self.client, host=self.host, server=self.server,
-                             location=self.location, hs=self.handshake and round(self.handshake, 3)))
+        """Write a line of these fields and of those that each line has."""
+        if access_log.isEnabledFor(logging.INFO):
+            access_log.info(LogLine(
+                fields, time=utc(self.time), id=self.id, client=self.client, host=self.host,
+                server=self.server, location=self.location,
+                hs=self.handshake and round(self.handshake, 3)))
 
 
 LOG_FIELDS = (  # the fields of an access log line in their order, and how each is written
-    ("time", "%s"), ("id", "%s"), ("client", "%s"), ("host", "%s"), ("request", '"%s"'), ("status", "%s"),
-    ("event", "%s"), ("location", "%s"), ("server", "%s"), ("dur", "dur=%s"), ("hs", "hs=%s"), ("up", "up=%d/%dB"),
-    ("down", "down=%d/%dB"), ("close", "close=%s"), ("reason", "reason=%s"), ("failed", "failed=%s"),
-    ("frames", "frames=%s"), ("note", 'note="%s"'), ("rtt", "rtt=%s"))
+    ("time", "%s"), ("id", "%s"), ("client", "%s"), ("host", "%s"), ("request", '"%s"'),
+    ("status", "%s"), ("event", "%s"), ("location", "%s"), ("server", "%s"), ("dur", "dur=%s"),
+    ("hs", "hs=%s"), ("up", "up=%d/%dB"), ("down", "down=%d/%dB"), ("close", "close=%s"),
+    ("reason", "reason=%s"), ("failed", "failed=%s"), ("frames", "frames=%s"),
+    ("note", 'note="%s"'), ("rtt", "rtt=%s"))
 
 
 class LogLine(dict):
-    """The fields of an access log line, made into text or JSON by the formatter."""
+    """The fields of an access log line; those that are None are left out."""
 
     def __str__(self):
-        """In the order of LOG_FIELDS; each field is one word, or stands in quotes. A location may be two words."""
-        self["location"] = self["location"].replace(" ", "\\x20")
-        return " ".join([form % self[name] for name, form in LOG_FIELDS if self.get(name) is not None])
+        """As text, in the order of LOG_FIELDS: each field is one word or in quotes."""
+        self["location"] = self["location"].replace(" ", "\\x20")  # "= /exact" has two words
+        return " ".join([form % self[name] for name, form in LOG_FIELDS
+                         if self.get(name) is not None])
 
-
-class JSONFormatter(logging.Formatter):
-    """Access log lines as JSON objects."""
-
-    def format(self, record):
-        """A pair of counts becomes two fields, up_messages and up_bytes."""
-        fields = {name: value for name, value in record.msg.items() if value is not None}
+    def json(self):
+        """As a JSON object; a pair of counts is two fields, e.g. up_messages and up_bytes."""
+        fields = {name: value for name, value in self.items() if value is not None}
         for name in ("up", "down"):
             if name in fields:
                 fields[name + "_messages"], fields[name + "_bytes"] = fields.pop(name)
         return json.dumps(fields, sort_keys=True)
 
 
+def utc(seconds):
+    """Return a Unix time as ISO 8601 text in UTC, with milliseconds."""
+    return "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)),
+                         seconds % 1 * 1000)
+
+
 def mask_query(target):
-    """A request-target with the values of its query taken out: tokens live there."""
+    """Return a request-target without the values of its query, where tokens often are."""
     path, question, query = target.partition(b"?")
     if not question:
         return target
@@ -5768,51 +6035,246 @@ def mask_query(target):
     return path + question + re.sub(br"(^|[&;])[^&;=]{24,}", br"\1...", query)
 
 
-REDACTED_FIELDS = frozenset(b"authorization proxy-authorization cookie set-cookie sec-websocket-protocol sec-websocket-key"
-                   b" x-api-key".split())
+REDACTED_FIELDS = frozenset(b"authorization proxy-authorization cookie set-cookie x-api-key"
+                            b" sec-websocket-protocol sec-websocket-key".split())
 
 
-def show_head(message):
-    """A request's head for the debug log, without what must stay secret."""
-    lines = [message.method + b" " + mask_query(message.target)]
-    lines += [name + b": " + (b"..." if name.lower() in REDACTED_FIELDS else value) for name, value in message.fields]
+def show_head(request):
+    """Return a request's head for the debug log, without what must stay secret."""
+    lines = [request.method + b" " + mask_query(request.target)]
+    lines += [name + b": " + (b"..." if name.lower() in REDACTED_FIELDS else value)
+              for name, value in request.fields]
     return "\n".join("  " + printable(line) for line in lines)
 
 
-def setup_logging(server):
-    """Open the logs that the configuration names; on OSError the old ones stay."""
-    error_format = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    access_format = JSONFormatter() if server.log_format == "json" else logging.Formatter("%(message)s")
-    handlers = [(log, log_handler(server.error_log, sys.stderr), error_format),
-                (access_log, log_handler(server.access_log, sys.stdout), access_format)]
+# ------------------------------------------------------------------ Log writers
+#
+# A thread that logs must never wait for the reader of a log: a stalled container runtime
+# or syslogd would stop all traffic. So each of the two logs has a LogWriter: lines are
+# formatted by the thread that logs, wait in a bounded queue, and are written by the writer's
+# own thread. It gathers lines for a moment, which costs fewer wake-ups and system calls
+# than a write per line. What does not fit is dropped and counted.
+
+
+class LogWriter(logging.Handler):
+    """One open log: a bounded queue of lines, and a thread that writes them to a sink."""
+
+    LIMIT = 1 << 20  # characters in the queue
+    GATHER = 0.05    # seconds
+    PATIENCE = 0.3   # seconds to write what is queued when the log is closed
+
+    def __init__(self, where, sink):
+        """where: the value of access_log or error_log. sink: an object with write(lines)
+        that returns how many lines were lost, and close(). Raises OSError."""
+        super().__init__()
+        self.where = where
+        self.sink = sink
+        self.queue_lock = threading.Lock()
+        # Guarded by queue_lock:
+        self.queue = []    # of (level name, text)
+        self.size = 0      # characters in it
+        self.dropped = 0   # lines, in all
+        self.reported = 0  # of these, in the error log; main thread alone
+        self.ready = threading.Event()    # there is something to do
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self.run, name="log writer", daemon=True)
+        try:
+            self.thread.start()
+        except RuntimeError as error:  # no more threads
+            sink.close()
+            raise OSError(errno.EAGAIN, str(error))
+
+    def handle(self, record):
+        """Queue a line, or drop it; in place of logging's own, which holds a lock over I/O."""
+        try:
+            text = self.format(record)
+        except Exception:  # as all handlers of logging do
+            self.handleError(record)
+            return
+        with self.queue_lock:
+            if self.size + len(text) > self.LIMIT:
+                self.dropped += 1
+                return
+            self.queue.append((record.levelname, text))
+            self.size += len(text)
+            if not self.ready.is_set():
+                self.ready.set()
+
+    def run(self):
+        """Write what is queued until close(), in the writer's own thread."""
+        while True:
+            self.ready.wait()
+            self.closing.wait(self.GATHER)
+            with self.queue_lock:
+                lines, self.queue, self.size = self.queue, [], 0
+                if not self.closing.is_set():
+                    self.ready.clear()
+                elif not lines:
+                    break
+            lost = self.sink.write(lines)
+            if lost:
+                with self.queue_lock:
+                    self.dropped += lost
+        self.sink.close()
+
+    def close(self):
+        """Write what is queued and end; a sink that stalls is waited for no longer than PATIENCE."""
+        if not self.closing.is_set():
+            super().close()
+            self.closing.set()
+            self.ready.set()
+            self.thread.join(self.PATIENCE)
+
+
+class FileSink:
+    """Writes lines to a descriptor: a file, stdout or stderr."""
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+
+    def write(self, lines):
+        """Write (level, text) pairs; return how many are lost, e.g. because the disk is full."""
+        data = "".join([text + "\n" for _, text in lines]).encode("utf-8", "backslashreplace")
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(self.descriptor, rest):]
+            except BlockingIOError:  # whoever shares the pipe has made it non-blocking
+                poll = Poll()
+                poll.register(self.descriptor, POLLOUT)
+                poll.poll(1000)
+            except OSError:
+                return bytes(rest).count(b"\n")
+        return 0
+
+    def close(self):
+        os.close(self.descriptor)
+
+
+class SyslogSink:
+    """Sends each line to syslogd as a datagram (RFC 3164)."""
+
+    def __init__(self, host, port):
+        """host, port: of syslogd, None: the local one. Raises OSError."""
+        self.handler = logging.handlers.SysLogHandler((host, port) if host else "/dev/log",
+                                                      facility="daemon")
+        self.handler.append_nul = False
+        self.handler.ident = "wsgate: "  # without it syslogd takes the first word for the host
+        self.handler.handleError = lambda record: self.lost.append(record)
+        self.lost = []
+
+    def write(self, lines):
+        """Send (level, text) pairs; return how many could not be sent."""
+        self.lost = []
+        for level, text in lines:
+            self.handler.emit(logging.makeLogRecord({"levelname": level, "msg": text}))
+        return len(self.lost)
+
+    def close(self):
+        self.handler.close()
+
+
+class LogFormatter(logging.Formatter):
+    """Lines of the error log: UTC time as in the access log, level, message."""
+
+    def __init__(self):
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def formatTime(self, record, datefmt=None):
+        return utc(record.created)
+
+
+class JSONFormatter(logging.Formatter):
+    """Access log lines as JSON objects."""
+
+    def format(self, record):
+        return record.msg.json()
+
+
+def open_logs(server):
+    """Open both logs as [server] says, again if they are open.
+
+    Returns {key: error} of those that cannot be opened; they stay as they are.
+    """
     log.setLevel(server.log_level.upper())
     access_log.setLevel(logging.CRITICAL if server.access_log == "off" else logging.INFO)
     logging.raiseExceptions = False  # a log that cannot be written costs no connection
-    logging._srcfile = None  # neither caller nor thread is shown: do not look for them (Logging HOWTO, Optimization)
+    logging._srcfile = None  # do not look for caller and thread (Logging HOWTO, Optimization)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    for logger, handler, formatter in handlers:
-        old = list(logger.handlers)
-        handler.setFormatter(formatter)
-        logger.addHandler(handler)
-        logger.propagate = False
-        for each in old:
-            logger.removeHandler(each)
-            each.close()
+    formatter = JSONFormatter() if server.log_format == "json" else logging.Formatter()
+    errors = {}
+    for key, logger, where, formatter in (
+            ("error_log", log, server.error_log, LogFormatter()),
+            ("access_log", access_log, server.access_log, formatter)):
+        try:
+            open_log(logger, where, server.user).setFormatter(formatter)
+        except OSError as error:
+            errors[key] = error.strerror or str(error)
+    return errors
 
 
-def log_handler(where, stream):
-    """The value of access_log or error_log -> a logging.Handler."""
-    if where == "off":
-        return logging.NullHandler()
-    if where == "-":
-        return logging.StreamHandler(stream)
+def open_log(logger, where, user):
+    """Give a logger the one handler for this destination and return it; raise OSError."""
+    old = list(logger.handlers)
+    for handler in old:  # only a file can have been replaced by another of its name
+        if getattr(handler, "where", None) == where and where.startswith(("-", "syslog:")):
+            return handler
+    sink = log_sink(where, sys.stderr if logger is log else sys.stdout, user)
+    handler = LogWriter(where, sink) if sink else logging.NullHandler()
+    logger.addHandler(handler)
+    logger.propagate = False
+    for each in old:
+        logger.removeHandler(each)
+        each.close()
+        if sink and isinstance(each, LogWriter):
+            handler.dropped, handler.reported = each.dropped, each.reported
+    return handler
+
+
+def log_sink(where, stream, user):
+    """Return the sink for a value of access_log or error_log, None for off; raise OSError.
+
+    stream: what - is. user: who will have to open the file again.
+    """
     if where.startswith("syslog:"):
         host, _, port = where[7:].partition(":")
-        handler = logging.handlers.SysLogHandler((host, int(port or 514)) if host else "/dev/log", facility="daemon")
-        handler.append_nul = False
-        handler.ident = "wsgate: "  # the program's name; without it syslogd takes the id for the host
-        return handler
-    return logging.FileHandler(where, encoding="utf-8")
+        return SyslogSink(host, int(port or 514))
+    if where == "off" or (where == "-" and stream is None):  # closed by who started us
+        return None
+    if where == "-":
+        return FileSink(os.dup(stream.fileno()))
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+    try:  # without O_NONBLOCK a named pipe that has no reader would be waited for
+        descriptor = os.open(where, flags, 0o644)
+    except OSError as error:
+        raise OSError(error.errno, cannot_write(where, error))
+    give_to(user, where, descriptor)
+    return FileSink(descriptor)
+
+
+def log_writers():
+    """Return {"access_log" or "error_log": LogWriter} of the logs that are open."""
+    return {key: handler for key, logger in (("access_log", access_log), ("error_log", log))
+            for handler in logger.handlers if isinstance(handler, LogWriter)}
+
+
+def report_dropped_lines():
+    """Log how many lines have been dropped, once the error log has room for that."""
+    writers = log_writers()
+    error_log = writers.get("error_log")
+    for key, writer in writers.items():
+        dropped = writer.dropped - writer.reported
+        if dropped and error_log and error_log.size < error_log.LIMIT // 2:
+            writer.reported += dropped
+            log.warning("%s: %d lines dropped (it cannot be written, or its reader stalls)",
+                        key, dropped)
+
+
+def close_logs():
+    """Write what is queued and close both logs."""
+    report_dropped_lines()
+    for writer in log_writers().values():
+        writer.close()
 
 
 # ----------------------------------------------------------------------- Status
@@ -5822,117 +6284,164 @@ class StatusConnection(socketserver.BaseRequestHandler):
     """One request to the status page: / /status.json /metrics /healthz /readyz."""
 
     def handle(self):
-        """Read the request, answer it, close."""
-        stream, deadline, method, fields = Stream(self.request), Deadline(5), None, ()
+        """Read the request, send the response, close."""
+        stream, deadline = Stream(self.request), Deadline(STATUS_TIMEOUT)
+        head_only, fields = False, ()
         try:
             try:
-                message = parse_request_head(read_head(stream, SMALL_READ, deadline))
-                method = message.method
-                status, kind, text = self.page(self.server.gate, message)
+                request = parse_request_head(read_head(stream, SMALL_READ, deadline))
+                head_only = request.method == b"HEAD"
+                status, kind, text = self.page(self.server.gate, request)
             except HTTPError as error:
-                status, kind, text, fields = error.status, "text/plain", "%s\n" % error.reason, error.fields
-            body = text.encode()
-            head = ("HTTP/1.1 %d %s\r\nContent-Type: %s; charset=utf-8\r\nContent-Length: %d\r\n"
-                    "Cache-Control: no-store\r\nConnection: close\r\n"
-                    % (status, reason_phrase(status), kind, len(body))).encode()
-            head += b"".join(b"%s: %s\r\n" % pair for pair in fields) + b"\r\n"
-            stream.write_all(head if method == b"HEAD" else head + body, deadline)
+                status, kind, fields = error.status, b"text/plain", error.fields
+                text = ": ".join(filter(None, (error.reason, error.detail))) + "\n"
+            stream.write_all(make_response(status, None, text.encode(), STATUS_FIELDS + fields,
+                                           head_only=head_only, content_type=kind), deadline)
             stream.linger(Deadline(LINGER))
-        except (OSError, EOFError, TimedOut):  # whoever asked has gone
+        except (OSError, EOFError, TimedOut):  # the client has gone
             pass
         finally:
             stream.close()
 
-    def page(self, gate, message):
-        """-> (status, content type, text); raises HTTPError."""
-        if self.client_address and not trusted(gate.config.server.status_allow, self.client_address[0]):
-            raise HTTPError(403, "access_denied")
-        if message.method not in (b"GET", b"HEAD"):
+    def page(self, gate, request):
+        """Return (status, content type, text); raise HTTPError."""
+        self.check_client(gate.config.server, request)
+        if request.method not in (b"GET", b"HEAD"):
             raise HTTPError(405, "method_not_allowed", "", ((b"Allow", b"GET, HEAD"),))
-        path, _, query = message.target.decode("ascii").partition("?")
+        path, _, query = request.target.decode("ascii").partition("?")
         if path == "/healthz":
-            return 200, "text/plain", "ok\n"
+            return 200, b"text/plain", "ok\n"
         if path == "/readyz":
-            return (200, "text/plain", "ready\n") if gate.state == "running" else (503, "text/plain", gate.state + "\n")
+            ready = gate.state == "running"
+            return 200 if ready else 503, b"text/plain", "ready\n" if ready else gate.state + "\n"
         if path == "/metrics":
-            return 200, "text/plain; version=0.0.4", metrics(status(gate))
+            return 200, b"text/plain; version=0.0.4", metrics(status(gate))
+        facts = status(gate)
+        facts["live"] = [describe_tunnel(tunnel, time.monotonic()) for tunnel in gate.tunnels()]
         if path == "/status.json":
-            return 200, "application/json", json.dumps(status(gate), indent=1) + "\n"
+            return 200, b"application/json", json.dumps(facts, indent=1) + "\n"
         if path == "/":
-            return 200, "text/html", status_page(status(gate), query)
+            return 200, b"text/html", status_page(facts, query)
         raise HTTPError(404, "no_route", "no such page")
+
+    def check_client(self, server, request):
+        """Raise HTTPError unless status_allow has the client and Host is one of ours.
+
+        Whoever can connect to a Unix socket is allowed. A web page that lets its own name point
+        to this address (DNS rebinding) sends that name in Host.
+        """
+        if not isinstance(self.client_address, tuple):
+            return
+        if not trusted(server.status_allow, self.client_address[0]):
+            raise HTTPError(403, "access_denied", "this address is not in status_allow")
+        host = request.host.strip("[]")
+        names = ("", "localhost", self.server.listen.address.host)  # "": HTTP/1.0 without Host
+        if host not in names and parse_ip(host) is None:
+            raise HTTPError(403, "access_denied", "Host is not an address, localhost or the name"
+                                                  " in status_listen")
+
+
+STATUS_TIMEOUT = 5  # seconds for a whole exchange
+STATUS_FIELDS = (
+    (b"Cache-Control", b"no-store"),
+    (b"Content-Security-Policy", b"default-src 'none'; style-src 'unsafe-inline';"
+                                 b" base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+    (b"X-Frame-Options", b"DENY"),
+    (b"X-Content-Type-Options", b"nosniff"),
+)
 
 
 def status(gate):
-    """All that the status pages tell -> dict. Takes no lock that traffic waits for longer than a copy."""
-    now = time.monotonic()
-    with gate.lock:
-        connections, totals, handshakes = len(gate.connections), gate.totals.copy(), list(gate.handshakes)
+    """Return what the status pages show, except the open tunnels, as a dict."""
+    now, connections, counters = time.monotonic(), gate.connections, gate.counters
+    with counters.lock:
+        totals, handshakes = counters.totals.copy(), list(counters.handshakes)
     bounds = ["%g" % bound for bound in HANDSHAKE_BUCKETS] + ["+Inf"]
-    tunnels = []
-    for tunnel in gate.tunnels():
-        record, flows = tunnel.record, (tunnel.up, tunnel.down)
-        scanners = [flow.scanner for flow in flows]
-        data = max([scanner.last_data for scanner in scanners if scanner.last_data] or [tunnel.last_byte])
-        tunnels.append({
-            "id": record.id, "age": round(now - tunnel.opened, 1), "client": record.client, "location": record.location,
-            "server": record.server, "last_data": round(now - data, 1), "last_byte": round(now - tunnel.last_byte, 1),
-            "up_messages": scanners[0].messages, "up_bytes": flows[0].bytes,
-            "down_messages": scanners[1].messages, "down_bytes": flows[1].bytes,
-            "rtt": None if tunnel.rtt is None else round(tunnel.rtt, 4)})
-    servers = [{"upstream": upstream.name, "server": server.name, "active": server.health.active,
-                "selected": server.health.selected, "up": not server.down and server.available(now),
-                "state": "down" if server.down else "up" if server.available(now) else "unavailable", "backup": server.backup}
+    servers = [describe_server(upstream, server, now)
                for upstream in gate.config.upstreams for server in upstream.servers]
-    return {"version": VERSION, "state": gate.state, "started": round(gate.started, 3),
-            "uptime": round(time.time() - gate.started), "connections": connections,
-            "capacity": gate.capacity, "capacity_reason": gate.capacity_reason, "tunnels_open": len(tunnels),
-            "requests": totals["requests"], "tunnels": totals["tunnels"],
-            "bytes": dict(zip(("up", "down"), gate.traffic()[1:])), "statuses": counted(totals, "status_"),
-            "refusals": counted(totals, "refused_"), "ends": counted(totals, "end_"),
+    tunnels, up, down = gate.traffic()
+    return {"version": VERSION, "state": gate.state, "started": round(counters.started, 3),
+            "uptime": round(time.time() - counters.started), "connections": len(connections),
+            "capacity": connections.capacity, "capacity_reason": connections.limited_by,
+            "tunnels_open": tunnels, "requests": totals["requests"],
+            "tunnels": totals["tunnels"], "bytes": {"up": up, "down": down},
+            "statuses": counted(totals, "status_"), "refusals": counted(totals, "refused_"),
+            "ends": counted(totals, "end_"),
             "handshakes": dict(zip(bounds, itertools.accumulate(handshakes))),
             "handshake_sum": totals["handshake_sum"],
-            "servers": servers, "live": tunnels, "history": rates(list(gate.samples))}
+            "log_lines_dropped": {key: writer.dropped for key, writer in log_writers().items()},
+            "servers": servers, "history": rates(list(counters.samples))}
+
+
+def describe_server(upstream, server, now):
+    """Return what the status pages show of a Server, as a dict."""
+    available = server.available(now)
+    return {"upstream": upstream.name, "server": server.name, "active": server.health.active,
+            "selected": server.health.selected, "up": not server.down and available,
+            "state": "down" if server.down else "up" if available else "unavailable",
+            "backup": server.backup}
+
+
+def describe_tunnel(tunnel, now):
+    """Return what the status pages show of an open Tunnel, as a dict."""
+    entry, flows = tunnel.record, (tunnel.up, tunnel.down)
+    scanners = [flow.scanner for flow in flows]
+    data = max([each.last_data for each in scanners if each.last_data] or [tunnel.last_byte])
+    return {
+        "id": entry.id, "age": round(now - tunnel.opened, 1), "client": entry.client,
+        "location": entry.location, "server": entry.server, "last_data": round(now - data, 1),
+        "last_byte": round(now - tunnel.last_byte, 1),
+        "up_messages": scanners[0].messages, "up_bytes": flows[0].bytes,
+        "down_messages": scanners[1].messages, "down_bytes": flows[1].bytes,
+        "rtt": None if tunnel.rtt is None else round(tunnel.rtt, 4)}
 
 
 def rates(samples):
-    """Gate.samples -> [(tunnels, bytes up per second, bytes down per second)]"""
-    return [(new[1], max(0, new[2] - old[2]) / (new[0] - old[0]), max(0, new[3] - old[3]) / (new[0] - old[0]))
+    """Return Counters.samples as [(tunnels, bytes up per second, bytes down per second)]."""
+    return [(new[1], max(0, new[2] - old[2]) / (new[0] - old[0]),
+             max(0, new[3] - old[3]) / (new[0] - old[0]))
             for old, new in zip(samples, samples[1:])]
 
 
 def counted(totals, prefix):
-    """What Gate.totals has under this prefix -> {word: count}"""
-    return {name[len(prefix):]: count for name, count in sorted(totals.items()) if name.startswith(prefix)}
+    """Return what Counters.totals has under this prefix as {word: count}."""
+    return {name[len(prefix):]: count for name, count in sorted(totals.items())
+            if name.startswith(prefix)}
 
 
 METRICS = (  # name, kind, key of status(), label or key of what is in it, meaning
-    ("start_time_seconds", "gauge", "started", None, "When the gate was started, in unix time."),
-    ("connections", "gauge", "connections", None, "Client connections open now."),
-    ("connections_limit", "gauge", "capacity", None, "Client connections there may be."),
-    ("tunnels", "gauge", "tunnels_open", None, "Tunnels open now."),
+    ("start_time_seconds", "gauge", "started", None, "Start of the process, in Unix time."),
+    ("connections", "gauge", "connections", None, "Open client connections."),
+    ("connections_limit", "gauge", "capacity", None, "Maximum number of client connections."),
+    ("tunnels", "gauge", "tunnels_open", None, "Open tunnels."),
     ("requests_total", "counter", "statuses", "status", "Exchanges that have ended, by status."),
-    ("refusals_total", "counter", "refusals", "reason", "Exchanges the gate answered itself, by reason."),
+    ("refusals_total", "counter", "refusals", "reason",
+     "Exchanges that wsgate refused, by reason."),
     ("tunnel_ends_total", "counter", "ends", "reason", "Tunnels that have ended, by reason."),
-    ("bytes_total", "counter", "bytes", "direction", "Payload relayed, from (up) and to (down) clients."),
-    ("server_active", "gauge", "servers", "active", "Exchanges and tunnels of a server now."),
-    ("server_up", "gauge", "servers", "up", "1 unless the server rests or is down."),
-    ("handshake_seconds", "histogram", "handshakes", "le", "From the request to the 101."),
+    ("bytes_total", "counter", "bytes", "direction",
+     "Payload relayed, from (up) and to (down) clients."),
+    ("log_lines_dropped_total", "counter", "log_lines_dropped", "log",
+     "Log lines that could not be written."),
+    ("server_active", "gauge", "servers", "active", "Open exchanges and tunnels of a server."),
+    ("server_up", "gauge", "servers", "up", "0 while a server is unavailable or marked down."),
+    ("handshake_seconds", "histogram", "handshakes", "le", "Time from a request to its 101."),
 )
 
 
 def metrics(facts):
-    """The dict of status() in the Prometheus text format, version 0.0.4."""
+    """Return the dict of status() in the Prometheus text format, version 0.0.4."""
     lines = []
     quoted = json.JSONEncoder(ensure_ascii=False).encode  # as label values are
     for name, kind, key, label, meaning in METRICS:
         lines += ["# HELP wsgate_%s %s" % (name, meaning), "# TYPE wsgate_%s %s" % (name, kind)]
         if key == "servers":
             lines += ["wsgate_%s{upstream=%s,server=%s} %d" % (
-                name, quoted(each["upstream"]), quoted(each["server"]), each[label]) for each in facts[key]]
+                name, quoted(each["upstream"]), quoted(each["server"]), each[label])
+                for each in facts[key]]
         elif label:
             name += "_bucket" if kind == "histogram" else ""
-            lines += ['wsgate_%s{%s="%s"} %s' % (name, label, word, count) for word, count in facts[key].items()]
+            lines += ['wsgate_%s{%s="%s"} %s' % (name, label, word, count)
+                      for word, count in facts[key].items()]
         else:
             lines.append("wsgate_%s %s" % (name, facts[key]))
     lines += ["wsgate_handshake_seconds_sum %s" % facts["handshake_sum"],
@@ -5940,68 +6449,91 @@ def metrics(facts):
     return "\n".join(lines) + "\n"
 
 
-STATUS_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="5">
-<meta name="viewport" content="width=device-width"><title>wsgate: {tunnels_open} tunnels</title>
+STATUS_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta http-equiv="refresh" content="5"><meta name="viewport" content="width=device-width">
+<title>wsgate: {tunnels_open} tunnels</title>
 <style>
 :root{{color-scheme:light dark;--line:#8884}}
 body{{font:15px/1.45 system-ui,sans-serif;margin:1em auto;max-width:70em;padding:0 1em}}
-h1{{font-size:1.3em}} h2{{font-size:1.05em;margin:1.6em 0 .4em}} .facts{{display:flex;flex-wrap:wrap;gap:.6em 2em}}
-.facts b{{display:block;font-size:1.5em}} .wide{{overflow-x:auto}} table{{border-collapse:collapse;width:100%}}
+h1{{font-size:1.3em}} h2{{font-size:1.05em;margin:1.6em 0 .4em}}
+.facts{{display:flex;flex-wrap:wrap;gap:.6em 2em}} .facts b{{display:block;font-size:1.5em}}
+.wide{{overflow-x:auto}} table{{border-collapse:collapse;width:100%}}
 th,td{{text-align:right;padding:.25em .6em;border-bottom:1px solid var(--line);white-space:nowrap;
 font-variant-numeric:tabular-nums}}
-tr>:first-child,.servers tr>:nth-child(2),.live tr>:nth-child(n+3):nth-child(-n+5){{text-align:left}}
+tr>:first-child,.servers tr>:nth-child(2),.live tr>:nth-child(n+3):nth-child(-n+5){{
+text-align:left}}
 svg{{width:100%;height:7em;border-bottom:1px solid var(--line)}}
 path{{fill:none;stroke-width:1.5;vector-effect:non-scaling-stroke}}
-.a{{stroke:#36c}} .b{{stroke:#2a2}} .c{{stroke:#d70}}
-.unavailable>:nth-child(3),.down>:nth-child(3){{color:#d22;font-weight:bold}}
+.a{{stroke:#36c}} .b{{stroke:#2a2}} .c{{stroke:#d70}} .ta{{color:#36c}} .tb{{color:#2a2}}
+.tc{{color:#d70}} .unavailable>:nth-child(3),.down>:nth-child(3){{color:#d22;font-weight:bold}}
 </style><h1>wsgate {version} <small>{state}, up {uptime}</small></h1>
 <div class="facts"><div><b>{tunnels_open}</b>tunnels open</div>
 <div><b>{connections}</b>connections of {capacity} ({capacity_reason})</div>
 <div><b>{tunnels}</b>tunnels in all</div><div><b>{requests}</b>exchanges ended</div></div>
-<h2>Last ten minutes: <span style="color:#36c">tunnels</span>, <span style="color:#2a2">bytes/s up</span>,
-<span style="color:#d70">bytes/s down</span></h2>
+<h2>Last ten minutes: <span class="ta">tunnels</span>, <span class="tb">bytes/s up</span>,
+<span class="tc">bytes/s down</span></h2>
 <svg viewBox="0 0 120 100" preserveAspectRatio="none" role="img"
  aria-label="tunnels and bytes per second">{curves}</svg>
 <p>{peaks}</p><h2>Servers</h2><div class="wide"><table class="servers">
 <tr><th>upstream<th>server<th>state<th>active<th>selected</tr>{servers}</table></div>
-<h2>Tunnels, by <a href="?sort=age">age</a> or <a href="?sort=bytes">bytes</a></h2><div class="wide">
-<table class="live"><tr><th>id<th>age<th>client<th>location<th>server<th>messages up<th>bytes up<th>messages down
-<th>bytes down<th>last data<th>rtt</tr>{live}</table></div>
-<h2>Answered by the gate itself</h2><p>{refusals}</p></html>
+<h2>Tunnels, by <a href="?sort=age">age</a> or <a href="?sort=bytes">bytes</a></h2>
+<div class="wide"><table class="live"><tr><th>id<th>age<th>client<th>location<th>server
+<th>messages up<th>bytes up<th>messages down<th>bytes down<th>last data<th>rtt</tr>{live}</table>
+</div><h2>Refused by wsgate</h2><p>{refusals}</p></html>
 """
 
 
 def status_page(facts, query):
-    """The dict of status() as HTML that refreshes itself; no script, nothing from elsewhere."""
-    def row(values, kind=""):
-        """A row of a table; kind: its class."""
-        return '<tr class="%s">%s' % (kind, "".join("<td>%s" % html.escape(str(value)) for value in values))
+    """Return the dict of status() as HTML that refreshes itself; no script, nothing loaded."""
+    keys = ("up_bytes", "down_bytes") if query == "sort=bytes" else ("age",)
+    live = sorted(facts["live"], key=lambda each: -sum(each[key] for key in keys))[:500]
+    refusals = ", ".join("%s %d" % pair for pair in facts["refusals"].items()) or "nothing"
+    curves, peaks = status_curves(facts["history"])
+    return STATUS_PAGE.format(**dict(
+        facts, uptime=duration(facts["uptime"]), curves=curves, peaks=peaks,
+        servers="".join(server_row(each) for each in facts["servers"]),
+        live="".join(tunnel_row(each) for each in live), refusals=html.escape(refusals)))
 
+
+def status_curves(history):
+    """Return (SVG paths, text of the peaks) for the history that rates() makes."""
     curves, peaks = [], []
-    for column, (kind, name) in enumerate((("a", "tunnels"), ("b", "bytes/s up"), ("c", "bytes/s down"))):
-        values = [sample[column] for sample in facts["history"]]
+    for column, (kind, name) in enumerate((("a", "tunnels"), ("b", "bytes/s up"),
+                                           ("c", "bytes/s down"))):
+        values = [sample[column] for sample in history]
         peak = max(values, default=0)
         points = ["%d,%.1f" % (120 - len(values) + place, 98 - 96 * value / peak if peak else 98)
                   for place, value in enumerate(values)]
         if points:
             curves.append('<path class="%s" d="M%s"/>' % (kind, " L".join(points)))
         peaks.append("most %s: %s" % (name, amount(peak)))
-    keys = ("up_bytes", "down_bytes") if query == "sort=bytes" else ("age",)
-    live = [row((each["id"], duration(each["age"]), each["client"], each["location"], each["server"],
-                 each["up_messages"], amount(each["up_bytes"]), each["down_messages"], amount(each["down_bytes"]),
-                 duration(each["last_data"]), "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
-            for each in sorted(facts["live"], key=lambda each: -sum(each[key] for key in keys))[:500]]
-    servers = [row((each["upstream"] if each["upstream"] != each["server"] else "-", each["server"],
-                    each["state"] + (" (backup)" if each["backup"] else ""), each["active"], each["selected"]),
-                   each["state"]) for each in facts["servers"]]
-    refusals = ", ".join("%s %d" % pair for pair in facts["refusals"].items()) or "nothing"
-    return STATUS_PAGE.format(**dict(facts, uptime=duration(facts["uptime"]), curves="".join(curves),
-                                     peaks=", ".join(peaks), servers="".join(servers), live="".join(live),
-                                     refusals=html.escape(refusals)))
+    return "".join(curves), ", ".join(peaks)
+
+
+def server_row(each):
+    """Return a row of the table of servers; each: the dict of describe_server."""
+    return table_row((each["upstream"] if each["upstream"] != each["server"] else "-",
+                      each["server"], each["state"] + (" (backup)" if each["backup"] else ""),
+                      each["active"], each["selected"]), each["state"])
+
+
+def tunnel_row(each):
+    """Return a row of the table of tunnels; each: the dict of describe_tunnel."""
+    return table_row((each["id"], duration(each["age"]), each["client"], each["location"],
+                      each["server"], each["up_messages"], amount(each["up_bytes"]),
+                      each["down_messages"], amount(each["down_bytes"]),
+                      duration(each["last_data"]),
+                      "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
+
+
+def table_row(values, kind=""):
+    """Return a row of a table; kind: its class."""
+    cells = "".join("<td>%s" % html.escape(str(value)) for value in values)
+    return '<tr class="%s">%s' % (kind, cells)
 
 
 def duration(seconds):
-    """Seconds -> '12s', '5m', '3h', '2d' for people."""
+    """Return seconds as '12s', '5m', '3h' or '2d', for people."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= 2 * size:
             return "%d%s" % (seconds // size, unit)
@@ -6009,7 +6541,7 @@ def duration(seconds):
 
 
 def amount(count):
-    """A number -> '512', '3.4k', '1.2M', '5.0G' for people."""
+    """Return a number as '512', '3.4k', '1.2M' or '5.0G', for people."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return "%.1f%s" % (count / size, unit)
