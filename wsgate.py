@@ -505,7 +505,7 @@ class Template:
 Address = collections.namedtuple("Address", "host port path")  # path: of a Unix socket
 Listen = collections.namedtuple(
     "Listen", "address ssl proxy_protocol reuseport redirect mode status")
-Listen.__new__.__defaults__ = (False, False, False, False, 0o666, False)
+PLAIN_LISTEN = Listen(None, False, False, False, False, mode=0o666, status=False)
 Target = collections.namedtuple("Target", "tls authority uri")  # a parsed proxy_pass
 
 
@@ -597,8 +597,9 @@ def parse_listen(text):
         if address in seen:
             raise ValueError("duplicate address %s" % words[0])
         seen.add(address)
-        options = {option: option in words[1:] for option in LISTEN_OPTIONS}
-        listens.append(Listen(address, mode=int((modes or ["666"])[-1], 8), **options))
+        flags = {option: option in words[1:] for option in LISTEN_OPTIONS}
+        mode = int(modes[-1], 8) if modes else PLAIN_LISTEN.mode
+        listens.append(PLAIN_LISTEN._replace(address=address, mode=mode, **flags))
     if not listens:
         raise ValueError("no address (expected at least one, e.g. 127.0.0.1:8080)")
     return tuple(listens)
@@ -2473,7 +2474,8 @@ def wanted_listeners(server):
     """Return {(for the status page?, Address): Listen} of a configuration."""
     wanted = {(False, listen.address): listen for listen in server.listen}
     if server.status_listen:
-        wanted[True, server.status_listen] = Listen(server.status_listen, status=True)
+        wanted[True, server.status_listen] = PLAIN_LISTEN._replace(
+            address=server.status_listen, status=True)
     return wanted
 
 
