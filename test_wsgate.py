@@ -1542,6 +1542,54 @@ def taken_by(pid):
     return len(os.listdir("/proc/%d/task" % pid)), len(os.listdir("/proc/%d/fd" % pid)), memory
 
 
+class SignOn:
+    """What oauth2-proxy and Authelia do: /auth knows a cookie, /login gives one."""
+
+    def __init__(self):
+        self.heads = []
+        self.backend = ScriptedBackend(self.script)
+
+    def script(self, peer):
+        head = peer.head()
+        self.heads.append(head)
+        target = head.split(b" ")[1]
+        cookies = b"".join(field(head, b"cookie"))
+        if target.startswith(b"/auth") and b"session=alice" in cookies:
+            peer.send(ok(b"", b"Remote-User: alice", b"Remote-Groups: admin, staff", b"X-Secret: no",
+                         b"Set-Cookie: session=alice; refreshed", b"Set-Cookie: other=1"))
+        elif target.startswith(b"/auth") and b"session=bob" in cookies:
+            peer.send(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        elif target.startswith(b"/auth"):
+            peer.send(b"HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Bearer\r\nSet-Cookie: csrf=1\r\n"
+                      b"Location: https://sso.test/?x\r\nX-Secret: no\r\nContent-Length: 0\r\n\r\n")
+        elif target.startswith(b"/login"):
+            back = re.search(br"rd=([^&]*)", target).group(1)
+            url = re.sub(br"%(..)", lambda match: bytes([int(match.group(1), 16)]), back)
+            peer.send(b"HTTP/1.1 302 Found\r\nSet-Cookie: session=alice\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % url)
+
+
+@contextlib.contextmanager
+def signed_on(tmp_path, *lines):
+    """-> (Running, SignOn, heads that reached the application)"""
+    sign_on, heads = SignOn(), []
+
+    def application(peer):
+        heads.append(peer.head())
+        if field(heads[-1], b"transfer-encoding"):
+            heads[-1] += peer.read_until(b"0\r\n") + peer.read_until(b"\r\n\r\n")
+        peer.send(switching() if field(heads[-1], b"upgrade") else ok(b"secret page"))
+        peer.finish()
+        peer.ended()
+
+    with sign_on.backend, ScriptedBackend(application) as backend:
+        ini = ("[server]\n%s\n[location /]\nproxy_pass = http://%s\nauth_request = http://%s/auth\n"
+               "auth_request_headers = Remote-User Remote-Groups Remote-Email\n"
+               "auth_request_login = https://sso.test/login?rd=$escaped_url\n"
+               % ("\n".join(lines), backend.where, sign_on.backend.where))
+        with running(ini, tmp_path) as gate:
+            yield gate, sign_on, heads
+
+
 # ---------------------------------------------------------------- Configuration
 
 
@@ -1863,20 +1911,20 @@ def test_every_line_that_is_no_ini_is_told(tmp_path):
 def test_two_lines_are_a_complete_file_with_bom_or_crlf_too(tmp_path, text):
     config = load_text(tmp_path, text)
     assert [each.name for each in config.locations] == ["/"]
-    assert location_of(config).upstream.servers[0].name == "127.0.0.1:9"
+    assert location_of(config).proxy.upstream.servers[0].name == "127.0.0.1:9"
     assert config.server.listen[0].address == ("127.0.0.1", 8080, None)
 
 
 def test_percent_and_comment_signs_in_a_value_stand_for_themselves(tmp_path):
     config = load_text(tmp_path, SERVER + "proxy_set_header = X-A: 50%(of)s %d ; # it = all\n  X-B: b\n")
-    assert [(name, template.parts) for name, template in location_of(config).proxy_set_header] == [
-        (b"X-A", ["50%(of)s %d ; # it = all"]), (b"X-B", ["b"])]
+    assert [(name, template.text) for name, template in location_of(config).proxy_set_header] == [
+        (b"X-A", "50%(of)s %d ; # it = all"), (b"X-B", "b")]
 
 
 def test_a_line_of_a_list_can_be_commented_out(tmp_path):
     config = load_text(tmp_path, "[server]\nproxy_pass = http://u\n[upstream u]\nserver =\n  127.0.0.1:1\n"
                                  "  # 127.0.0.1:2\n#  127.0.0.1:3\n  127.0.0.1:4\n")
-    assert [server.name for server in location_of(config).upstream.servers] == ["127.0.0.1:1", "127.0.0.1:4"]
+    assert [server.name for server in location_of(config).proxy.upstream.servers] == ["127.0.0.1:1", "127.0.0.1:4"]
 
 
 @pytest.mark.parametrize("text", ["status_listen =", "status_listen = off", "access_log = off\nerror_log = off"])
@@ -1900,7 +1948,7 @@ def test_a_location_inherits_from_server_and_may_say_otherwise(tmp_path):
     names = ["/", "/a", "/b"]
     assert [location_of(config, name).upgrade for name in names] == ["none", "any", "none"]
     assert [location_of(config, name).proxy_send_timeout for name in names] == [7, 7, 7]
-    assert [location_of(config, name).upstream.name for name in names] == ["127.0.0.1:9", "127.0.0.1:9", "[::1]:7"]
+    assert [location_of(config, name).proxy.upstream.name for name in names] == ["127.0.0.1:9", "127.0.0.1:9", "[::1]:7"]
     assert [location_of(config, name).max_connections for name in names] == [0, 0, 0]  # that of [server] is the gate's
 
 
@@ -1914,14 +1962,14 @@ def test_idle_timeout_is_proxy_read_timeout_unless_it_is_set(tmp_path, lines, se
 
 def test_return_in_a_location_stands_instead_of_the_proxy_pass_of_server_and_the_other_way(tmp_path):
     config = load_text(tmp_path, SERVER + "[location /a]\nreturn = 200 hello\n")
-    assert location_of(config, "/a").return_.status == 200 and location_of(config, "/a").upstream is None
+    assert location_of(config, "/a").return_.status == 200 and location_of(config, "/a").proxy is None
     config = load_text(tmp_path, "[server]\nreturn = 404\n[location /a]\n" + PASS)
     assert location_of(config, "/a").return_ is None and location_of(config).return_.status == 404
 
 
 def test_the_command_line_wins_over_the_file_and_needs_none(tmp_path):
     config = load_text(tmp_path, SERVER + "listen = 1\n", {"listen": "127.0.0.1:0", "proxy_pass": "http://127.0.0.1:8"})
-    assert config.server.listen[0].address.port == 0 and location_of(config).upstream.name == "127.0.0.1:8"
+    assert config.server.listen[0].address.port == 0 and location_of(config).proxy.upstream.name == "127.0.0.1:8"
     assert wsgate.load_config(None, {"proxy_pass": "http://127.0.0.1:8"}).locations[0].path == "/"
 
 
@@ -1964,6 +2012,33 @@ def test_every_key_has_a_meaning_and_a_default_that_parses(table):
         assert len(key.meaning) > 6 and "\n" not in key.meaning, name
         if name != "server":
             key.parse(key.default)
+
+
+@pytest.mark.parametrize("line, error", [
+    ("add_header = Content-Length: 1", "Content-Length is managed by wsgate"),
+    ("add_header = Connection: close", "Connection is managed"),
+    ("add_header = sec-websocket-accept: x", "managed"),
+    ("add_header = X-A: $nothing", "unknown variable $nothing"),
+    ("add_header = no colon", "invalid header field"),
+    ("proxy_redirect = http://a/ /", "default, off"),
+    ("proxy_pass_websocket = localhost:3000", "invalid"),
+    ("proxy_pass_websocket = http://a:99999", "99999"),
+    ("underscores_in_headers = yes", "on or off"),
+    ("auth_request_headers = a:b", "invalid field name 'a:b'"),
+    ("auth_request_headers = Host", "invalid field name 'Host'"),
+    ("auth_request_headers = Content-Length", "invalid field name"),
+    ("auth_request_headers = \u00e9", "invalid field name"),
+    ("auth_request_login = //evil", "invalid URL '//evil'"),
+    ("auth_request_login = login", "invalid URL"),
+    ("auth_request_login = https://$host/", "invalid URL"),
+    ("auth_request_login = https://a@b/", "invalid URL"),
+    ("auth_request_login = /\\evil", "invalid URL"),
+    ("auth_request_login = /x y", "invalid URL"),
+    ("auth_request_login = /?rd=$escaped_uri", "unknown variable $escaped_uri (did you mean 'escaped_url'?)"),
+])
+def test_bad_values_of_the_keys_of_forwarding(tmp_path, line, error):
+    errors = errors_of(tmp_path, "[server]\n[location /]\nproxy_pass = http://127.0.0.1:1\n%s\n" % line)
+    assert len(errors) == 1 and error in errors[0] and "wsgate.ini:4: [location /] %s: " % line.split(" ")[0] in errors[0]
 
 
 # ------------------------------------------------------------------ The process
@@ -2525,9 +2600,9 @@ def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_ga
 def test_a_want_of_descriptors_is_503_and_no_failure_of_the_server(tmp_path):
     location = location_of(load_text(tmp_path, "[server]\nproxy_pass = http://127.0.0.1:9\n"))
     with no_descriptor_free(), pytest.raises(wsgate.HTTPError) as caught:
-        wsgate.Attempts(location.upstream, location, None, b"").connect()
+        wsgate.Attempts(location.proxy.upstream, location, None, b"").connect()
     assert (caught.value.status, caught.value.reason) == (503, "conn_limit")
-    health = location.upstream.servers[0].health
+    health = location.proxy.upstream.servers[0].health
     assert (health.fails, health.active) == (0, 0) and not health.down_until
 
 
@@ -3506,7 +3581,8 @@ def test_a_uri_in_proxy_pass_replaces_the_matched_prefix(tmp_path, location, uri
     config = load_text(tmp_path, "[location %s]\nproxy_pass = http://127.0.0.1:9%s\n" % (location, uri))
     for target, wanted in targets.items():
         message = wsgate.parse_request_head(request(b"GET", target))
-        assert config.route("any", message.path).rewrite(message) == wanted
+        location = config.route("any", message.path)
+        assert location.rewrite(message, location.proxy.uri) == wanted
 
 
 def test_a_backend_on_a_unix_socket_is_asked_with_the_uri_behind_it(tmp_path):
@@ -3886,6 +3962,82 @@ def test_a_password_checked_while_its_file_changes_is_not_remembered(tmp_path, m
     assert not passwords.accepts(old)
 
 
+def test_single_sign_on_from_login_to_socket(tmp_path):
+    """Redirect to the login, back with a cookie, page and socket with the user's name."""
+    with signed_on(tmp_path) as (gate, sign_on, heads):
+        target = b"/room%20one?a=1&b=%2F"
+        response = gate.ask(request(b"GET", target, b"Host: app.test:8080"))
+        url = response.get(b"location")
+        assert (response.status, response.reason) == (302, "auth_denied") and not heads
+        assert url == b"https://sso.test/login?rd=http%3A%2F%2Fapp.test%3A8080%2Froom%2520one%3Fa%3D1%26b%3D%252F"
+        assert field(response.head, b"set-cookie") == [b"csrf=1"] and not response.get(b"x-secret")
+        with contextlib.closing(connect(sign_on.backend.port)) as browser:
+            back = browser.send(request(b"GET", url.replace(b"https://sso.test", b""))).response()
+        assert back.get(b"location") == b"http://app.test:8080" + target
+        cookie = b"Cookie: " + back.get(b"set-cookie")
+        for raw in (request(b"GET", target, cookie), handshake(target, cookie)):
+            response = gate.ask(raw)
+            assert response.status == (101 if raw.count(b"Upgrade") > 1 else 200)
+            assert field(response.head, b"set-cookie") == [b"session=alice; refreshed", b"other=1"]
+            assert field(heads[-1], b"remote-user") == [b"alice"]
+            assert field(heads[-1], b"remote-groups") == [b"admin, staff"]
+            assert not field(heads[-1], b"remote-email") and not field(heads[-1], b"x-secret")
+
+
+def test_the_service_gets_the_url_that_was_asked_for(tmp_path):
+    lines = "set_real_ip_from = 127.0.0.1",
+    with signed_on(tmp_path, *lines) as (gate, sign_on, heads):
+        gate.ask(request(b"POST", b"/a?b", b"X-Forwarded-Proto: https", b"X-Forwarded-Host: app.test",
+                         b"X-Original-URL: http://evil/", body=b"xyz"))
+        head = sign_on.heads[0]
+        assert field(head, b"x-original-url") == [b"https://app.test/a?b"]
+        assert field(head, b"x-original-uri") == [b"/a?b"] and field(head, b"x-original-method") == [b"POST"]
+        assert field(head, b"x-forwarded-host") == [b"app.test"] and not field(head, b"content-length")
+
+
+@pytest.mark.parametrize("raw", [handshake(), request(b"GET", b"/", b"Cookie: session=bob")])
+def test_a_socket_or_a_403_is_not_redirected_to_the_login(tmp_path, raw):
+    with signed_on(tmp_path) as (gate, _, heads):
+        response = gate.ask(raw)
+        assert response.status == (403 if b"bob" in raw else 401) and not heads
+        if response.status == 401:
+            assert response.get(b"www-authenticate") == b"Bearer"
+            assert response.get(b"location") == b"https://sso.test/?x"
+            assert response.get(b"set-cookie") == b"csrf=1"
+
+
+SPELLINGS = [b"Remote-User", b"remote-user", b"REMOTE_USER", b"Remote_User", b"Remote.User", b"remote~user", b"Remote-Email",
+             b"remote_email"]
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("line", ["", "underscores_in_headers = on", "set_real_ip_from = 127.0.0.1"])
+def test_a_client_cannot_set_what_auth_request_says(tmp_path, name, line):
+    """Not in any spelling, not as a trailer, and not by naming it in Connection either."""
+    with signed_on(tmp_path, line) as (gate, sign_on, heads):
+        cookie = b"Cookie: session=alice"
+        gate.ask(request(b"GET", b"/", cookie, name + b": mallory", b"Connection: Remote-User, remote_user, " + name))
+        chunked = b"Transfer-Encoding: chunked"
+        gate.ask(request(b"POST", b"/", cookie, chunked) + b"1\r\nx\r\n0\r\nX-Sum: 1\r\n%s: mallory\r\n\r\n" % name)
+        assert b"X-Sum" in heads[-1]
+        assert len(heads) == 2
+        for head in heads + sign_on.heads:
+            assert b"mallory" not in head
+        for head in heads:
+            assert field(head, b"remote-user") == [b"alice"]
+
+
+def test_the_login_url_cannot_be_turned_into_another_host(tmp_path):
+    with ScriptedBackend(answer(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")) as asked:
+        ini = ("[server]\nauth_request = http://%s\nproxy_pass = http://127.0.0.1:1\n"
+               "auth_request_login = /sso$request_uri\n[location /b/]\nauth_request_login = /$http_x\n" % asked.where)
+        with running(ini, tmp_path) as gate:
+            assert gate.ask(request(b"GET", b"//evil.test/")).get(b"location") == b"/sso//evil.test/"
+            for value, url in ((b"/evil.test", b"/evil.test"), (b"\\evil.test", b"/evil.test"), (b"a b\xe9", b"/a%20b%E9"),
+                               (b"\t/x", b"/x"), (b"a\t/x", b"/a%09/x"), (b"@evil", b"/@evil")):
+                assert gate.ask(request(b"GET", b"/b/", b"X: " + value)).get(b"location") == url
+
+
 # -------------------------------------------------------------------- Upstreams
 
 
@@ -4220,6 +4372,193 @@ def test_the_backend_on_a_unix_socket_of_a_request_without_host_is_localhost(tmp
             assert field(gate.ask(b"GET / HTTP/1.0\r\n\r\n").body, b"host") == [b"localhost"]
 
 
+ADDED = ("add_header = Strict-Transport-Security: max-age=63072000", "    Server:", "    X-Up: $remote_addr",
+         "    Set-Cookie: edge=1")
+
+
+def test_add_header_sets_replaces_and_removes_fields_of_a_response(tmp_path):
+    answered = ok(b"ok", b"Server: secret/1", b"x-up: backend", b"Set-Cookie: a=1", b"strict-transport-security: no")
+    with gate_and_backend(tmp_path, answer(answered), *ADDED) as (gate, _):
+        head = gate.ask(request()).head
+    assert field(head, b"strict-transport-security") == [b"max-age=63072000"]
+    assert field(head, b"x-up") == [b"127.0.0.1"] and not field(head, b"server")
+    assert sorted(field(head, b"set-cookie")) == [b"a=1", b"edge=1"]
+
+
+@pytest.mark.parametrize("line, raw, status", [
+    ("deny = all", request(), 403), ("deny = all", handshake(), 403), ("return = 204", request(), 204),
+    ("return = 302 /x", request(), 302), ("", request(), 502)])
+def test_add_header_is_in_responses_of_wsgate_too(tmp_path, line, raw, status):
+    proxy_pass = "" if "return" in line else "proxy_pass = http://127.0.0.1:1"
+    ini = "[server]\n[location /]\n%s\n" % "\n".join((line, proxy_pass) + ADDED)
+    with running(ini, tmp_path) as gate:
+        response = gate.ask(raw)
+        assert response.status == status
+        assert response.get(b"strict-transport-security") == b"max-age=63072000"
+        assert field(response.head, b"set-cookie") == [b"edge=1"]
+
+
+def test_add_header_gives_a_return_its_content_type(tmp_path):
+    ini = "[server]\n[location /]\nreturn = 200 {}\nadd_header = Content-Type: application/json\n"
+    with running(ini, tmp_path) as gate:
+        assert field(gate.ask(request()).head, b"content-type") == [b"application/json"]
+
+
+def test_add_header_is_in_a_101(tmp_path):
+    with gate_and_backend(tmp_path, answer(switching(b"Server: x")), *ADDED) as (gate, _):
+        head = gate.ask(handshake()).head
+        assert field(head, b"x-up") == [b"127.0.0.1"] and not field(head, b"server")
+
+
+@pytest.mark.parametrize("location, uri, sent, wanted", [
+    ("/app/", "/", b"/login", b"/app/login"), ("/app/", "/", b"http://BACKEND/login?a=/b", b"/app/login?a=/b"),
+    ("/app/", "/", b"http://BACKEND", b"/app/"), ("/app/", "/", b"/app/login", b"/app/login"),
+    ("/app/", "/", b"//evil.test/x", b"//evil.test/x"), ("/app/", "/", b"/\\evil.test", b"/\\evil.test"),
+    ("/app/", "/", b"https://other.test/login", b"https://other.test/login"), ("/app/", "/", b"next", b"next"),
+    ("/app/", "/", b"http://BACKEND.evil.test/", b"http://BACKEND.evil.test/"),
+    ("/app/", "/", b"http://BACKEND@evil.test/", b"http://BACKEND@evil.test/"),
+    ("/app/", "/base/", b"/base/x", b"/app/x"), ("/app/", "/base/", b"/other", b"/other"),
+    ("/app", "/base", b"/base?x", b"/app?x"), ("/app", "/base", b"/basement", b"/basement"),
+    ("/app/", "", b"/login", b"/login"), ("/app/", "", b"http://BACKEND/app/x", b"/app/x"),
+    ("/", "", b"http://BACKEND//evil.test/", b"http://BACKEND//evil.test/"),
+    ("/", "/base/", b"/base//evil.test", b"/base//evil.test"), ("/", "/base/", b"/base/\\evil", b"/base/\\evil"),
+    ("/", "/base/", b"/base/\t/evil.test", b"/base/\t/evil.test"),
+    ("= /one", "/other", b"/other?x", b"/one?x"), ("= /one", "/other", b"/other/x", b"/other/x"),
+    ("/caf\u00e9/", "/", b"/x", b"/caf%C3%A9/x"),
+])
+def test_a_redirect_of_a_backend_leads_to_what_the_client_can_reach(tmp_path, location, uri, sent, wanted):
+    """And never to another host, whatever the client made the backend put into it."""
+    with ScriptedBackend() as backend:
+        here = backend.where.encode()
+        sent, wanted = sent.replace(b"BACKEND", here), wanted.replace(b"BACKEND", here)
+        backend.script = answer(b"HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Location: %s\r\n"
+                                b"Refresh: 3; url=%s\r\nX-Location: %s\r\nContent-Length: 0\r\n\r\n"
+                                % (sent, sent, sent, sent))
+        target = location.replace("= ", "").encode("utf-8").replace(b"\xc3\xa9", b"%C3%A9")
+        ini = "[server]\n[location %s]\nproxy_pass = http://%s%s\n" % (location, backend.where, uri)
+        with running(ini, tmp_path) as gate:
+            response = gate.ask(request(b"GET", target))
+        assert response.get(b"location") == wanted and response.get(b"content-location") == wanted
+        assert response.get(b"x-location") == sent
+        if b"\t" not in sent:
+            assert response.get(b"refresh") == b"3; url=" + wanted
+
+
+def test_proxy_redirect_off_leaves_redirects_alone(tmp_path):
+    with ScriptedBackend(answer(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n")) as backend:
+        ini = "[server]\n[location /app/]\nproxy_redirect = off\nproxy_pass = http://%s/\n" % backend.where
+        with running(ini, tmp_path) as gate:
+            assert gate.ask(request(b"GET", b"/app/")).get(b"location") == b"/x"
+
+
+@pytest.mark.parametrize("location, uri, lines, sent, prefix", [
+    ("/app/", "/", "", (), [b"/app"]), ("/app", "/", "", (), [b"/app"]), ("/app/", "/base/", "", (), [b"/app"]),
+    ("/a/b/", "/b/", "", (), [b"/a"]), ("/app/", "/app/", "", (), []), ("/app/", "", "", (), []),
+    ("/", "/base/", "", (), []), ("= /app", "/", "", (), []),
+    ("/app/", "/", "", (b"X-Forwarded-Prefix: /evil",), [b"/app"]),
+    ("/app/", "", "", (b"X-Forwarded-Prefix: /evil",), []),
+    ("/app/", "/", "set_real_ip_from = 127.0.0.1", (b"X-Forwarded-Prefix: /outer",), [b"/outer/app"]),
+    ("/app/", "", "set_real_ip_from = 127.0.0.1", (b"X-Forwarded-Prefix: /outer",), [b"/outer"]),
+])
+def test_x_forwarded_prefix_is_what_was_replaced(tmp_path, location, uri, lines, sent, prefix):
+    with ScriptedBackend(lambda peer: peer.send(ok(peer.head()))) as backend:
+        ini = "[server]\n%s\n[location %s]\nproxy_pass = http://%s%s\n" % (lines, location, backend.where, uri)
+        with running(ini, tmp_path) as gate:
+            head = gate.ask(request(b"GET", location.replace("= ", "").encode(), *sent)).body
+            assert field(head, b"x-forwarded-prefix") == prefix
+
+
+def test_proxy_pass_websocket_takes_the_sockets_and_proxy_pass_the_rest(tmp_path):
+    with ScriptedBackend(answer(ok(b"page"))) as pages, ScriptedBackend(service) as sockets:
+        ini = ("[server]\n[location /live/]\nproxy_pass = http://%s\nproxy_pass_websocket = http://%s/sub/\n"
+               % (pages.where, sockets.where))
+        with running(ini, tmp_path) as gate:
+            assert gate.ask(request(b"GET", b"/live/x")).body == b"page"
+            assert gate.ask(handshake(b"/live/x")).status == 101
+            assert (len(pages.peers), len(sockets.peers)) == (1, 1)
+            assert gate.line("/live/ " + sockets.where) and gate.line("/live/ " + pages.where)
+
+
+def test_proxy_pass_websocket_beside_return(tmp_path):
+    """A location for sockets alone: everything else gets the return."""
+    with ScriptedBackend(service) as sockets:
+        ini = "[server]\n[location /]\nreturn = 404\nproxy_pass_websocket = http://%s\n" % sockets.where
+        with running(ini, tmp_path) as gate:
+            assert gate.ask(request()).status == 404 and gate.ask(handshake()).status == 101
+
+
+@pytest.mark.parametrize("line, names", [
+    ("", []), ("underscores_in_headers = on", [b"x_token"]), ("underscores_in_headers = off", [])])
+def test_fields_with_underscores_pass_only_if_allowed(tmp_path, line, names):
+    """But never what an application could take for a field that wsgate vouches for."""
+    sent = (b"X_Token: 1", b"X_Forwarded_For: 6.6.6.6", b"Content_Length: 9", b"X-Real_IP: 6.6.6.6", b"Host_: x",
+            b"authorization_: x", b"COOKIE: a=b", b"Transfer_Encoding: chunked", b"Set-By_Us: forged", b"HOST_NAME: 1")
+    lines = (line, "proxy_set_header = Set_By-Us: real", "   S_S: on")
+    with gate_and_backend(tmp_path, lambda peer: peer.send(ok(peer.head())), *lines) as (gate, _):
+        head = gate.ask(request(b"GET", b"/", *sent)).body
+        for name in (b"x_forwarded_for", b"content_length", b"x-real_ip", b"transfer_encoding", b"set-by_us"):
+            assert not field(head, name), name
+        assert [name for name in (b"x_token",) if field(head, name)] == names
+        assert field(head, b"set_by-us") == [b"real"] and field(head, b"s_s") == [b"on"]
+
+
+@pytest.mark.parametrize("spelling", [b"X.Forwarded.For", b"X!Forwarded!For", b"x-forwarded_for", b"X-Forwarded.Proto",
+                                      b"X.Real.IP", b"Forwarded", b"X-Original-URL", b"X-Original.URI", b"X-Rewrite-URL"])
+def test_forwarding_fields_of_strangers_are_dropped_in_every_spelling(tmp_path, spelling):
+    with gate_and_backend(tmp_path, lambda peer: peer.send(ok(peer.head()))) as (gate, _):
+        assert b"6.6.6.6" not in gate.ask(request(b"GET", b"/", spelling + b": 6.6.6.6")).body
+
+
+@pytest.mark.parametrize("target, host", [
+    (b"/a\rb", b"gate.test"), (b"/a\nb", b"gate.test"), (b"/a\0b", b"gate.test"), (b"/\\evil", b"gate.test"),
+    (b"/", b"a\rb"), (b"/", b"a\nX: y"), (b"/", b"a\0b"), (b"/", b"user@evil.test"), (b"/", b"evil.test/"),
+    (b"/", b"a b"), (b"/", b"evil.test\\x"), (b"http://evil.test/", b"gate.test"), (b"//evil.test/", b"gate.test"),
+    (b"/%0d%0aSet-Cookie:x", b"gate.test"), (b"/?%0d%0aSet-Cookie:x", b"gate.test"), (b"/ok?\xe9", b"gate.test"),
+    (b"/", b"evil.test"),
+])
+def test_no_byte_of_host_or_uri_splits_a_response_or_names_another_host(tmp_path, target, host):
+    ini = ("[server]\nadd_header = X-Host: $host\n  X-URI: $request_uri\nauth_request_login = /in?u=$escaped_url\n"
+           "[location /]\nreturn = 302 $request_uri\n[location /ok]\nreturn = 301 https://$host$request_uri\n")
+    with running(ini, tmp_path) as gate:
+        raw = b"GET %s HTTP/1.1\r\nHost: %s\r\n\r\n" % (target, host)
+        response = gate.ask(raw)
+        assert not field(response.head, b"set-cookie") and not field(response.head, b"x")
+        url = response.get(b"location")
+        if response.status == 302:
+            assert re.fullmatch(br"/(?![/\\])[\x21-\x7e]*", url), url
+        elif response.status == 301:
+            assert url.startswith(b"https://gate.test/ok")
+        else:
+            assert response.status == 400
+
+
+def test_remote_user_and_request_id_are_variables(tmp_path):
+    line = b"ann:{SHA}" + base64.b64encode(hashlib.sha1(b"pw").digest())
+    (tmp_path / "users").write_bytes(line + b"\n")
+    lines = ("auth_basic_user_file = %s" % (tmp_path / "users"), "proxy_set_header = X-User: $remote_user",
+             "   X-ID: $request_id", "add_header = X-ID: $request_id")
+    with gate_and_backend(tmp_path, lambda peer: peer.send(ok(peer.head())), *lines) as (gate, _):
+        response = gate.ask(request(b"GET", b"/", b"Authorization: Basic " + base64.b64encode(b"ann:pw"), b"X-User: x"))
+        assert field(response.body, b"x-user") == [b"ann"]
+        number = response.get(b"x-id")
+        assert field(response.body, b"x-id") == [number] and number.decode() in gate.line(" 200 done")
+
+
+def test_a_peer_on_a_unix_socket_is_not_in_forwarding_fields(tmp_path):
+    path = str(tmp_path / "gate")
+    with ScriptedBackend(lambda peer: peer.send(ok(peer.head()))) as backend:
+        ini = "[server]\nlisten = unix:%s\n  127.0.0.1:0\nset_real_ip_from = unix:\nproxy_pass = http://%s\n" % (path, backend.where)
+        with running(ini, tmp_path):
+            for sent, wanted in (((b"X-Forwarded-For: 192.0.2.7",), [b"192.0.2.7"]), ((), [])):
+                sock = socket.socket(socket.AF_UNIX)
+                sock.connect(path)
+                peer = Peer(sock)
+                head = peer.send(request(b"GET", b"/", *sent)).response().body
+                assert field(head, b"x-forwarded-for") == wanted and field(head, b"x-real-ip") == wanted
+                assert b"unix:" not in head
+                peer.close()
+
+
 # ------------------------------------------------------------------ The upgrade
 
 
@@ -4237,7 +4576,8 @@ def test_a_handshake_reaches_the_backend_with_upgrade_and_connection_said_once(t
     with gate_and_backend(tmp_path) as (gate, backend):
         client = gate.connect().send(raw)
         head = backend.peer().head()
-        assert field(head, b"upgrade") == [b"websocket"] and field(head, b"connection") == [b"upgrade"]
+        assert [value.lower() for value in field(head, b"upgrade")] == [b"websocket"]
+        assert [value.lower() for value in field(head, b"connection")] == [b"upgrade"]
 
         def own(data):
             return [line for line in data.split(b"\r\n") if line.lower().startswith(b"sec-websocket-")]
@@ -4276,8 +4616,8 @@ def test_what_is_no_handshake_goes_on_as_plain_http_without_upgrade(tmp_path, ra
     (asking(b"GET / HTTP/1.0"), 426, "upgrade_missing", b"proxy_http_version 1.1"),
     (asking(key=b""), 400, "bad_handshake", b"Sec-WebSocket-Key"),
     (asking(key=b"Sec-WebSocket-Key:"), 400, "bad_handshake", b"Sec-WebSocket-Key"),
-    (asking(key=b"Sec-WebSocket-Key: " + base64.b64encode(bytes(15))), 400, "bad_handshake", b"16 bytes"),
-    (asking(key=b"Sec-WebSocket-Key: " + base64.b64encode(bytes(17))), 400, "bad_handshake", b"16 bytes"),
+    (asking(key=b"Sec-WebSocket-Key: " + base64.b64encode(bytes(15))), 400, "bad_handshake", b"24 char"),
+    (asking(key=b"Sec-WebSocket-Key: " + base64.b64encode(bytes(19))), 400, "bad_handshake", b"24 char"),
     (asking(key=b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j!Q=="), 400, "bad_handshake", b"base64"),
     (asking(more=b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="), 400, "bad_handshake", b"Sec-WebSocket-Key"),
     (asking(version=b""), 426, "bad_handshake", b"13"),
@@ -4352,10 +4692,11 @@ def test_a_subprotocol_that_was_offered_is_chosen(tmp_path):
     ("upgrade = none", handshake(), 200, None),
     ("upgrade = any", asking(upgrade=b"Upgrade: other/2", key=b"", version=b""), 101, b"other/2"),
     ("upgrade = any", handshake(), 101, b"websocket"),
-    ("upgrade = any", asking(upgrade=b"Upgrade: other/2, WebSocket"), 101, b"websocket"),
+    ("upgrade = any", asking(upgrade=b"Upgrade: other/2, WebSocket"), 101, b"WebSocket"),
     ("upgrade = any", asking(upgrade=b"Upgrade: h2c", key=b"", more=b"HTTP2-Settings: AAMA"), 200, None),
     ("upgrade = any", asking(upgrade=b"Upgrade: other/2, H2C", key=b""), 200, None),
-    ("upgrade = any", asking(b"POST / HTTP/1.1", upgrade=b"Upgrade: other/2", key=b""), 200, None),
+    ("upgrade = any", asking(b"POST / HTTP/1.1", upgrade=b"Upgrade: other/2", key=b""), 101, b"other/2"),
+    ("upgrade = any", asking(b"POST / HTTP/1.1"), 200, None),
     ("upgrade = any", asking(upgrade=b"Upgrade: other/2", connection=b"", key=b""), 200, None),
     ("strict_handshake = off", asking(key=b"", version=b""), 101, b"websocket"),
     ("strict_handshake = off", asking(key=b"Sec-WebSocket-Key: short"), 101, b"websocket"),
@@ -4494,7 +4835,7 @@ def test_hop_by_hop_fields_leave_the_101_and_cookies_stay_apart(tmp_path):
     with gate_and_backend(tmp_path, answer(answered)) as (gate, _):
         head = gate.ask(handshake()).head
         assert field(head, b"set-cookie") == [b"a=1, b", b"c=2"] and field(head, b"x-kept") == [b"yes"]
-        assert field(head, b"connection") == [b"upgrade"] and field(head, b"upgrade") == [b"websocket"]
+        assert field(head, b"connection") == [b"Upgrade"] and field(head, b"upgrade") == [b"websocket"]
         assert field(head, b"sec-websocket-accept") == [ACCEPT]
         for name in (b"keep-alive", b"x-private", b"proxy-connection", b"content-length", b"transfer-encoding"):
             assert not field(head, name)
@@ -4502,8 +4843,8 @@ def test_hop_by_hop_fields_leave_the_101_and_cookies_stay_apart(tmp_path):
 
 @pytest.mark.parametrize("origin, answered, code, reason", [
     (b"good", b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno", 4403, b"backend_said_403"),
-    (b"good", b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", 1013, b"backend_said_503"),
-    (b"good", b"nonsense\r\n\r\n", 1014, b"backend_bad_response"),
+    (b"good", b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", 4503, b"backend_said_503"),
+    (b"good", b"nonsense\r\n\r\n", 4502, b"backend_bad_response"),
     (b"evil", b"", 4403, b"origin_denied"),
 ])
 def test_reject_with_close_says_it_in_a_close_frame_that_javascript_can_read(tmp_path, origin, answered, code, reason):
@@ -4515,6 +4856,147 @@ def test_reject_with_close_says_it_in_a_close_frame_that_javascript_can_read(tmp
         assert client.rest() == frame(8, struct.pack("!H", code) + reason)
         client.close()
         assert "reason=" + reason.decode() in gate.line("done")
+
+
+HIDDEN = [b"h2c", b"H2C", b"h2", b"TLS/1.0", b"tls", b"HTTP/2.0", b"h2c;x", b'"h2c"', b"h2c-17", b"h2c/1",
+          b"raw/1, h2c;q=1", b"h2c x", b"(h2c)", b"raw/1, \"h2c", b"http2", b"raw/1/2", b"ra w"]
+
+
+@pytest.mark.parametrize("protocol", HIDDEN)
+def test_http_and_tls_are_never_tunnelled(tmp_path, protocol):
+    """HTTP/2 inside of a tunnel would bypass every rule of the location."""
+    with gate_and_backend(tmp_path, lambda peer: peer.send(ok(peer.head())), "upgrade = any") as (gate, _):
+        response = gate.ask(asking(upgrade=b"Upgrade: " + protocol, key=b""))
+        assert response.status == 200 and not field(response.body, b"upgrade")
+        assert field(response.body, b"connection") == [b"close"]
+
+
+DOCKER = request(b"POST", b"/exec/1/start", b"Connection: Upgrade", b"Upgrade: tcp", body=b'{"Tty":true}')
+DOCKER_CHUNKED = (b"POST /exec/1/start HTTP/1.1\r\nHost: gate.test\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
+           b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("raw, body, protocol", [
+    (DOCKER, b'{"Tty":true}', b"tcp"),
+    (DOCKER_CHUNKED, b"5\r\nhello\r\n0\r\n\r\n", b"tcp"),
+    (request(b"POST", b"/exec", b"Connection: upgrade", b"Upgrade: SPDY/3.1", b"Content-Length: 0"), b"", b"SPDY/3.1"),
+    (request(b"POST", b"/ts2021", b"Connection: upgrade", b"Upgrade: tailscale-control-protocol"), b"",
+     b"tailscale-control-protocol"),
+    (request(b"PUT", b"/", b"Connection: x, UPGRADE", b"Upgrade: a/1", b"Upgrade: B"), b"", b"a/1, B"),
+])
+def test_any_protocol_is_tunnelled_after_the_body_of_any_method(tmp_path, raw, body, protocol):
+    """docker exec, kubectl exec and headscale upgrade a POST; its body is not a part of the tunnel."""
+    with nothing_left(), gate_and_backend(tmp_path, None, "upgrade = any") as (gate, backend):
+        client = gate.connect().send(raw, b"early")
+        peer = backend.peer()
+        head = peer.head()
+        assert field(head, b"upgrade") == [protocol]
+        assert field(head, b"connection") == [re.search(b"(?i)upgrade(?=\r)", raw).group()]
+        assert peer.read(len(body)) == body and peer.silent(30 * MS)
+        peer.send(b"HTTP/1.1 101 UPGRADED\r\nContent-Type: application/x\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\nhi"
+                  % protocol.split(b",")[0])
+        assert client.response().status == 101
+        assert client.read(2) == b"hi" and peer.read(5) == b"early"
+        line_of(gate, client, peer)
+
+
+def test_a_101_before_the_end_of_the_body_waits_for_it(tmp_path):
+    """The backend may switch as soon as it has seen the head; the rest of the body still comes first."""
+    with nothing_left(), gate_and_backend(tmp_path, None, "upgrade = any") as (gate, backend):
+        client = gate.connect().send(DOCKER[:-5])
+        peer = backend.peer()
+        peer.head()
+        peer.send(b"HTTP/1.1 101 Go\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\nhi")
+        assert client.silent(50 * MS)
+        client.send(DOCKER[-5:], b"raw")
+        assert client.response().status == 101 and client.read(2) == b"hi"
+        assert peer.read(15) == b'{"Tty":true}raw'
+        line_of(gate, client, peer)
+
+
+def test_a_refused_upgrade_of_a_post_is_forwarded_whole(tmp_path):
+    def script(peer):
+        peer.head()
+        peer.read(12)
+        peer.send(b"HTTP/1.1 409 Conflict\r\nContent-Length: 2\r\n\r\nno")
+
+    with gate_and_backend(tmp_path, script, "upgrade = any") as (gate, _):
+        client = gate.connect().send(DOCKER)
+        response = client.response()
+        assert (response.status, response.body) == (409, b"no") and client.ended()
+        client.close()
+
+
+@pytest.mark.parametrize("upgrade, connection", [
+    (b"websocket", b"Upgrade"), (b"WebSocket", b"upgrade"), (b"WEBSOCKET", b"UPGRADE")])
+def test_upgrade_and_connection_keep_their_spelling(tmp_path, upgrade, connection):
+    """Some devices compare both values byte by byte, so the gateway must not change what works without it."""
+    raw = asking(upgrade=b"Upgrade: " + upgrade, connection=b"Connection: keep-alive, " + connection)
+    with gate_and_backend(tmp_path) as (gate, backend):
+        client = gate.connect().send(raw)
+        peer = backend.peer()
+        head = peer.head()
+        assert field(head, b"upgrade") == [upgrade] and field(head, b"connection") == [connection]
+        peer.send(switching().replace(b"Upgrade: websocket", b"Upgrade: " + upgrade)
+                  .replace(b"Connection: Upgrade", b"Connection: Keep-Alive," + connection))
+        response = client.response()
+        assert (response.get(b"upgrade"), response.get(b"connection")) == (upgrade, connection)
+        line_of(gate, client, peer)
+
+
+def test_upgrade_twice_in_a_101_becomes_one_field(tmp_path):
+    """Browsers fail a handshake whose 101 has the field twice."""
+    with gate_and_backend(tmp_path, answer(switching(b"Upgrade: WebSocket"))) as (gate, _):
+        response = gate.ask(handshake())
+        assert response.status == 101 and len(field(response.head, b"upgrade")) == 1
+
+
+@pytest.mark.parametrize("key", [b"A" * 22 + b"==", b"/+" * 11 + b"Zz", b"abcdefghijklmnopqrstuvw=",
+                                 b"abcdefghijklmnopqrstux=="])
+def test_24_characters_of_base64_are_a_key(tmp_path, key):
+    """Proxies exist that make keys of 17 or 18 bytes; the backend decides."""
+    answered = switching().replace(ACCEPT, wsgate.accept_for(key))
+    with gate_and_backend(tmp_path, answer(answered)) as (gate, backend):
+        assert gate.ask(asking(key=b"Sec-WebSocket-Key: " + key)).status == 101
+
+
+@pytest.mark.parametrize("line, raw, answered, status", [
+    ("strict_handshake = off", asking(connection=b""), switching(), 101),
+    ("strict_handshake = off", asking(connection=b"Connection: keep-alive"), switching(), 101),
+    ("strict_handshake = off", handshake(), switching().replace(b"Connection: Upgrade\r\n", b""), 101),
+    ("strict_handshake = off", handshake(), switching().replace(b"Upgrade: websocket\r\n", b""), 502),
+    ("strict_handshake = on", handshake(), switching().replace(b"Connection: Upgrade\r\n", b""), 502),
+])
+def test_a_lenient_handshake_may_lack_connection(tmp_path, line, raw, answered, status):
+    with gate_and_backend(tmp_path, None, line) as (gate, backend):
+        client = gate.connect().send(raw)
+        peer = backend.peer()
+        head = peer.head()
+        assert field(head, b"connection") == [b"Upgrade"] and field(head, b"upgrade") == [b"websocket"]
+        peer.send(answered)
+        response = client.response()
+        assert response.status == status
+        if status == 101:
+            assert response.get(b"connection") == b"Upgrade"
+        client.close()
+        peer.close()
+
+
+@pytest.mark.parametrize("offered, selected", [
+    ((b"Sec-WebSocket-Protocol: graphql-ws",), b"graphql-ws"),
+    ((b"Sec-WebSocket-Protocol: , a\"b, Graphql-WS, chat",), b"Graphql-WS"),
+    ((b"Sec-WebSocket-Protocol:", b"Sec-WebSocket-Protocol: v1"), b"v1"),
+    ((), None),
+])
+def test_reject_with_close_selects_an_offered_subprotocol(tmp_path, offered, selected):
+    """Clients fail a handshake without it, and would not see the close code."""
+    with gate_and_backend(tmp_path, None, "reject_with = close", "deny = all") as (gate, _):
+        client = gate.connect().send(handshake(b"/", *offered))
+        head = client.head()
+        assert head.startswith(b"HTTP/1.1 101 ") and field(head, b"sec-websocket-protocol") == (
+            [selected] if selected else [])
+        assert client.rest() == frame(8, struct.pack("!H", 4403) + b"access_denied")
+        client.close()
 
 
 # --------------------------------------------------------------------- Relaying
@@ -5959,7 +6441,7 @@ def test_the_demo_has_a_page_and_a_socket_that_echoes():
         client.send(frame(1, b"head", b"mask"))
         opcode, head = read_frame(client)
         assert opcode == 1 and head.startswith(b"GET /socket HTTP/1.1\r\nHost: gate.test\r\n")
-        assert field(head, b"connection") == [b"upgrade"] and field(head, b"x-forwarded-for") == [b"127.0.0.1"]
+        assert field(head, b"connection") == [b"Upgrade"] and field(head, b"x-forwarded-for") == [b"127.0.0.1"]
         for payload in (b"hello", b"x" * 200, b"y" * 70000):
             client.send(frame(2, payload, b"mask"))
             assert read_frame(client) == (2, payload)

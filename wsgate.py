@@ -28,7 +28,7 @@ The file reads from top to bottom as a connection lives:
     Access control        who may pass: addresses, origins, passwords
     Upstreams             Upstream.pick and their health; Server.connect
     Forwarding            request_head_for_backend, response_head_for_client
-    The upgrade           upgrade_wanted and check_101: the handshake, both ways
+    The upgrade           requested_upgrade and check_101: the handshake, both ways
     Relaying              Relay: two Flows, one each way; HTTPRelay: a request and its response
     The tunnel            Tunnel: a Relay after a 101, pings and endings
     WebSocket frames      frame_header, FrameScanner; make_frame, close_frame
@@ -430,11 +430,6 @@ def parse_return(text):
     return Return(status, Template(match.group(2) or ""))
 
 
-# Fields that wsgate manages itself: neither a client nor proxy_set_header can set them.
-MANAGED_FIELDS = frozenset(b"connection upgrade keep-alive content-length te trailer"
-                           b" transfer-encoding proxy-connection http2-settings".split())
-
-
 def parse_set_headers(text):
     """Return header fields ('Name: value', one per line), a tuple of (name bytes, Template)."""
     headers = []
@@ -451,6 +446,24 @@ def parse_set_headers(text):
             raise ValueError("control character in the value of %s" % name.strip())
         headers.append((raw, Template(value.strip())))
     return tuple(headers)
+
+
+def parse_field_names(text):
+    """Return field names (by commas, spaces or lines) as a tuple of bytes."""
+    names = tuple(word.encode() for word in parse_list(text))
+    for name in names:
+        if not TOKEN.fullmatch(name) or name.lower() in (MANAGED_FIELDS | HANDSHAKE_FIELDS
+                                                         | {b"host"}):
+            raise ValueError("invalid field name %r (expected e.g. Remote-User)"
+                             % name.decode("ascii", "backslashreplace"))
+    return names
+
+
+def parse_login_url(text):
+    """Return http(s)://HOST[/...] or /path, with variables after the host, as a Template."""
+    if not re.fullmatch(r"(https?://[^\s/?#$@\\]+([/?#]\S*)?|/(?![/\\])\S*)", text):
+        raise ValueError("invalid URL %r (expected https://HOST/... or /path)" % text)
+    return Template(text)
 
 
 def parse_pem(text):
@@ -471,33 +484,43 @@ def parse_user(text):
 
 
 class Template:
-    """Text with $variables, compiled once (proxy_set_header, return)."""
+    """Text with $variables, compiled once (proxy_set_header, add_header, return)."""
 
     VARIABLES = {  # (Request, ClientInfo) -> bytes; $http_NAME is a field of the request
         "host": lambda request, client: request.host.encode(),
         "remote_addr": lambda request, client: client.address.encode(),
+        "remote_user": lambda request, client: request.user,
         "scheme": lambda request, client: client.scheme,
         "request_uri": lambda request, client: request.target,
+        "request_id": lambda request, client: request.id.encode(),
         "server_port": lambda request, client: b"%d" % client.server_port,
         "proxy_add_x_forwarded_for": lambda request, client: forwarded_for(request, client),
+        "escaped_url": lambda request, client: percent_encode(public_url(request, client),
+                                                              RESERVED),
     }
 
     def __init__(self, text):
-        self.parts = re.split(r"\$\{?(\w+)\}?", text)  # text, name, text, name, ..., text
-        for name in self.parts[1::2]:
-            if name not in self.VARIABLES and not name.startswith("http_"):
-                raise ValueError("unknown variable $%s%s" % (name, nearest(name, self.VARIABLES)))
+        self.text = text
+        self.parts = []  # bytes, or functions as in VARIABLES
+        for place, part in enumerate(re.split(r"\$\{?(\w+)\}?", text)):
+            if place % 2:
+                self.parts.append(self.variable(part))
+            elif part:
+                self.parts.append(part.encode())
+
+    def variable(self, name):
+        """Return the function for a variable. Raise ValueError if there is no such variable."""
+        if name in self.VARIABLES:
+            return self.VARIABLES[name]
+        if not name.startswith("http_"):
+            raise ValueError("unknown variable $%s%s" % (name, nearest(name, self.VARIABLES)))
+        field = name[len("http_"):].lower().replace("_", "-").encode()
+        return lambda request, client: b", ".join(request.fields.get_all(field))
 
     def render(self, request, client):
         """Return the text as bytes, with the values of the variables for this request."""
-        parts = [part.encode() for part in self.parts]
-        for place, name in list(enumerate(self.parts))[1::2]:
-            if name in self.VARIABLES:
-                parts[place] = self.VARIABLES[name](request, client)
-            else:
-                field = name[len("http_"):].replace("_", "-").encode()
-                parts[place] = b", ".join(request.fields.get_all(field))
-        return b"".join(parts)
+        return b"".join([part if isinstance(part, bytes) else part(request, client)
+                         for part in self.parts])
 
 
 # --------------------------------------------------------- Configuration: hosts
@@ -836,6 +859,9 @@ LOCATION_KEYS = {
         parse_proxy_pass, "",
         "backend: http(s)://UPSTREAM, http(s)://host:port or http(s)://unix:/path: , then an"
         " optional /uri that replaces the matched prefix"),
+    "proxy_pass_websocket": Key(
+        parse_proxy_pass, "",
+        "backend of WebSocket connections, as in proxy_pass; if unset, proxy_pass takes them too"),
     "return": Key(
         optional(parse_return), "",
         "respond without a backend, instead of proxy_pass: CODE, CODE TEXT, or 30x URL"),
@@ -843,6 +869,17 @@ LOCATION_KEYS = {
         parse_set_headers, "",
         "request header fields for the backend, one 'Name: value' per line; an empty value"
         " removes the field"),
+    "add_header": Key(
+        parse_set_headers, "",
+        "response header fields for the client, one 'Name: value' per line, also on errors; each"
+        " replaces the backend's field (Set-Cookie: is added); an empty value removes it"),
+    "proxy_redirect": Key(
+        choice("default", "off"), "default",
+        "rewrite Location, Refresh and Content-Location where they name the backend or a path below"
+        " the /uri of proxy_pass: default or off"),
+    "underscores_in_headers": Key(
+        parse_flag, "off",
+        "pass request header fields with _ in their names; applications may take _ for -"),
     "proxy_connect_timeout": Key(
         parse_timeout, "5s",
         "time limit for DNS lookup, connect and TLS handshake with one server"),
@@ -887,6 +924,14 @@ LOCATION_KEYS = {
         parse_proxy_pass, "",
         "URL of an authorization service, as in proxy_pass; 2xx lets a request pass, 401 and 403"
         " refuse it"),
+    "auth_request_headers": Key(
+        parse_field_names, "",
+        "names of fields in the response of auth_request that are passed to the backend; a client"
+        " cannot set them"),
+    "auth_request_login": Key(
+        optional(parse_login_url), "",
+        "where to redirect to (302) after 401 from auth_request, unless an upgrade is requested:"
+        " http(s)://HOST/... or /path, with variables such as $escaped_url"),
     "reject_with": Key(
         choice("http", "close"), "http",
         "how to refuse a WebSocket handshake: http (an HTTP error), or close (101, then a Close"
@@ -927,6 +972,8 @@ LOCATION_KEYS = {
     "ssl_certificate_key": Key(
         optional(parse_pem), "", "private key (PEM, no passphrase) of ssl_certificate"),
 }
+
+PROXY_PASS_KEYS = ("proxy_pass", "proxy_pass_websocket", "auth_request")
 
 UPSTREAM_KEYS = {
     "server": Key(
@@ -1317,7 +1364,8 @@ class ConfigReader:
         """Add the Location of a [location ...], unless there is an error in it."""
         given = self.values(title, texts, LOCATION_KEYS)
         values = dict(self.defaults, **given)
-        for key, other in (("proxy_pass", "return"), ("return", "proxy_pass")):
+        for key, other in (("proxy_pass", "return"), ("return", "proxy_pass"),
+                           ("return", "proxy_pass_websocket")):
             if key in given and other not in given:
                 values[other] = None
         if "idle_timeout" not in given and "idle_timeout" not in self.sections["server"]:
@@ -1356,7 +1404,7 @@ class ConfigReader:
     def add_location(self, title, place, values):
         """Make the Location and what it refers to; values has no error in itself."""
         passwords, upstreams = None, []
-        for key in ("proxy_pass", "auth_request"):
+        for key in PROXY_PASS_KEYS:
             upstreams.append(values[key] and self.upstream_for(title, key, values[key]))
         if values["auth_basic_user_file"]:
             passwords = self.checked(title, "auth_basic_user_file", PasswordFile,
@@ -1485,7 +1533,8 @@ def warn_of_mistakes(reader, config):
 def warn_of_location(reader, location):
     """Warn of keys of a location that do not do what they seem to."""
     title, target = "location " + location.name, location.proxy_pass
-    if not location.proxy_ssl_verify and (location.context or location.auth_context):
+    proxies = location.proxy, location.websocket_proxy, location.auth
+    if not location.proxy_ssl_verify and any(each and each.context for each in proxies):
         reader.warn(title, "proxy_ssl_verify",
                     "off: backend TLS is open to man-in-the-middle attacks")
     if target and target.uri == "/" and not location.path.endswith("/"):
@@ -2694,17 +2743,11 @@ def client_info(stream, peer, port, believed):
 
 
 ACME_CHALLENGE = "/.well-known/acme-challenge/"  # RFC 8555 8.3
-NOT_PRINTABLE = re.compile(br"[^\x21-\x7e]")
 
 
 def is_challenge(location):
     """Return True for a location below /.well-known/acme-challenge/, which is never redirected."""
     return location is not None and (location.path + "/").startswith(ACME_CHALLENGE)
-
-
-def percent_encode(match):
-    """Return the match of a byte as %XX."""
-    return b"%%%02X" % ord(match.group())
 
 
 class Exchange:
@@ -2715,7 +2758,7 @@ class Exchange:
     """
 
     __slots__ = ("connection", "gate", "stream", "config", "client", "entry", "request",
-                 "location", "backend", "acquired", "responded")
+                 "location", "upgrade", "backend", "acquired", "responded", "cookies")
 
     def __init__(self, connection):
         self.connection = connection
@@ -2726,7 +2769,9 @@ class Exchange:
         self.entry = AccessLogEntry(self.gate.counters, self.client.address)
         self.request = None
         self.location = None
+        self.upgrade = None          # the Upgrade that the client asks for
         self.backend = None
+        self.cookies = ()            # Set-Cookie fields of auth_request, for the client
         self.acquired = False        # counted in Connections.in_use
         self.responded = False       # a byte of the response may have been sent
 
@@ -2766,6 +2811,7 @@ class Exchange:
         except EOFError:
             raise ClientGone("client_gone")
         self.request = parse_request_head(head)
+        self.request.id = self.entry.id
         self.entry.take_request(self.request)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s request from %s:\n%s", self.entry.id, self.client.address,
@@ -2790,6 +2836,7 @@ class Exchange:
             raise HTTPError(404, "no_route", "no [location] for host %s and path %s" % (
                 printable(request.host or "-"), printable(request.path[:200])))
         self.entry.location = location.name
+        self.upgrade = requested_upgrade(request, location)
         self.gate.connections.acquire(location, address, self.config.server.max_connections_per_ip)
         self.acquired = True
         check_address(location, address)
@@ -2797,51 +2844,69 @@ class Exchange:
         check_password(location, request)
         if location.auth is not None:
             self.authorize()
+        if self.upgrade and self.upgrade.error:
+            raise self.upgrade.error
         if request.length and 0 < location.client_max_body_size < request.length:
             raise HTTPError(413, "body_too_large",
                             "client_max_body_size is %d" % location.client_max_body_size)
 
     def authorize(self):
         """Ask the auth_request service; whatever it does, only 2xx lets the request pass."""
-        location = self.location
+        location, context = self.location, self.location.auth.context
+        upstream = location.auth.upstream
         try:
-            key = location.auth.hash_key(self.client.address, self.request.fields)
-            backend = Attempts(location.auth, location, location.auth_context, key).connect()
+            key = upstream.hash_key(self.client.address, self.request.fields)
+            backend = Attempts(upstream, location, context, key).connect()
             try:
                 head = auth_request_head(self.request, location, self.client)
                 relay = HTTPRelay(self.stream, backend.stream, head, NoBody(), location,
                                   self.config.server)
                 response = relay.final_response(interim=False)
-                location.auth.succeeded(backend.server)
+                upstream.succeeded(backend.server)
             finally:
                 backend.close()
         except BackendError as error:
             raise HTTPError(502, "auth_unavailable",
                             "auth_request: %s: %s" % (error.reason, error))
+        if response.status in (401, 403) or 200 <= response.status < 300:
+            self.cookies = [pair for pair in response.fields if pair[0].lower() == b"set-cookie"]
         if response.status in (401, 403):
-            raise HTTPError(response.status, "auth_denied", "", [
-                pair for pair in response.fields
-                if pair[0].lower() in (b"www-authenticate", b"set-cookie")])
+            raise self.denial(response)
         if not 200 <= response.status < 300:
             raise HTTPError(502, "auth_unavailable",
                             "auth_request: status %d" % response.status)
+        self.request.identity = identity_fields(location, response)
+
+    def denial(self, response):
+        """Return the HTTPError for a 401 or 403 of auth_request."""
+        login = self.location.auth_request_login
+        if login and response.status == 401 and not self.upgrade:
+            url = redirect_target(login, self.request, self.client)
+            return HTTPError(302, "auth_denied", "", [(b"Location", url)])
+        return HTTPError(response.status, "auth_denied", "", [
+            pair for pair in response.fields
+            if pair[0].lower() in (b"www-authenticate", b"location")])
 
     def respond(self):
         """Respond as `return` says or from a backend."""
         request, location = self.request, self.location
-        if location.return_:
+        proxy = location.proxy_for(self.upgrade)
+        if proxy is None:
             return self.send_return(location.return_)
-        protocol = upgrade_wanted(request, location)
-        relay, response = self.ask_backend(protocol)
+        relay, response = self.ask_backend(proxy)
         self.entry.status = response.status
         if response.status == 101:
-            check_101(request, response, location, protocol)
-            return self.open_tunnel(response, protocol)
-        if protocol:
+            try:
+                check_101(request, response, location, self.upgrade)
+                relay.finish_request()
+            finally:
+                relay.close_pipes()
+            return self.open_tunnel(response)
+        if self.upgrade:
             self.entry.note_refusal(request, response)
             if location.reject_with == "close":
                 raise HTTPError(response.status, "backend_said_%d" % response.status)
-        return self.forward(relay, response, protocol)
+        return self.forward(relay, response)
 
     def redirect_to_https(self):
         """Redirect to the https:// URL of the same host and target, on the first ssl listener.
@@ -2858,20 +2923,21 @@ class Exchange:
                      if listener.listen.ssl), 443)
         target = b"/" if request.target == b"*" else request.target
         url = b"https://%s%s%s" % (request.host.encode(), b"" if port == 443 else b":%d" % port,
-                                   NOT_PRINTABLE.sub(percent_encode, target))
+                                   percent_encode(target, NOT_PRINTABLE))
         # Only GET and HEAD may be repeated as another method by the client (RFC 9110 15.4.2).
         self.entry.status = 301 if request.method in (b"GET", b"HEAD") else 308
         return self.send_response(self.entry.status, fields=((b"Location", url),))
 
     def send_return(self, return_):
         """Send the response that `return` describes."""
-        text = return_.text.render(self.request, self.client)
         self.entry.status = return_.status
         if return_.status in REDIRECTS:
-            return self.send_response(return_.status, fields=((b"Location", text),))
+            url = redirect_target(return_.text, self.request, self.client)
+            return self.send_response(return_.status, fields=[(b"Location", url)])
+        text = return_.text.render(self.request, self.client)
         return self.send_response(return_.status, body=text)
 
-    def ask_backend(self, protocol):
+    def ask_backend(self, proxy):
         """Return (HTTPRelay, Response) of the first server that responds.
 
         After a failed connect every request may go to the next server; once a server may have
@@ -2879,21 +2945,21 @@ class Exchange:
         """
         request, location, client = self.request, self.location, self.client
         preface = proxy_line(client) if location.proxy_protocol else b""
-        key = location.upstream.hash_key(client.address, request.fields)
-        attempts = Attempts(location.upstream, location, location.context, key)
+        key = proxy.upstream.hash_key(client.address, request.fields)
+        attempts = Attempts(proxy.upstream, location, proxy.context, key)
         while True:
             try:
                 self.backend = attempts.connect(preface)
             finally:
                 self.entry.server, self.entry.failed = attempts.last, attempts.failures
             head = request_head_for_backend(request, location, client, self.backend.server,
-                                            protocol)
+                                            self.upgrade)
             relay = HTTPRelay(self.stream, self.backend.stream, head,
                               request.body(location.client_max_body_size, location.withheld),
                               location, self.config.server)
             try:
                 response = relay.final_response(interim=request.minor > 0)
-                location.upstream.succeeded(self.backend.server)
+                proxy.upstream.succeeded(self.backend.server)
                 return relay, response
             except BackendError as error:
                 if error.retry:
@@ -2902,15 +2968,15 @@ class Exchange:
                     raise
             self.drop_backend()
 
-    def forward(self, relay, response, protocol):
+    def forward(self, relay, response):
         """Pass a response on, whole."""
         request = self.request
         body = response.body(request.method, decode=request.minor == 0)
-        keep = (not protocol and self.persistent() and relay.up.scanner.done
+        keep = (not self.upgrade and self.persistent() and relay.up.scanner.done
                 and not isinstance(body, UntilClose))
         self.responded = True
         try:
-            relay.pass_response(response_head_for_client(response, request, keep), body)
+            relay.pass_response(self.response_head(response, keep), body)
         except BackendError as error:  # the client must see that the response is cut
             self.entry.ended(error.reason)
             framed = response.length is not None or (response.chunked and request.minor > 0)
@@ -2919,14 +2985,25 @@ class Exchange:
             self.entry.up, self.entry.down = (0, relay.up.bytes), (0, relay.down.bytes)
         return KEEP_ALIVE if keep else LINGERING_CLOSE
 
-    def open_tunnel(self, response, protocol):
+    def response_head(self, response, keep):
+        """Return the head of a backend's response for the client."""
+        return response_head_for_client(response, self.request, self.location, self.upgrade, keep,
+                                        self.added_fields())
+
+    def added_fields(self):
+        """Return add_header and the cookies of auth_request: (name, value) pairs."""
+        if self.location is None:
+            return []
+        return added_fields(self.request, self.location, self.client) + list(self.cookies)
+
+    def open_tunnel(self, response):
         """Send the 101 and make the Tunnel, which run() runs."""
-        head = response_head_for_client(response, self.request, True)
+        head = self.response_head(response, keep=True)
         self.responded = True
         if not self.backend.server.address.path:
             set_tcp_options(self.backend.stream.sock)
         # With a limit unknown extensions are scanned too: bytes that are not frames end the tunnel.
-        scan = protocol == b"websocket" and bool(
+        scan = self.upgrade.websocket and bool(
             self.location.max_message_size or extensions_known(response))
         self.connection.tunnel = Tunnel(self, self.backend.stream, head, scan,
                                         extensions_used(response))
@@ -2944,7 +3021,7 @@ class Exchange:
         self.entry.ended(error.reason, error.status, error.detail)
         if self.responded:
             return RESET_CLOSE
-        if self.location and self.location.reject_with == "close" and is_handshake(self.request):
+        if self.location and self.location.reject_with == "close" and self.is_handshake():
             return self.refuse_in_band(error)
         text = "%d %s: %s\n" % (error.status, reason_phrase(error.status), error.reason)
         if error.status < 500:  # what is wrong with a backend is for the log alone
@@ -2956,10 +3033,10 @@ class Exchange:
         """Send a response of wsgate's own; reason: the word of X-Wsgate-Reason."""
         request = self.request
         keep = (request is not None and self.persistent() and not request.has_body()
-                and status not in (400, 408) and not request.fields.get_all(b"upgrade")
-                and not request.fields.get_all(b"sec-websocket-key"))
+                and status not in (400, 408) and not request.attempts_upgrade())
         self.responded = True
-        response = make_response(status, reason, body, fields, close=not keep,
+        response = make_response(status, reason, body, list(fields) + self.added_fields(),
+                                 close=not keep,
                                  head_only=request is not None and request.method == b"HEAD")
         try:
             self.stream.write_all(response, Deadline(self.config.server.send_timeout))
@@ -2967,15 +3044,15 @@ class Exchange:
             return CLOSE
         return KEEP_ALIVE if keep else LINGERING_CLOSE
 
+    def is_handshake(self):
+        """Return True if the request may be refused by a 101 and a Close frame."""
+        return bool(self.upgrade and self.upgrade.key and not self.upgrade.error)
+
     def refuse_in_band(self, error):
         """Send 101 and a Close frame: the only refusal that JavaScript can read."""
-        code = {401: 4401, 403: 4403, 429: 4429, 500: 1011, 503: 1013}.get(
-            error.status, 4000 + error.status if error.status < 500 else 1014)
-        accept = accept_for(handshake_key(self.request))
-        head = (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
-                b"Connection: upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n" % accept)
+        data = closing_101(self.request, self.upgrade, 4000 + error.status, error.reason)
         try:
-            self.stream.write_all(head + close_frame(code, error.reason, masked=False), Deadline(5))
+            self.stream.write_all(data, Deadline(5))
         except (OSError, TimedOut):  # the client does not take it
             return CLOSE
         return LINGERING_CLOSE
@@ -3534,7 +3611,8 @@ def take_head(stream, limit):
 class Request:
     """A parsed request head. length: of the body, None if chunked or without one."""
 
-    __slots__ = ("method", "target", "path", "minor", "fields", "host", "authority", "length", "chunked")
+    __slots__ = ("method", "target", "path", "minor", "fields", "host", "authority", "length",
+                 "chunked", "id", "user", "identity")
 
     def has_body(self):
         return bool(self.chunked or self.length)
@@ -3548,6 +3626,10 @@ class Request:
     def repeatable(self):
         """Whether another server may be asked the same although one may have seen it."""
         return self.method in (b"GET", b"HEAD") and not self.has_body()
+
+    def attempts_upgrade(self):
+        """Return whether there is any trace of an upgrade: what follows may be frames (RFC 9931)."""
+        return b"upgrade" in self.fields.index or b"sec-websocket-key" in self.fields.index
 
     def persistent(self):
         """Whether the client wants to send another request (RFC 9112 9.3; HTTP/1.0 gets one)."""
@@ -3566,6 +3648,9 @@ def parse_request_head(head):
     request = Request()
     request.method, request.target = match.group(1, 2)
     request.minor = min(1, int(match.group(4)))  # HTTP/1.2 would be understood as 1.1 (RFC 9110 2.5)
+    request.id = ""        # of the access log
+    request.user = b""     # after Basic authentication
+    request.identity = ()  # lines for the backend, from the response of auth_request
     try:
         request.fields = fields = parse_fields(block)
     except ValueError as error:
@@ -3894,23 +3979,27 @@ class ChunkedBody(Scanner):
 
     def passes(self, name):
         """Return True if a trailer field of this name is passed on: none that would be trusted."""
-        return not (name in PROTECTED_FIELDS or name in HOP_BY_HOP or name in self.withheld
-                    or b"_" in name or name.startswith(b"x-forwarded-"))
+        plain = cgi_name(name)
+        return not (plain in PROTECTED_FIELDS or plain in HOP_BY_HOP or plain in self.withheld
+                    or name in self.withheld or b"_" in name or plain.startswith(b"x-forwarded-"))
 
 
 def make_response(status, reason, body=b"", fields=(), close=True, head_only=False,
                   content_type=b"text/plain"):
     """A complete answer of the gate's own -> bytes. reason: the word of X-Wsgate-Reason, or None."""
-    lines = [b"HTTP/1.1 %d %s" % (status, reason_phrase(status).encode()),
-             b"Date: " + email.utils.formatdate(usegmt=True).encode()]
+    lines = [b"HTTP/1.1 %d %s" % (status, reason_phrase(status).encode())]
     lines += [b"%s: %s" % pair for pair in fields]
+    given = {name.lower() for name, _ in fields}  # add_header
+    if b"date" not in given:
+        lines.append(b"Date: " + email.utils.formatdate(usegmt=True).encode())
     if reason:
         lines.append(b"X-Wsgate-Reason: " + reason.encode())
         body = body or ("%d %s: %s\n" % (status, reason_phrase(status), reason)).encode()
     bodyless = status in (204, 304)
     if not bodyless:
-        lines += [b"Content-Type: %s; charset=utf-8" % content_type,
-                  b"Content-Length: %d" % len(body)]
+        if b"content-type" not in given:
+            lines.append(b"Content-Type: %s; charset=utf-8" % content_type)
+        lines.append(b"Content-Length: %d" % len(body))
     if close:
         lines.append(b"Connection: close, upgrade" if status == 426 else b"Connection: close")  # RFC 9110 7.8
     return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only or bodyless else body)
@@ -3940,37 +4029,69 @@ class Location(Settings):
     """One [location]: which requests it matches and how they are served; immutable.
 
     Every key of LOCATION_KEYS is an attribute. name: the title of the section. hosts, path,
-    exact: see parse_location. upstream, auth: the Upstreams of proxy_pass and auth_request, or
-    None; context, auth_context: their SSLContexts, or None. passwords: a PasswordFile or None.
-    replaced: names of the request fields that proxy_set_header replaces; withheld: names of all
-    that the backend does not get from the client.
+    exact: see parse_location. passwords: a PasswordFile or None. proxy, websocket_proxy, auth:
+    the ProxyPass of proxy_pass, proxy_pass_websocket and auth_request, or None.
+
+    Sets of field names, as cgi_name() makes them: replaced, by proxy_set_header; identity, of
+    auth_request_headers; withheld and auth_withheld, what backend and auth_request do not get
+    from the client. response_withheld: names in lower case that the client does not get.
     """
 
     def __init__(self, values, name, place, upstreams, passwords):
         super().__init__(values)
         hosts, path, exact = place
-        contexts = [target and target.tls and backend_context(self)
-                    for target in (self.proxy_pass, self.auth_request)]
-        replaced = frozenset(name.lower() for name, _ in self.proxy_set_header)
+        proxy, websocket_proxy, auth = [
+            upstream and ProxyPass(self, values[key], upstream, path, exact)
+            for key, upstream in zip(PROXY_PASS_KEYS, upstreams)]
+        replaced = frozenset(cgi_name(name) for name, _ in self.proxy_set_header)
+        identity = frozenset(map(cgi_name, self.auth_request_headers))
+        withheld = HOP_BY_HOP | GENERATED_FIELDS | identity
+        added = {name.lower() for name, value in self.add_header
+                 if name.lower() != b"set-cookie" or not value.text}
         vars(self).update(
             name=name, hosts=hosts, path=path, exact=exact, passwords=passwords,
-            upstream=upstreams[0], context=contexts[0] or None,
-            auth=upstreams[1], auth_context=contexts[1] or None,
-            replaced=replaced, withheld=replaced | HOP_BY_HOP | GENERATED_FIELDS)
+            proxy=proxy, websocket_proxy=websocket_proxy or proxy, auth=auth,
+            replaced=replaced, identity=identity, withheld=withheld | replaced,
+            auth_withheld=withheld | AUTH_REQUEST_FIELDS,
+            response_withheld=(HOP_BY_HOP - PASSED_TO_CLIENT).union(added))
+
+    def proxy_for(self, upgrade):
+        """Return the ProxyPass for a request with this Upgrade (or None), None for `return`."""
+        return self.websocket_proxy if upgrade and upgrade.websocket else self.proxy
 
     def matches(self, path):
         """Whether a decoded path lies under this prefix, at a / boundary."""
         return path.startswith(self.path) and (self.path.endswith("/")
                                                or path[len(self.path):len(self.path) + 1] in ("", "/"))
 
-    def rewrite(self, request):
-        """-> the target for the backend: the bytes that came, or the matched prefix replaced (nginx proxy_pass)."""
-        uri = self.proxy_pass.uri
+    def rewrite(self, request, uri):
+        """Return the target for the backend: as received, or with uri for the matched prefix."""
         if uri is None or request.target == b"*":
             return request.target
         path, question, query = request.target.partition(b"?")
         rest = b"" if self.exact else path[raw_length(path, self.path):]
-        return uri.encode() + rest + question + query
+        return uri + rest + question + query
+
+
+class ProxyPass:
+    """The target of a proxy_pass, ready for use.
+
+    context: SSLContext, None for http. uri: bytes that replace the matched prefix, or None.
+    prefix: X-Forwarded-Prefix, or b"". redirects: RedirectRewriter, None without proxy_redirect.
+    """
+
+    __slots__ = ("upstream", "context", "uri", "prefix", "redirects")
+
+    def __init__(self, settings, target, upstream, path, exact):
+        self.upstream = upstream
+        self.context = backend_context(settings) if target.tls else None
+        self.uri = None if target.uri is None else target.uri.encode()
+        self.prefix = b""
+        if target.uri and not exact:
+            self.prefix = forwarded_prefix(path, target.uri)
+        self.redirects = None
+        if settings.proxy_redirect == "default":
+            self.redirects = RedirectRewriter(target, upstream.servers, path, exact)
 
 
 PATH_UNIT = re.compile(br"/+|%[0-9A-Fa-f]{2}|[^/%]")
@@ -4124,6 +4245,7 @@ def check_password(location, message):
     scheme, _, credentials = (message.fields.get(b"authorization") or b"").partition(b" ")
     if scheme.lower() != b"basic" or not location.passwords.accepts(credentials.strip()):
         raise HTTPError(401, "auth_required", "", ((b"WWW-Authenticate", b'Basic realm="wsgate", charset="UTF-8"'),))
+    message.user = base64.b64decode(credentials).partition(b":")[0]
 
 
 class PasswordFile:
@@ -4649,38 +4771,67 @@ def timed_out(error):
 
 # ------------------------------------------------------------------- Forwarding
 #
-# A hop-by-hop field speaks of one connection, so it ends here: Connection itself,
-# what it names, and those that always are (RFC 9110 7.6.1). The gate then says the
-# same things for its own connection to the other side, and writes its own fields
-# last: a client that could name X-Forwarded-For or Authorization in Connection, and
-# so have them dropped, would be somebody else to the backend (CVE-2022-31813,
-# CVE-2024-45410); such a request is refused. Everything else passes as it came.
+# Hop-by-hop fields describe one connection and end here: Connection, the fields that
+# it lists, and those of HOP_BY_HOP. wsgate writes its own for the other connection,
+# and last the fields that backends trust. A client that lists X-Forwarded-For or
+# Authorization in Connection, to have them removed, would be another client to the
+# backend (CVE-2022-31813, CVE-2024-45410): such a request is refused when it is
+# parsed. Everything else passes as received. What depends on the location alone, such
+# as the sets of names, is computed when the configuration is loaded.
 
-HOP_BY_HOP = frozenset(b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer"
-                       b" proxy-authentication-info transfer-encoding upgrade http2-settings".split())
-# The gate writes these itself; the others below only a trusted proxy may say.
-GENERATED_FIELDS = frozenset(b"x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip x-ssl-client-s-dn".split())
-FORWARDED_FIELDS = frozenset(b"x-forwarded-for x-forwarded-proto x-forwarded-host x-forwarded-port x-forwarded-server"
-                       b" x-forwarded-prefix x-forwarded-ssl x-forwarded-user x-real-ip forwarded".split())
-PROTECTED_FIELDS = FORWARDED_FIELDS | GENERATED_FIELDS | frozenset(
-    b"host content-length transfer-encoding authorization cookie origin sec-websocket-key sec-websocket-version"
-    b" sec-websocket-protocol sec-websocket-extensions".split())
+HOP_BY_HOP = frozenset(  # fields of one connection, removed in both directions (RFC 9110 7.6.1)
+    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization"
+    b" proxy-authentication-info te trailer transfer-encoding upgrade http2-settings".split())
+PASSED_TO_CLIENT = frozenset(  # ... but these of a response concern the client
+    b"trailer proxy-authenticate".split())
+MANAGED_FIELDS = frozenset(  # what proxy_set_header and add_header cannot set: framing and upgrade
+    b"connection keep-alive proxy-connection te trailer transfer-encoding content-length"
+    b" upgrade http2-settings sec-websocket-accept".split())
+GENERATED_FIELDS = frozenset(  # written for the backend from what wsgate knows of the client
+    b"x-forwarded-for x-forwarded-proto x-forwarded-host x-forwarded-prefix x-real-ip"
+    b" x-ssl-client-s-dn".split())
+FORWARDED_FIELDS = frozenset(  # believed of trusted proxies only, as is every X-Forwarded-*
+    b"x-forwarded-for x-forwarded-proto x-forwarded-host x-forwarded-port x-forwarded-server"
+    b" x-forwarded-prefix x-forwarded-ssl x-forwarded-user x-real-ip forwarded"
+    b" x-original-url x-original-uri x-original-method x-rewrite-url".split())
+HANDSHAKE_FIELDS = frozenset(  # of a WebSocket handshake (RFC 6455 4.1)
+    b"sec-websocket-key sec-websocket-version sec-websocket-protocol"
+    b" sec-websocket-extensions".split())
+PROTECTED_FIELDS = FORWARDED_FIELDS | GENERATED_FIELDS | HANDSHAKE_FIELDS | frozenset(
+    # never to be named in Connection, nor sent as trailers
+    b"host content-length transfer-encoding authorization cookie origin".split())
+AUTH_REQUEST_FIELDS = frozenset(  # not for auth_request, which gets no body and no handshake
+    b"content-length expect sec-websocket-key sec-websocket-version sec-websocket-extensions"
+    b" x-original-url x-original-uri x-original-method".split())
+
+# Field names as CGI, WSGI and PHP applications see them: without case, and one character for
+# whatever is neither letter nor digit. What a client must not set is compared in this form.
+CGI_NAME = bytes(ord(chr(each).lower()) if chr(each).isalnum() and each < 128 else ord("-")
+                 for each in range(256))
 
 
-def request_head_for_backend(request, location, client, server, protocol):
-    """Return the head for a backend server as bytes. protocol: what to upgrade to, or None."""
-    lines = [b"%s %s HTTP/1.1" % (request.method, location.rewrite(request))]
-    lines += end_to_end_fields(request, client, location.withheld)
-    if not request.authority and b"host" not in location.replaced:  # HTTP/1.0 may come without
-        lines.insert(1, b"Host: " + (b"localhost" if server.address.path else server.name.encode()))
+def cgi_name(name):
+    """Return a field name (bytes) in the form in which names are compared."""
+    return name.translate(CGI_NAME)
+
+
+def request_head_for_backend(request, location, client, server, upgrade):
+    """Return the head for a backend server as bytes. upgrade: the Upgrade to ask for, or None."""
+    proxy, replaced = location.proxy_for(upgrade), location.replaced
+    lines = [b"%s %s HTTP/1.1" % (request.method, location.rewrite(request, proxy.uri))]
+    if not request.authority and b"host" not in replaced:  # HTTP/1.0 may come without
+        name = "localhost" if server.address.path else server.name
+        lines.append(b"Host: " + name.encode())
+    lines += end_to_end_fields(request, location, client, location.withheld)
     if request.chunked:
         lines.append(b"Transfer-Encoding: chunked")
-    if protocol:
-        lines.append(b"Upgrade: " + protocol)
-        lines.append(b"Connection: upgrade")
+    if upgrade:
+        lines.append(b"Upgrade: " + upgrade.protocol)
+        lines.append(b"Connection: " + upgrade.connection)
     else:
         lines.append(b"Connection: close")
-    lines += forwarded_fields(request, client, location.replaced)
+    lines += forwarded_fields(request, client, proxy.prefix, replaced)
+    lines += request.identity
     for name, template in location.proxy_set_header:
         value = template.render(request, client)
         if value:
@@ -4689,51 +4840,103 @@ def request_head_for_backend(request, location, client, server, protocol):
     return b"\r\n".join(lines)
 
 
-def end_to_end_fields(request, client, withheld):
-    """Return the client's fields that a backend gets, as lines. withheld: names that it does not."""
-    fields = request.fields
-    listed = fields.tokens(b"connection")
+def end_to_end_fields(request, location, client, withheld):
+    """Return the client's fields for a backend, as lines. withheld: names that it does not get."""
+    listed = connection_options(request.fields)
+    underscores, believed = location.underscores_in_headers, client.trusted
     lines = []
-    for name, value in fields:
-        lower = name.lower()
-        if lower in withheld or lower in listed or b"_" in name:
-            continue  # names with _ are aliases of those with - in CGI and WSGI
-        if not client.trusted and (lower in FORWARDED_FIELDS or lower.startswith(b"x-forwarded-")):
+    for name, value in request.fields:
+        plain = name.translate(CGI_NAME)
+        if plain in withheld or (listed and name.lower() in listed):
+            continue
+        if b"_" in name and (not underscores or plain in PROTECTED_FIELDS):
+            continue  # applications may take it for a field with -
+        if not believed and (plain in FORWARDED_FIELDS or plain.startswith(b"x-forwarded-")):
             continue
         lines.append(name + b": " + value)
     return lines
 
 
-def forwarded_fields(request, client, without):
-    """Return the fields that describe the client, as lines. without: names of those left out."""
+def connection_options(fields):
+    """Return the names of fields that Connection lists, in lower case."""
+    return [each for each in fields.tokens(b"connection")
+            if each not in (b"keep-alive", b"close", b"upgrade")]
+
+
+def forwarded_fields(request, client, prefix, without):
+    """Return the GENERATED_FIELDS as lines. without: names of those that are set otherwise."""
+    scheme, host = reported_origin(request, client)
+    if client.trusted:
+        prefix = b",".join(request.fields.get_all(b"x-forwarded-prefix")) + prefix
+    address = b"" if client.address == "unix:" else client.address.encode()
+    lines = []
+    for name, value in ((b"X-Forwarded-For", forwarded_for(request, client)),
+                        (b"X-Forwarded-Proto", scheme), (b"X-Forwarded-Host", host),
+                        (b"X-Forwarded-Prefix", prefix), (b"X-Real-IP", address),
+                        (b"X-SSL-Client-S-DN", client.subject)):
+        if value and not (without and name.lower() in without):
+            lines.append(name + b": " + value)
+    return lines
+
+
+def reported_origin(request, client):
+    """Return scheme and authority (bytes) of the request, as a trusted proxy reports them."""
     scheme, host = client.scheme, request.authority
     if client.trusted:
         scheme = request.fields.get(b"x-forwarded-proto") or scheme
         host = request.fields.get(b"x-forwarded-host") or host
-    own = [(b"X-Forwarded-For", forwarded_for(request, client)), (b"X-Forwarded-Proto", scheme),
-           (b"X-Forwarded-Host", host), (b"X-Real-IP", client.address.encode()),
-           (b"X-SSL-Client-S-DN", client.subject)]
-    return [name + b": " + value for name, value in own if value and name.lower() not in without]
+    return scheme, host
 
 
 def forwarded_for(request, client):
-    """Return X-Forwarded-For as bytes: the peer, after what it reports itself if it is trusted."""
-    before = request.fields.get_all(b"x-forwarded-for") if client.trusted else ()
-    return b", ".join(list(before) + [client.peer.encode()])
+    """Return X-Forwarded-For: the peer, after what it reports if it is trusted (bytes).
+
+    A peer on a unix socket has no address: applications would not parse it.
+    """
+    addresses = list(request.fields.get_all(b"x-forwarded-for")) if client.trusted else []
+    if client.peer != "unix:":
+        addresses.append(client.peer.encode())
+    return b", ".join(addresses)
+
+
+def public_url(request, client):
+    """Return the absolute URL that was requested, as bytes."""
+    scheme, host = reported_origin(request, client)
+    if scheme not in (b"http", b"https", b"ws", b"wss"):
+        scheme = client.scheme
+    if not HOST.fullmatch(host):
+        host = request.authority or b"localhost"
+    return b"%s://%s%s" % (scheme, host, b"/" if request.target == b"*" else request.target)
 
 
 def auth_request_head(request, location, client):
     """Return the head of the subrequest to auth_request: no body, no handshake (bytes)."""
-    without = (b"content-length expect sec-websocket-key sec-websocket-version"
-               b" sec-websocket-extensions x-original-uri x-original-method").split()
-    lines = [b"GET %s HTTP/1.1" % (location.auth_request.uri or "/").encode()]
-    lines += end_to_end_fields(request, client, HOP_BY_HOP.union(GENERATED_FIELDS, without))
+    lines = [b"GET %s HTTP/1.1" % (location.auth.uri or b"/")]
     if not request.authority:
-        lines.append(b"Host: auth")
-    lines += forwarded_fields(request, client, without)
-    lines += [b"X-Original-URI: " + request.target, b"X-Original-Method: " + request.method,
+        lines.append(b"Host: localhost")
+    lines += end_to_end_fields(request, location, client, location.auth_withheld)
+    lines += forwarded_fields(request, client, b"", ())
+    lines += [b"X-Original-URL: " + public_url(request, client),
+              b"X-Original-URI: " + request.target, b"X-Original-Method: " + request.method,
               b"Connection: close", b"\r\n"]
     return b"\r\n".join(lines)
+
+
+def identity_fields(location, response):
+    """Return the auth_request_headers in a response of auth_request, as lines for the backend."""
+    return [name + b": " + value for name, value in response.fields
+            if cgi_name(name) in location.identity]
+
+
+def redirect_target(template, request, client):
+    """Return the URL for a Location of wsgate's own (bytes).
+
+    What the client put into it cannot end the field, nor turn a path into another host.
+    """
+    url = percent_encode(template.render(request, client), NOT_PRINTABLE)
+    if url.startswith(b"/") and not template.text.startswith("//"):
+        url = b"/" + url.lstrip(b"/\\")
+    return url
 
 
 def proxy_line(client):
@@ -4747,123 +4950,336 @@ def proxy_line(client):
                                              str(server).encode(), client.port, client.server_port)
 
 
-def response_head_for_client(response, message, keep):
-    """The head that the client gets -> bytes. keep: whether the connection stays."""
-    status = response.status
-    listed = response.fields.tokens(b"connection")
+def response_head_for_client(response, request, location, upgrade, keep, added=()):
+    """Return the head for the client as bytes.
+
+    keep: whether the connection stays. added: (name, value) of the fields of added_fields.
+    """
+    status, fields = response.status, response.fields
+    withheld, listed = location.response_withheld, connection_options(fields)
+    rewriter = location.proxy_for(upgrade).redirects
+    if REDIRECT_FIELDS.isdisjoint(fields.index):
+        rewriter = None
     bodyless = status < 200 or status == 204
     lines = [b"HTTP/1.1 %d %s" % (status, response.reason)]
-    for name, value in response.fields:
+    for name, value in fields:
         lower = name.lower()
-        if lower in HOP_BY_HOP and lower not in (b"trailer", b"proxy-authenticate"):
+        if lower in withheld or (bodyless and lower == b"content-length"):
             continue
-        if (lower in listed and lower not in PROTECTED_FIELDS) or (bodyless and lower == b"content-length"):
+        if listed and lower in listed and lower not in PROTECTED_FIELDS:
             continue
+        if rewriter and lower in REDIRECT_FIELDS:
+            value = rewriter.rewrite_field(lower, value)
         lines.append(name + b": " + value)
-    if response.chunked and message.minor and not bodyless:
+    lines += [name + b": " + value for name, value in added]
+    if response.chunked and request.minor and not bodyless:
         lines.append(b"Transfer-Encoding: chunked")
-    if status in (101, 426):
-        lines += [b"Upgrade: " + value for value in response.fields.get_all(b"upgrade")]
+    if status == 426:
+        lines += [b"Upgrade: " + value for value in fields.get_all(b"upgrade")]
     if status == 101:
-        lines.append(b"Connection: upgrade")
+        lines += switching_fields(fields)
     elif status >= 200 and not keep:
         lines.append(b"Connection: close")
     lines.append(b"\r\n")
     return b"\r\n".join(lines)
 
 
-# ----------------------------------------------------- The upgrade (RFC 6455 4)
+def added_fields(request, location, client):
+    """Return the fields of add_header, as (name, value) pairs."""
+    pairs = []
+    for name, template in location.add_header:
+        value = template.render(request, client)
+        if value:
+            pairs.append((name, value))
+    return pairs
 
-HANDSHAKE_KEY = re.compile(br"[A-Za-z0-9+/]{21}[AQgw]==")                # RFC 6455 4.1: 16 bytes in base64
-VERSION_NUMBER = re.compile(br"[0-9]{1,3}")                              # RFC 6455 4.1
+
+REDIRECT_FIELDS = frozenset((b"location", b"content-location", b"refresh"))
+# A path that stays on its host: URL parsers take //x and /\x for a host, and drop tabs.
+SAFE_PATH = re.compile(br"/(?![/\\])[\x21-\x7e\x80-\xff]*")
+REFRESH = re.compile(br"([^;,]*[;,][ \t]*(?:[Uu][Rr][Ll][ \t]*=[ \t]*)?['\"]?)([^'\"\t ]+)(.*)")
 
 
-def upgrade_wanted(message, location):
-    """The protocol to ask the backend for, as bytes, or None for plain HTTP; raises HTTPError for a broken handshake.
+class RedirectRewriter:
+    """proxy_redirect = default: maps what a backend redirects to into what the client can reach.
 
-    RFC 6455 4.2.1, RFC 9110 7.8. Only a proper handshake may become a tunnel: whatever else
-    asks for an upgrade goes on as plain HTTP, without it.
+    A URL changes if it names the backend itself (proxy_pass or one of its servers), or if its
+    path is below the URI that replaced the prefix (nginx: proxy_redirect default). It becomes
+    a path, so that nothing of the request gets into it; where a client could take the result
+    for another host, the URL stays as it is.
     """
-    fields = message.fields
-    asked = fields.tokens(b"upgrade")
-    named = b"upgrade" in fields.tokens(b"connection")
-    if location.upgrade == "none" or message.method != b"GET":
-        return None
-    if (location.upgrade == "any" and asked and named and message.minor and not message.has_body()
-            and b"websocket" not in asked):
-        hidden = any(name.partition(b"/")[0] in (b"h2c", b"h2", b"tls", b"http") for name in asked)
-        return None if hidden else b", ".join(fields.get_all(b"upgrade"))
-    keys = fields.get_all(b"sec-websocket-key")
-    if location.strict_handshake and keys and not (asked and named and message.minor):
-        raise HTTPError(426, "upgrade_missing", UPGRADE_MISSING, ((b"Upgrade", b"websocket"),))
-    if b"websocket" not in asked or not named or not message.minor:
-        return None
-    if message.has_body():
-        raise HTTPError(400, "bad_handshake", "a WebSocket handshake has no body")
-    if location.strict_handshake:
-        if handshake_key(message) is None:
-            raise HTTPError(400, "bad_handshake", "Sec-WebSocket-Key must be 16 bytes in base64")
-        if not VERSION_NUMBER.fullmatch(fields.get(b"sec-websocket-version") or b""):
-            raise HTTPError(426, "bad_handshake", "Sec-WebSocket-Version: 13 is needed",
-                            ((b"Sec-WebSocket-Version", b"13"), (b"Upgrade", b"websocket")))
-    return b"websocket"
+
+    def __init__(self, target, servers, path, exact):
+        scheme, port = (b"https", 443) if target.tls else (b"http", 80)
+        names = [target.authority] + [show_address(server.address) for server in servers]
+        own = b"|".join(re.escape(name) for name in authorities(names, port))
+        # Without a name of its own (unix sockets) only a path can match.
+        self.own = re.compile(br"(?i)(?:%s:)?//(?:%s)(?=[/?#]|$)" % (scheme, own or b"(?!)"))
+        self.uri = target.uri and target.uri.encode()
+        self.prefix = percent_encode(path.encode(), PATH_BYTES)
+        self.exact = exact
+        # How the paths of an application begin that prepends X-Forwarded-Prefix itself.
+        self.prefixed = b""
+        if self.uri:
+            self.prefixed = forwarded_prefix(path, target.uri) + self.uri
+
+    def rewrite(self, url):
+        """Return the URL (bytes) for the client."""
+        match = self.own.match(url)
+        if match:
+            path = url[match.end():]
+            path = path if path.startswith(b"/") else b"/" + path
+        elif SAFE_PATH.fullmatch(url):
+            path = url
+        else:
+            return url
+        if self.uri is not None:
+            path = self.restore_prefix(path)
+        return path if path and SAFE_PATH.fullmatch(path) else url
+
+    def restore_prefix(self, path):
+        """Return the path below the location for a path below the URI, None for another path."""
+        if self.prefixed != self.uri and path.startswith(self.prefixed):
+            return path
+        if not path.startswith(self.uri) or b"?" in self.uri:
+            return None
+        rest = path[len(self.uri):]
+        ends = rest[:1] in (b"", b"?", b"#")
+        if not ends and self.exact:
+            return None
+        if not self.prefix.endswith(b"/"):
+            if self.uri.endswith(b"/"):
+                rest = b"/" + rest
+            elif not ends and rest[:1] != b"/":
+                return None
+        return self.prefix + rest
+
+    def rewrite_field(self, name, value):
+        """Return the value of one of REDIRECT_FIELDS for the client."""
+        if name != b"refresh":
+            return self.rewrite(value)
+        match = REFRESH.fullmatch(value)
+        return match.group(1) + self.rewrite(match.group(2)) + match.group(3) if match else value
 
 
+def authorities(names, default_port):
+    """Return how URLs can write these addresses (text), as a sorted list of bytes."""
+    found = set()
+    for name in names:
+        address = parse_address(name, default_port=default_port)
+        if not address.path:
+            found.add(show_address(address).encode())
+            if address.port == default_port:
+                found.add(show_address(address).rpartition(":")[0].encode())
+    return sorted(found)
+
+
+def forwarded_prefix(path, uri):
+    """Return X-Forwarded-Prefix of a location whose path is replaced by uri, b"" for none.
+
+    /app/ -> / has the prefix /app, which the application puts before its own paths.
+    """
+    path = path.rstrip("/") + "/"
+    if path.endswith(uri):
+        path = path[:-len(uri)]
+    return percent_encode(path.rstrip("/").encode(), PATH_BYTES)
+
+
+PATH_BYTES = re.compile(br"[^A-Za-z0-9._~!$&'()*+,;=:@/-]")  # RFC 3986 3.3: what is not a pchar
+RESERVED = re.compile(br"[^A-Za-z0-9._~-]")                  # ... 2.3: not unreserved
+NOT_PRINTABLE = re.compile(br"[^\x21-\x7e]")
+
+
+def percent_encode(data, unsafe):
+    """Return bytes with %XX for what the pattern matches."""
+    return unsafe.sub(lambda match: b"%%%02X" % ord(match.group()), data)
+
+
+# ----------------------------------------------------- The upgrade (RFC 6455 4)
+#
+# Each request is examined once, by requested_upgrade. Its result decides what the
+# backend is asked for, what the 101 is checked against, and whether a refusal may be
+# a Close frame. Whatever does not pass here is forwarded without Upgrade, so a
+# backend that switches protocols all the same answers a question that was never
+# asked: 502. Upgrade and Connection are copied in the spelling of the peer, because
+# device servers and their clients exist that compare it byte by byte.
+
+HANDSHAKE_KEY = re.compile(br"[A-Za-z0-9+/]{22}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==)")
+VERSION_NUMBER = re.compile(br"[0-9]{1,3}")                              # RFC 6455 4.1
+# RFC 9110 7.8: protocol = token ["/" token]. HTTP/2, TLS and another HTTP inside of the
+# tunnel would bypass every rule of the location (h2c smuggling), whatever is appended
+# to their names; and what does not match the grammar may be read as one of them.
+OTHER_PROTOCOL = re.compile(br"(?!h2|http|tls)%s(?:/%s)?" % (TOKEN.pattern, TOKEN.pattern))
+
+class Upgrade(collections.namedtuple("Upgrade", "protocol connection websocket key error")):
+    """What a request asks for.
+
+    protocol, connection: values of Upgrade and Connection, as the client spelled them.
+    websocket: whether RFC 6455 applies. key: a valid Sec-WebSocket-Key, or None.
+    error: the HTTPError for a handshake that is incomplete, or None.
+    """
+
+    __slots__ = ()
+
+
+def requested_upgrade(request, location):
+    """Return the Upgrade that a request asks for, None for plain HTTP (RFC 9110 7.8)."""
+    fields, strict = request.fields, location.strict_handshake
+    if location.upgrade == "none" or not location.websocket_proxy or not request.attempts_upgrade():
+        return None
+    asked = fields.tokens(b"upgrade") if request.minor else []  # none in HTTP/1.0
+    connection = as_spelled(fields, b"connection", b"upgrade")
+    if connection is None and not strict:
+        connection = b"Upgrade"
+    if not asked or connection is None:
+        if strict and request.method == b"GET" and fields.get_all(b"sec-websocket-key"):
+            missing = HTTPError(426, "upgrade_missing", UPGRADE_MISSING, UPGRADE_TO_WEBSOCKET)
+            return Upgrade(b"", b"", True, None, missing)
+        return None
+    if b"websocket" in asked:
+        if request.method != b"GET":
+            return None
+        key = handshake_key(request)
+        return Upgrade(as_spelled(fields, b"upgrade", b"websocket"), connection, True, key,
+                       handshake_error(request, key, strict))
+    if location.upgrade == "any" and all(map(OTHER_PROTOCOL.fullmatch, asked)):
+        return Upgrade(b", ".join(fields.get_all(b"upgrade")), connection, False, None, None)
+    return None
+
+
+UPGRADE_TO_WEBSOCKET = ((b"Upgrade", b"websocket"),)
 UPGRADE_MISSING = """\
-This WebSocket handshake lost its "Upgrade: websocket" or "Connection: upgrade" on the way: both are
-hop-by-hop, and a proxy in front of wsgate did not pass them on. In nginx the location needs
+This WebSocket handshake arrived without "Upgrade: websocket" or "Connection: upgrade". Both are
+hop-by-hop fields, and a proxy in front of wsgate did not pass them on. nginx needs in its location:
     proxy_http_version 1.1;
     proxy_set_header Upgrade $http_upgrade;
     proxy_set_header Connection "upgrade";"""
 
 
-def is_handshake(message):
-    """Whether a request may be answered by 101."""
-    fields = message.fields
-    return (message.method == b"GET" and message.minor > 0 and not message.has_body() and bool(handshake_key(message))
-            and b"websocket" in fields.tokens(b"upgrade") and b"upgrade" in fields.tokens(b"connection"))
+def handshake_key(request):
+    """Return Sec-WebSocket-Key, None if it is missing or invalid.
 
-
-def handshake_key(message):
-    """Sec-WebSocket-Key of a request, if it is 16 bytes in base64 (RFC 6455 4.1), else None."""
-    key = message and message.fields.get(b"sec-websocket-key")
+    A key is 24 characters of base64, whatever it decodes to: proxies exist that invent
+    keys of 17 bytes, and only the backend can decide.
+    """
+    key = request.fields.get(b"sec-websocket-key")
     return key if key and HANDSHAKE_KEY.fullmatch(key) else None
 
 
+def handshake_error(request, key, strict):
+    """Return the HTTPError for a handshake that is incomplete, else None (RFC 6455 4.2.1)."""
+    if request.has_body():
+        return HTTPError(400, "bad_handshake", "WebSocket handshake with a body")
+    if strict and key is None:
+        return HTTPError(400, "bad_handshake", "missing, duplicate or invalid Sec-WebSocket-Key"
+                                               " (expected 24 characters of base64)")
+    version = request.fields.get(b"sec-websocket-version") or b""
+    if strict and not VERSION_NUMBER.fullmatch(version):
+        return HTTPError(426, "bad_handshake", "missing, duplicate or invalid"
+                                               " Sec-WebSocket-Version (expected 13)",
+                         ((b"Sec-WebSocket-Version", b"13"),) + UPGRADE_TO_WEBSOCKET)
+    return None
+
+
+def as_spelled(fields, name, token):
+    """Return the element of a list field that is `token` in any case, as its sender wrote it.
+
+    None if there is no such element.
+    """
+    for value in fields.get_all(name):
+        for element in value.split(b","):
+            element = element.strip(b" \t")
+            if element.lower() == token:
+                return element
+    return None
+
+
 def accept_for(key):
-    """Sec-WebSocket-Accept for a key (RFC 6455 4.2.2)."""
+    """Return Sec-WebSocket-Accept for a key (RFC 6455 4.2.2)."""
     return base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
 
 
-def check_101(message, response, location, protocol):
-    """A 101 must answer what was asked (RFC 6455 4.1), else the tunnel would be another's; raises BackendError."""
-    fields, wrong = response.fields, None
-    asked, answered = {name.strip() for name in (protocol or b"").lower().split(b",")}, fields.tokens(b"upgrade")
-    if protocol is None:
-        wrong = "101, and nobody asked for it"
-    elif not answered or not asked.issuperset(answered) or b"upgrade" not in fields.tokens(b"connection"):
-        wrong = "101 without Upgrade: %s and Connection: upgrade" % printable(protocol)
-    elif protocol == b"websocket" and location.strict_handshake:
-        chosen = fields.get_all(b"sec-websocket-protocol")
-        offered = [name.strip(b" \t") for value in message.fields.get_all(b"sec-websocket-protocol")
-                   for name in value.split(b",")]
-        if message.fields.get(b"sec-websocket-version") != b"13":
-            wrong = "101 to a handshake of a version that is not 13"
-        elif fields.get(b"sec-websocket-accept") != accept_for(handshake_key(message)):
-            wrong = "101 with a Sec-WebSocket-Accept that does not answer the key: a cache in between?"
-        elif chosen and (len(chosen) > 1 or chosen[0] not in offered):
-            wrong = "101 with a Sec-WebSocket-Protocol that was not offered"
-    if wrong:
-        raise BackendError(502, "backend_bad_101", wrong, sent=True)
+BAD_101 = {  # word of fault_in_101: for the log; VERDICTS has the words for --probe
+    "unsolicited": "unsolicited 101 response",
+    "not_upgraded": "101 without the requested Upgrade, or without Connection: upgrade",
+    "wrong_version": "101 to a handshake with a Sec-WebSocket-Version other than 13",
+    "wrong_accept": "101 with a Sec-WebSocket-Accept that does not match the key"
+                    " (is there a cache before the backend?)",
+    "wrong_choice": "101 with a Sec-WebSocket-Protocol that was not offered",
+}
+
+
+def check_101(request, response, location, upgrade):
+    """Raise BackendError unless a 101 matches the request: the tunnel would be another's."""
+    fault = fault_in_101(request.fields, response.fields, upgrade, location.strict_handshake)
+    if fault:
+        raise BackendError(502, "backend_bad_101", BAD_101[fault], sent=True)
+
+
+def fault_in_101(sent, received, upgrade, strict=True):
+    """Return what is wrong with a 101 as a word of BAD_101, None if it is valid (RFC 6455 4.1).
+
+    sent, received: the Headers of request and response. upgrade: what was asked for, or None.
+    """
+    if upgrade is None:
+        return "unsolicited"
+    asked = {name.strip(b" \t") for name in upgrade.protocol.lower().split(b",")}
+    answered = received.tokens(b"upgrade")
+    if not answered or not asked.issuperset(answered):
+        return "not_upgraded"
+    if strict and b"upgrade" not in received.tokens(b"connection"):
+        return "not_upgraded"
+    if not strict or not upgrade.websocket:
+        return None
+    if sent.get(b"sec-websocket-version") != b"13":
+        return "wrong_version"
+    if received.get(b"sec-websocket-accept") != accept_for(sent.get(b"sec-websocket-key") or b""):
+        return "wrong_accept"
+    chosen = received.get_all(b"sec-websocket-protocol")
+    if chosen and (len(chosen) > 1 or chosen[0] not in offered_subprotocols(sent)):
+        return "wrong_choice"
+    return None
+
+
+def offered_subprotocols(fields):
+    """Return the subprotocols of a handshake, in order; they are compared with case."""
+    names = b",".join(fields.get_all(b"sec-websocket-protocol")).split(b",")
+    return [name.strip(b" \t") for name in names if name.strip(b" \t")]
+
+
+def switching_fields(fields):
+    """Return Upgrade and Connection of a 101 as lines, each once, as the backend spelled them.
+
+    Browsers refuse a 101 with two Upgrade fields.
+    """
+    elements = [name.strip(b" \t") for name in b",".join(fields.get_all(b"upgrade")).split(b",")]
+    protocols = {name.lower(): name for name in elements if name}
+    connection = as_spelled(fields, b"connection", b"upgrade") or b"Upgrade"
+    return [b"Upgrade: " + b", ".join(protocols.values()), b"Connection: " + connection]
+
+
+def closing_101(request, upgrade, code, reason):
+    """Return a 101 and a Close frame as bytes: the only refusal whose reason JavaScript can read.
+
+    It selects one of the offered subprotocols, because clients reject a 101 without.
+    """
+    lines = [b"HTTP/1.1 101 Switching Protocols", b"Upgrade: " + upgrade.protocol,
+             b"Connection: " + upgrade.connection,
+             b"Sec-WebSocket-Accept: " + accept_for(upgrade.key)]
+    for name in offered_subprotocols(request.fields):
+        if TOKEN.fullmatch(name):
+            lines.append(b"Sec-WebSocket-Protocol: " + name)
+            break
+    return b"\r\n".join(lines) + b"\r\n\r\n" + close_frame(code, reason, masked=False)
 
 
 def extensions_used(response):
-    """Whether the 101 agreed to an extension: then reserved bits are allowed."""
+    """Return whether the 101 agreed to an extension: then reserved bits are allowed."""
     return bool(response.fields.get_all(b"sec-websocket-extensions"))
 
 
 def extensions_known(response):
-    """Whether frames keep the shape of RFC 6455 5.2 under the extensions agreed to."""
+    """Return whether frames keep the shape of RFC 6455 5.2 under the extensions agreed to."""
     return all(name.partition(b";")[0].strip() in (b"permessage-deflate", b"x-webkit-deflate-frame")
                for name in response.fields.tokens(b"sec-websocket-extensions"))
 
@@ -5180,10 +5596,8 @@ class HTTPRelay(Relay):
             self.up.flush(time.monotonic())
             for _ in range(INTERIM_LIMIT + 1):
                 response = parse_response_head(self.response_head())
-                if response.status >= 200:
+                if response.status >= 200 or response.status == 101:
                     return response
-                if response.status == 101:
-                    return self.switched(response)
                 self.head_since = time.monotonic()
                 if interim:
                     self.pass_interim(response)
@@ -5192,14 +5606,6 @@ class HTTPRelay(Relay):
         except BaseException:
             self.close_pipes()
             raise
-
-    def switched(self, response):
-        """Return a 101, which must not come before the request body is sent."""
-        if self.up.writing() or not self.up.scanner.done:
-            raise BackendError(502, "backend_bad_101", "101 before the end of the request",
-                               sent=True)
-        self.close_pipes()
-        return response
 
     def pass_interim(self, response):
         """Pass a 1xx response to the client."""
@@ -5222,6 +5628,12 @@ class HTTPRelay(Relay):
                 raise BackendError(502, "backend_bad_response", str(error), sent=True)
             if head is not None:
                 return head
+            self.turn()
+
+    def finish_request(self):
+        """Send the rest of the request: a tunnel begins after its body (docker exec)."""
+        self.down.scanner = NoBody()  # what the backend sends from now on belongs to the tunnel
+        while self.up.writing() or not self.uploaded():
             self.turn()
 
     def pass_response(self, head, body):
@@ -6955,6 +7367,7 @@ ANSWERS = {200: "page", 301: "redirected", 302: "redirected", 303: "redirected",
            400: "headers_lost", 401: "login_needed", 403: "origin_denied", 404: "wrong_path", 426: "upgrade_missing",
            429: "conn_limit_per_ip", 502: "bad_gateway", 503: "unavailable", 504: "gateway_timeout"}
 LONGEST_WAIT = 1e6  # seconds: what poll() takes
+PROBE_UPGRADE = Upgrade(b"websocket", b"Upgrade", True, None, None)
 SHOWN = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))  # of REDACTED_FIELDS
 
 
@@ -7004,11 +7417,12 @@ def probe_config(arguments):
         peer=address, address=address, port=0, scheme=b"https" if listen.ssl else b"http",
         subject=b"", trusted=trusted(config.server.set_real_ip_from, address),
         server_address=address, server_port=listen.address.port or 0)
+    proxy = location.websocket_proxy
     probes = []
-    for server in location.upstream.servers if location.upstream else ():
+    for server in proxy.upstream.servers if proxy else ():
         print_line("The backend %s of [location %s] directly:" % (server.name, location.name))
-        head_there = request_head_for_backend(message, location, client, server, b"websocket")
-        probes.append(Probe(arguments, server, head_there, location.context, location.proxy_ssl_name,
+        head_there = request_head_for_backend(message, location, client, server, PROBE_UPGRADE)
+        probes.append(Probe(arguments, server, head_there, proxy.context, location.proxy_ssl_name,
                             location.proxy_protocol).run())
     print_line("The gate at %s:" % gate.name)
     context = probe_context(False) if listen.ssl else None
@@ -7180,12 +7594,13 @@ class Probe:
         fields, sent = self.response.fields, self.sent
         if self.response.status != 101:
             self.judge_refusal(self.read_body())
-        if fields.tokens(b"upgrade") != [b"websocket"] or b"upgrade" not in fields.tokens(b"connection"):
-            raise Verdict("not_upgraded")
-        if fields.get(b"sec-websocket-accept") != accept_for(sent.get(b"sec-websocket-key") or b""):
-            raise Verdict("wrong_accept")
+        fault = fault_in_101(sent, fields, PROBE_UPGRADE)
+        if len(fields.get_all(b"upgrade")) > 1:
+            fault = "not_upgraded"
         chosen, offered = (each.tokens(b"sec-websocket-protocol") for each in (fields, sent))
-        if len(chosen) != min(1, len(offered)) or not set(chosen) <= set(offered):
+        if fault and fault != "wrong_choice":
+            raise Verdict(fault)
+        if fault or len(chosen) != min(1, len(offered)):  # browsers also refuse a 101 without a choice
             shown = "Sec-WebSocket-Protocol: %s" % (printable(b", ".join(chosen)) or "(none)")
             raise Verdict("wrong_choice", chosen=shown, offered=printable(b", ".join(offered)) or "none")
         if extensions_used(self.response) and not sent.get_all(b"sec-websocket-extensions"):
