@@ -22,7 +22,7 @@ The file reads from top to bottom as a connection lives:
     One connection        ClientConnection.handle: begin (PROXY protocol, TLS), then an
                           Exchange for each request: receive, admit, respond, finish
     Streams               Stream and Deadline: bytes within a time; read_proxy_header
-    TLS                   CertificateStore for clients, backend_context for backends
+    TLS                   certificate_store for clients, backend_context for backends
     HTTP/1.1 messages     read_head, parse_request_head, parse_response_head, ChunkedBody
     Routing               split_target, Location.matches, Location.rewrite
     Access control        who may pass: addresses, origins, passwords
@@ -87,6 +87,8 @@ import subprocess
 import textwrap
 import threading
 import time
+import warnings
+import weakref
 import urllib.parse
 import warnings
 
@@ -270,9 +272,15 @@ class TimedOut(Exception):
 
 
 def describe_error(error):
-    """Return an exception as text: the reason of OpenSSL or the operating system where it has one."""
-    return (getattr(error, "verify_message", None) or getattr(error, "reason", None)
-            or getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    """Return an exception as text, in the words of the operating system or OpenSSL."""
+    if getattr(error, "verify_message", ""):  # Python 3.7
+        return "certificate verify failed: " + error.verify_message.rstrip(".")
+    if isinstance(error, ssl.SSLError):
+        text = error.reason or re.sub(r"^\[\w+\] | \(_ssl\.c:.*", "", str(error))
+        return text.replace("_", " ").lower()
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    file = getattr(error, "filename", None)
+    return "%s: %s" % (file, text) if file else text
 
 
 # -------------------------------------------------------- Configuration: values
@@ -418,6 +426,17 @@ def parse_protocols(text):
     return words
 
 
+def parse_ciphers(text):
+    """Return an OpenSSL cipher list, '' for the default."""
+    try:
+        if text:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).set_ciphers(text)
+    except ssl.SSLError:
+        raise ValueError("no cipher matches %r (expected an OpenSSL cipher list such as"
+                         " ECDHE+AESGCM:!aNULL)" % text)
+    return text
+
+
 def parse_return(text):
     """Return 'CODE', 'CODE TEXT' or '30x URL' as a Return."""
     match = re.fullmatch(r"([2-5][0-9]{2})(?:\s+(\S.*))?", text, re.S)
@@ -467,8 +486,12 @@ def parse_login_url(text):
 
 
 def parse_pem(text):
-    """Return the path of a file that can be read, else raise OSError."""
-    open(text, "rb").close()
+    """Return the path of a file; raise OSError if it does not exist.
+
+    Permissions are checked where it is loaded: what is loaded already need not be readable.
+    """
+    with contextlib.suppress(PermissionError):
+        open(text, "rb").close()
     return text
 
 
@@ -796,6 +819,9 @@ SERVER_KEYS = {
         "CA file (PEM); if set, TLS clients must present a certificate signed by it"),
     "ssl_protocols": Key(
         parse_protocols, "TLSv1.2 TLSv1.3", "TLS versions offered to clients"),
+    "ssl_ciphers": Key(
+        parse_ciphers, "",
+        "ciphers up to TLSv1.2, an OpenSSL cipher list; if unset, the default of Python"),
     "client_header_timeout": Key(
         parse_timeout, "10s",
         "time limit for the TLS handshake and the whole request head, however slowly it comes"),
@@ -959,6 +985,10 @@ LOCATION_KEYS = {
     "proxy_ssl_name": Key(
         optional(parse_server_name), "",
         "server name for SNI and verification; if unset, the host of proxy_pass"),
+    "proxy_ssl_protocols": Key(
+        parse_protocols, "TLSv1.2 TLSv1.3", "TLS versions offered to https backends"),
+    "proxy_ssl_ciphers": Key(
+        parse_ciphers, "", "the same as ssl_ciphers, for https backends"),
     "proxy_ssl_certificate": Key(
         optional(parse_pem), "", "client certificate (PEM) to present to backends"),
     "proxy_ssl_certificate_key": Key(
@@ -1186,7 +1216,7 @@ class ConfigReader:
         config = Config(self.path, server, self.locations, list(self.upstreams.values()),
                         self.warnings, self.place)
         if any(listen.ssl for listen in server.listen):
-            config.certificates = self.checked("server", "ssl_certificate", CertificateStore,
+            config.certificates = self.checked("server", "ssl_certificate", certificate_store,
                                                config)
             self.raise_errors()
         warn_of_mistakes(self, config)
@@ -1410,8 +1440,7 @@ class ConfigReader:
             passwords = self.checked(title, "auth_basic_user_file", PasswordFile,
                                      values["auth_basic_user_file"])
         if "ssl_certificate" in self.sections.get(title, ()) and values["ssl_certificate"]:
-            self.checked(title, "ssl_certificate", load_pair,
-                         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), values["ssl_certificate"],
+            self.checked(title, "ssl_certificate", check_pair, values["ssl_certificate"],
                          values["ssl_certificate_key"])
         location = self.checked(title, "proxy_ssl_certificate", Location, values,
                                 title.partition(" ")[2], place, upstreams, passwords)
@@ -3403,152 +3432,282 @@ def parse_proxy_v2(command, family, data):
 
 
 # -------------------------------------------------------------------------- TLS
+#
+# An SSLContext takes up to 1 MiB and 30 ms (the system's CA certificates). So there is one
+# for each distinct set of TLS keys, and a reload keeps those whose keys and files are the
+# same. It keeps them too when their files cannot be read any more: after `user` took
+# effect, a key of root is out of reach, and a reload that has nothing to do with TLS must
+# not fail for that.
+
+# What is in use, a CertificateStore or SSLContext: (keys that it was made of, stamps of their
+# files). Only the main thread makes, looks for and drops configurations.
+TLS_IN_USE = weakref.WeakKeyDictionary()
+ListenerTLS = collections.namedtuple("ListenerTLS", "client_ca protocols ciphers")
+BACKEND_TLS_KEYS = (
+    "proxy_ssl_verify", "proxy_ssl_trusted_certificate", "proxy_ssl_certificate",
+    "proxy_ssl_certificate_key", "proxy_ssl_protocols", "proxy_ssl_ciphers")
 
 
 class CertificateStore:
-    """The contexts for TLS listeners, one for each certificate; made anew when a file changes."""
+    """The SSLContexts of the ssl listeners, by host name; read again when a file changes."""
 
-    def __init__(self, config):
-        self.server = config.server
-        self.pairs = {None: (config.server.ssl_certificate, config.server.ssl_certificate_key)}
-        for location in config.locations:
-            pair = (location.ssl_certificate, location.ssl_certificate_key)
-            for host in location.hosts:
-                if host and pair[0] and pair != self.pairs[None]:
-                    self.pairs.setdefault(host, pair)
-        if not self.pairs[None][0] and len(self.pairs) > 1:
-            self.pairs[None] = list(self.pairs.values())[1]
-        self.stamp = self.stamps()
-        self.contexts = self.load()  # a handshake begins with that of None
-
-    def stamps(self):
-        """What changes when a file changes."""
-        paths = [path for pair in self.pairs.values() for path in pair] + [self.server.ssl_client_certificate]
-        return [file_stamp(path) for path in paths if path]
+    def __init__(self, keys):
+        """keys: as certificate_store makes them. Raise ValueError or OSError."""
+        self.settings, pairs = keys  # ListenerTLS, and the items of pairs
+        self.pairs = dict(pairs)     # host or None: (certificate, key)
+        self.files = [file for pair in self.pairs.values() for file in pair if file]
+        self.files += [self.settings.client_ca] if self.settings.client_ca else []
+        self.stamps = file_stamps(self.files)
+        self.contexts = self.load()
 
     def load(self):
-        """-> {host or None: SSLContext}; raises ValueError with what is wrong."""
-        contexts = {host: self.make_context(*pair) for host, pair in self.pairs.items()}
-        check_protocols(contexts[None], self.server.ssl_protocols)
+        """Return {host or None: SSLContext}, one per certificate; raise ValueError or OSError.
+
+        A handshake begins with that of None, and switches to that of the host name (SNI).
+        """
+        made = {pair: self.make_context(*pair) for pair in set(self.pairs.values())}
+        contexts = {host: made[pair] for host, pair in self.pairs.items()}
+        entry = contexts[None]
 
         def choose(sock, name, context):
-            """Called in the handshake with the name that the client asks for (SNI)."""
+            """Called in the handshake with the host name that the client sent, or None."""
             name = (name or "").lower()
             suffixes = ["*" + name[place:] for place, char in enumerate(name) if char == "."]
-            sock.context = next((contexts[each] for each in [name] + suffixes if each in contexts), context)
+            sock.context = next((contexts[each] for each in [name] + suffixes if each in contexts),
+                                context)
 
-        if hasattr(contexts[None], "sni_callback"):  # the older way prints a traceback for a name like "a..b"
-            contexts[None].sni_callback = choose
+        if hasattr(entry, "sni_callback"):  # the older way prints a traceback for a name like a..b
+            entry.sni_callback = choose
         else:
-            contexts[None].set_servername_callback(choose)
+            entry.set_servername_callback(choose)
         return contexts
 
     def make_context(self, certificate, key):
-        """The SSLContext of a listener with this certificate; raises ValueError with what is wrong."""
-        if not certificate:
-            raise ValueError("a listener with ssl needs ssl_certificate and ssl_certificate_key")
+        """Return the SSLContext of a certificate; raise ValueError or OSError."""
+        client_ca, protocols, ciphers = self.settings
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        set_protocols(context, self.server.ssl_protocols)
+        set_versions(context, "ssl", protocols, ciphers)
         load_pair(context, certificate, key)
-        if self.server.ssl_client_certificate:
-            try:
-                context.load_verify_locations(self.server.ssl_client_certificate)
-            except ssl.SSLError as error:
-                raise SettingError("ssl_client_certificate", "%s has no CA certificate (%s)" % (
-                    self.server.ssl_client_certificate, error.reason or error))
+        if client_ca:
+            load_ca(context, "ssl_client_certificate", client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
         context.set_alpn_protocols(["http/1.1"])
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # Python 3.7
         return context
 
     def refresh(self):
-        """Take changed files; if they are broken, keep what is there and say so."""
+        """Load the files again if they have changed; if that fails, log it once and keep the old."""
+        stamps = file_stamps(self.files)
+        if stamps == self.stamps:
+            return
+        self.stamps = stamps
         try:
-            stamp = self.stamps()
-            if stamp != self.stamp:
-                self.stamp = stamp
-                self.contexts = self.load()
-                log.info("certificates were read again")
+            self.contexts = self.load()
+            log.info("certificates reloaded")
         except (OSError, ValueError) as error:
-            log.error("new certificate not taken, going on with the old one: %s", error)
+            log.error("new certificate not loaded, keeping the current one: %s",
+                      describe_error(error))
 
 
-def load_pair(context, certificate, key):
-    """Load a certificate chain and its key; raises ValueError that names the file."""
-    try:
-        context.load_cert_chain(certificate, key or certificate, password=lambda: "")
-    except ssl.SSLError as error:
-        why = ("is not the key of this certificate" if "MISMATCH" in str(error) else
-               "cannot be used (%s): PEM files are needed, first the certificate, then its key, without a password"
-               % (error.reason or error))
-        raise ValueError("%s with key %s: %s" % (certificate, key or certificate, why))
-    except OSError as error:
-        raise ValueError("%s or %s: %s" % (certificate, key or certificate, error.strerror))
-
-
-def set_protocols(context, names):
-    """Allow these versions of TLS and none between them (Python 3.6 has options for it alone)."""
-    if hasattr(ssl, "TLSVersion"):
-        versions = sorted(getattr(ssl.TLSVersion, name.replace(".", "_")) for name in names)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # TLSv1 and TLSv1_1 since 3.10
-            context.minimum_version, context.maximum_version = versions[0], versions[-1]
+def certificate_store(config):
+    """Return the CertificateStore of a Config: the one in use, if its keys are the same."""
+    server = config.server
+    default = (server.ssl_certificate, server.ssl_certificate_key)
+    pairs = {None: default}
+    for location in config.locations:
+        pair = (location.ssl_certificate, location.ssl_certificate_key)
+        if pair[0] and pair != default:
+            for host in filter(None, location.hosts):
+                pairs.setdefault(host, pair)
+    if not default[0] and len(pairs) > 1:
+        pairs[None] = list(pairs.values())[1]
+    if not pairs[None][0]:
+        raise ValueError("missing (a listener with ssl needs ssl_certificate and"
+                         " ssl_certificate_key)")
+    keys = (ListenerTLS(server.ssl_client_certificate, server.ssl_protocols, server.ssl_ciphers),
+            tuple(pairs.items()))
+    store = tls_in_use(keys)
+    if store is None:
+        store = CertificateStore(keys)
+        TLS_IN_USE[store] = keys, ()
     else:
-        for name in ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"):
-            if name not in names:
-                context.options |= getattr(ssl, "OP_NO_" + name.replace(".", "_"), 0)
-
-
-def check_protocols(context, names):
-    """Raise SettingError if OpenSSL refuses TLS 1.0 or 1.1 though a listener allows it.
-
-    OpenSSL 3 has no cipher for them at its default security level, so that each handshake
-    would fail with NO_SHARED_CIPHER (SSL_CTX_set_security_level(3)). Tried with a client in
-    memory that accepts any cipher.
-    """
-    for name in names:
-        if name not in ("TLSv1", "TLSv1.1"):
-            continue
-        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
-        set_protocols(client, [name])
-        up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
-        try:
-            client.set_ciphers("ALL:@SECLEVEL=0")
-            sides = (client.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True))
-            for side in sides * 2:
-                with contextlib.suppress(ssl.SSLWantReadError):
-                    side.do_handshake()
-        except ssl.SSLError as error:
-            if error.reason != "PEER_DID_NOT_RETURN_A_CERTIFICATE":
-                raise SettingError("ssl_protocols", "%s is refused by %s (remove it, or set"
-                                   " ssl_ciphers = DEFAULT@SECLEVEL=0)" % (
-                                       name, ssl.OPENSSL_VERSION))
+        store.refresh()
+    return store
 
 
 def backend_context(settings):
-    """The SSLContext for https:// backends of a location."""
-    try:
-        context = ssl.create_default_context(cafile=settings.proxy_ssl_trusted_certificate)
-    except ssl.SSLError as error:
-        raise SettingError("proxy_ssl_trusted_certificate", "%s has no CA certificate (%s)" % (
-            settings.proxy_ssl_trusted_certificate, error.reason or error))
+    """Return the SSLContext for https backends of a location; raise ValueError or OSError.
+
+    It is the one in use, if its keys are the same and no file has changed.
+    """
+    keys = tuple((name, getattr(settings, name)) for name in BACKEND_TLS_KEYS)
+    files = [file for name, file in keys if file and name.endswith(("certificate", "_key"))]
+    stamps = file_stamps(files)
+    context = tls_in_use(keys, stamps)
+    if context is None:
+        try:
+            context = make_backend_context(settings)
+        except PermissionError as error:
+            context = tls_in_use(keys)
+            if context is None:
+                raise
+            log.error("%s; keeping the certificates loaded before", describe_error(error))
+        TLS_IN_USE[context] = keys, stamps
+    return context
+
+
+def make_backend_context(settings):
+    """Return a new SSLContext; raise ValueError or OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    set_versions(context, "proxy_ssl", settings.proxy_ssl_protocols, settings.proxy_ssl_ciphers)
     if not settings.proxy_ssl_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+    elif settings.proxy_ssl_trusted_certificate:
+        load_ca(context, "proxy_ssl_trusted_certificate", settings.proxy_ssl_trusted_certificate)
+    else:
+        context.load_default_certs()
     if settings.proxy_ssl_certificate:
         load_pair(context, settings.proxy_ssl_certificate, settings.proxy_ssl_certificate_key)
     context.set_alpn_protocols(["http/1.1"])
     return context
 
 
+def tls_in_use(keys, stamps=None):
+    """Return what is in use with these keys and stamps (None: whatever they are), or None."""
+    return next((each for each, made_of in list(TLS_IN_USE.items())
+                 if made_of[0] == keys and stamps in (None, made_of[1])), None)
+
+
+def file_stamps(files):
+    """Return for each file what changes when it does: its stamp, or why that cannot be read."""
+    stamps = []
+    for file in files:
+        try:
+            stamps.append(file_stamp(file))
+        except OSError as error:
+            stamps.append(error.errno)
+    return tuple(stamps)
+
+
+def load_pair(context, certificate, key):
+    """Load a certificate chain and its key; raise OSError or ValueError that names the file."""
+    key = key or certificate
+    for file in (certificate, key):
+        open(file, "rb").close()  # load_cert_chain() does not say which of them it cannot open
+    try:
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except ssl.SSLError as error:
+        if "MISMATCH" in str(error):
+            raise ValueError("%s is not the private key of %s" % (key, certificate))
+        raise ValueError("invalid certificate %s%s: %s (expected PEM: the certificate first,"
+                         " then its chain; a key without passphrase)" % (
+                             certificate, " or key " + key if key != certificate else "",
+                             describe_error(error)))
+
+
+def check_pair(certificate, key):
+    """Raise ValueError or OSError if these cannot be loaded; not for lack of permission."""
+    with contextlib.suppress(PermissionError):
+        load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), certificate, key)
+
+
+def load_ca(context, name, file):
+    """Load a file of CA certificates, the value of the key `name`; raise SettingError."""
+    try:
+        context.load_verify_locations(file)
+    except ssl.SSLError as error:
+        raise SettingError(name, "invalid CA file %s: %s (expected PEM)"
+                           % (file, describe_error(error)))
+
+
+def set_versions(context, prefix, names, ciphers):
+    """Allow these versions of TLS and these ciphers ('': the default of Python and OpenSSL).
+
+    Raise SettingError for prefix_protocols if this OpenSSL refuses one of the versions.
+    """
+    for name in names:
+        if not version_usable(name, ciphers):
+            raise SettingError(prefix + "_protocols", "%s is refused by %s (remove it, or set"
+                               " %s_ciphers = DEFAULT@SECLEVEL=0)" % (
+                                   name, ssl.OPENSSL_VERSION, prefix))
+    if ciphers:
+        context.set_ciphers(ciphers)
+    set_protocols(context, names)
+
+
+@functools.lru_cache()
+def version_usable(name, ciphers):
+    """Return whether a handshake of this TLS version can begin with these ciphers.
+
+    OpenSSL 3 allows TLS 1.0 and 1.1 at security level 0 only; some builds have none of both.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    if ciphers:
+        context.set_ciphers(ciphers)
+    set_protocols(context, (name,))
+    try:
+        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO()).do_handshake()
+    except ssl.SSLWantReadError:  # the ClientHello was made
+        level = getattr(context, "security_level", 0 if "SECLEVEL=0" in ciphers else 1)
+        return (name not in ("TLSv1", "TLSv1.1") or ssl.OPENSSL_VERSION_INFO < (3,) or level == 0)
+    except (ssl.SSLError, ValueError):
+        return False
+
+
+def set_protocols(context, names):
+    """Allow the TLS versions from the lowest to the highest of names."""
+    if hasattr(ssl, "TLSVersion"):
+        with warnings.catch_warnings():  # TLSv1 is deprecated
+            warnings.simplefilter("ignore")
+            versions = sorted(getattr(ssl.TLSVersion, name.replace(".", "_")) for name in names)
+            context.minimum_version, context.maximum_version = versions[0], versions[-1]
+    else:  # Python 3.6
+        for name in TLS_VERSIONS:
+            if name not in names:
+                context.options |= getattr(ssl, "OP_NO_" + name.replace(".", "_"), 0)
+
+
+def describe_tls_error(error):
+    """Return why a TLS handshake with a backend failed, and the key of wsgate.ini to look at."""
+    text, remedy = describe_error(error), TLS_REMEDIES.get(tls_error_kind(error))
+    return "%s (%s)" % (text, remedy) if remedy else text
+
+
+TLS_REMEDIES = {
+    "untrusted": "set proxy_ssl_trusted_certificate to its CA, or proxy_ssl_verify = off",
+    "host_name": "set proxy_ssl_name to a name of its certificate, or proxy_ssl_verify = off",
+    "certificate": "renew it, or set proxy_ssl_verify = off",
+    "plain_port": "is it a port without TLS? then use http:// in proxy_pass",
+}
+# X509_V_ERR_*: self-signed, no issuer certificate, no chain; name or IP address mismatch
+UNTRUSTED, MISMATCH = (18, 19, 20, 21), (62, 64)
+
+
+def tls_error_kind(error):
+    """Return what made a handshake fail: a key of TLS_REMEDIES, or 'tls_failed'."""
+    text = str(error)
+    if isinstance(error, ssl.CertificateError):
+        code = getattr(error, "verify_code", MISMATCH[0])  # Python 3.6 has none
+        return ("untrusted" if code in UNTRUSTED else
+                "host_name" if code in MISMATCH else "certificate")
+    if "CERTIFICATE_VERIFY_FAILED" in text:  # Python 3.6
+        return "untrusted"
+    plain = "WRONG_VERSION_NUMBER|UNKNOWN_PROTOCOL|HTTP_REQUEST|RECORD_LAYER_FAILURE"
+    return "plain_port" if re.search(plain, text) else "tls_failed"
+
+
 def distinguished_name(certificate):
-    """SSLSocket.getpeercert() -> the subject as text in the order of RFC 4514, or None."""
-    short = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C",
-             "localityName": "L", "stateOrProvinceName": "ST", "emailAddress": "emailAddress"}
+    """Return the subject of SSLSocket.getpeercert() as text in RFC 4514 order, or None."""
+    short = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU",
+             "countryName": "C", "localityName": "L", "stateOrProvinceName": "ST",
+             "emailAddress": "emailAddress"}
     parts = ["%s=%s" % (short.get(name, name), re.sub(r'([,+"\\<>;=])', r"\\\1", value))
              for group in certificate.get("subject", ()) for name, value in group]
-    return re.sub("[\\x00-\\x1f\\x7f]", lambda char: "\\%02X" % ord(char.group()), ",".join(reversed(parts))) or None
+    return re.sub("[\\x00-\\x1f\\x7f]", lambda char: "\\%02X" % ord(char.group()),
+                  ",".join(reversed(parts))) or None
 
 
 # --------------------------------------- HTTP/1.1 messages (RFC 9110, RFC 9112)
@@ -4599,7 +4758,7 @@ class Server:
                 raise BackendError(504, "backend_timeout", "%s: no TLS handshake within"
                                    " proxy_connect_timeout" % self.name)
             raise BackendError(502, "backend_tls" if context else "backend_closed",
-                               "%s: %s" % (self.name, describe_error(error)))
+                               "%s: %s" % (self.name, describe_tls_error(error)))
 
     def connect_to_any(self, deadline):
         """Connect to the first address that accepts; return a Stream. Raise as connect() does."""
@@ -7470,9 +7629,11 @@ def handshake_head(arguments, authority, target):
 
 
 def probe_context(verify, cafile=None):
-    """The SSLContext of a probe, made as those for backends are."""
-    return backend_context(Settings({"proxy_ssl_verify": verify, "proxy_ssl_trusted_certificate": cafile,
-                                     "proxy_ssl_certificate": None}))
+    """Return the SSLContext of a probe, made as those for backends are."""
+    values = {name: key.parse(key.default) for name, key in LOCATION_KEYS.items()
+              if name in BACKEND_TLS_KEYS}
+    values.update(proxy_ssl_verify=verify, proxy_ssl_trusted_certificate=cafile)
+    return backend_context(Settings(values))
 
 
 def print_line(label, text=None, since=None):
