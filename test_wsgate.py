@@ -3065,10 +3065,10 @@ def test_locations_with_the_same_tls_keys_share_one_context(tmp_path, tls):
         "[location /%d/]\nproxy_pass = https://127.0.0.1:9\nproxy_ssl_trusted_certificate = %s\nproxy_ssl_verify = %s\n"
         % (number, tls.ca, "off" if number == 7 else "on") for number in range(20)))
     configs = [wsgate.load_config(path), wsgate.reload_config(path)]
-    contexts = {location.context for config in configs for location in config.locations}
+    contexts = {location.proxy.context for config in configs for location in config.locations}
     assert len(contexts) == 2 and [context.verify_mode for context in contexts].count(ssl.CERT_NONE) == 1
     written(tmp_path, "ca.pem", pem(CA) * 2)
-    assert wsgate.reload_config(path).locations[0].context not in contexts
+    assert wsgate.reload_config(path).locations[0].proxy.context not in contexts
     del configs, contexts
     gc.collect()
     assert not wsgate.TLS_IN_USE
