@@ -2683,6 +2683,258 @@ def test_deny_all_holds_for_unix_sockets_too(tmp_path):
             client.close()
 
 
+def kept_alive(peer):
+    """A script: 200 to every request on the connection, whose number of requests is the body."""
+    count = 0
+    while True:
+        read_request(peer)
+        count += 1
+        peer.send(ok(b"%d" % count))
+
+
+KEPT = "proxy_keepalive = 60s"
+
+
+def test_a_backend_connection_is_closed_after_each_request_by_default(tmp_path):
+    with gate_and_backend(tmp_path, None) as (gate, backend):
+        client = gate.connect()
+        for number in range(2):
+            client.send(request())
+            peer = backend.peer(number)
+            assert field(peer.head(), b"connection") == [b"close"]
+            peer.send(ok())
+            assert client.response().status == 200 and peer.ended()
+        client.close()
+
+
+def test_proxy_keepalive_sends_the_requests_of_a_client_over_one_connection(tmp_path):
+    """Not those of another client, nor the last one of a connection or what HTTP/1.0 asks for."""
+    with gate_and_backend(tmp_path, kept_alive, KEPT) as (gate, backend):
+        first, second = gate.connect(), gate.connect()
+        for number in b"123":
+            for client, method in ((first, b"GET"), (second, b"OPTIONS")):
+                assert client.send(request(method)).response().body == b"%c" % number
+        assert len(backend.peers) == 2
+        assert first.send(request(b"GET", b"/", b"Connection: close")).response().body == b"1"
+        first.close()
+        second.close()
+        eventually(lambda: all(peer.sock.fileno() < 0 for peer in backend.peers))
+        assert not any(server.health.active for server in
+                       location_of(gate.gate.config).proxy.upstream.servers)
+
+
+@pytest.mark.parametrize("raw", [
+    request(b"POST", body=b"hello"), request(b"POST"), request(b"PUT", body=b""),
+    request(b"GET", body=b"hello"), request(b"GET", b"/", b"Transfer-Encoding: chunked")
+    + chunked_body(b"hello"), handshake()])
+def test_what_may_not_be_repeated_gets_a_connection_of_its_own(tmp_path, raw):
+    with gate_and_backend(tmp_path, None, KEPT) as (gate, backend):
+        client = gate.connect().send(request())
+        kept = backend.peer()
+        assert not field(kept.head(), b"connection")
+        kept.send(ok())
+        client.response()
+        client.send(raw)
+        other = backend.peer(1)
+        head, _ = read_request(other)
+        assert field(head, b"connection") in ([b"close"], [b"upgrade"], [b"Upgrade"])
+        other.send(ok())
+        client.response()
+        assert other.ended()
+        if field(head, b"connection") == [b"close"]:
+            client.send(request())
+            assert kept.head()
+        client.close()
+
+
+@pytest.mark.parametrize("how", ["between", "at the request", "reset"])
+def test_a_kept_connection_that_the_backend_closes_is_replaced_silently(tmp_path, how):
+    """The client notices nothing, and the server has not failed."""
+    with gate_and_backend(tmp_path, None, KEPT) as (gate, backend):
+        client = gate.connect().send(request())
+        kept = backend.peer()
+        kept.head()
+        kept.send(ok())
+        client.response()
+        if how == "between":
+            kept.close()
+        client.send(request(b"GET", b"/again"))
+        if how == "at the request":
+            kept.head()
+            kept.close()
+        elif how == "reset":
+            kept.head()
+            kept.reset()
+        other = backend.peer(1)
+        assert other.head().startswith(b"GET /again ")
+        other.send(ok(b"new"))
+        assert client.response().body == b"new"
+        assert not any("failed" in line for line in gate.errors)
+        assert not any("failed=" in line for line in gate.access)
+        client.close()
+
+
+@pytest.mark.parametrize("response, status", [
+    (ok(b"ok", b"Connection: close"), 200), (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", 200),
+    (ok() + b"more", 200), (ok() + ok(), 200), (OK + b"\r\nuntil close", 200),
+    (OK + b"Content-Length: 9\r\n\r\ncut", 200), (b"nonsense\r\n\r\n", 502),
+    (switching(), 502)])
+def test_a_backend_connection_is_not_kept_after(tmp_path, response, status):
+    """Close, HTTP/1.0, more bytes than the response has, a response that is cut or none."""
+    with gate_and_backend(tmp_path, None, KEPT) as (gate, backend):
+        client = gate.connect().send(request())
+        peer = backend.peer()
+        peer.head()
+        peer.send(response)
+        if b"cut" in response or b"until" in response:
+            peer.finish()
+        assert client.read_until(b"\r\n\r\n").split(b" ")[1] == b"%d" % status
+        if status == 200 and b"cut" not in response and b"until" not in response:
+            client.read(2)
+            client.send(request())
+            assert backend.peer(1).head()
+        assert peer.ended()
+        client.close()
+
+
+def test_a_backend_connection_is_kept_no_longer_than_proxy_keepalive(tmp_path):
+    with gate_and_backend(tmp_path, None, "proxy_keepalive = " + ini_ms(200)) as (gate, backend):
+        client = gate.connect().send(request())
+        peer = backend.peer()
+        peer.head()
+        peer.send(ok())
+        client.response()
+        with lasting(100, 2000):
+            assert peer.ended()
+        assert gate.gate.connections
+        client.close()
+
+
+def test_a_client_that_sends_all_before_it_reads_gets_its_refusal(tmp_path):
+    """As Python's http.client does: what it still sends is read and dropped."""
+    with gate_and_backend(tmp_path, None, "client_max_body_size = 1m") as (gate, _):
+        client = gate.connect()
+        client.send(request(b"POST", b"/", b"Content-Length: 48000000"))
+        for _ in range(480):
+            client.send(bytes(100000))
+        assert client.response().status == 413
+        assert client.ended()
+        client.close()
+
+
+def test_a_client_that_sends_all_before_it_reads_gets_an_early_response(tmp_path):
+    with gate_and_backend(tmp_path, None) as (gate, backend):
+        client = gate.connect()
+        client.send(request(b"POST", b"/", b"Content-Length: 48000000"))
+        peer = backend.peer()
+        peer.head()
+        peer.send(ok(b"no, thanks"))
+        peer.close()
+        for _ in range(480):
+            client.send(bytes(100000))
+        assert client.response().body == b"no, thanks"
+        client.close()
+
+
+@pytest.mark.parametrize("drips", [True, False])
+def test_reading_on_after_a_refusal_has_an_end(tmp_path, monkeypatch, drips):
+    """LINGERING_TIME for a client that goes on sending, LINGERING_TIMEOUT for one that is silent."""
+    monkeypatch.setattr(wsgate, "LINGERING_TIME", (400 if drips else 100000) * MS)
+    monkeypatch.setattr(wsgate, "LINGERING_TIMEOUT", (100000 if drips else 300) * MS)
+    with gate_and_backend(tmp_path, None, "client_max_body_size = 1") as (gate, _):
+        client = gate.connect().send(request(b"POST", b"/", b"Content-Length: 48000000"))
+        assert client.response().status == 413
+        with lasting(150, 4000):
+            if drips:
+                with pytest.raises(OSError):
+                    while True:
+                        client.send(b"x")
+                        client.silent(20 * MS)
+            else:
+                eventually(lambda: not gate.gate.connections)
+        client.close()
+
+
+REDIRECTING = """[server]
+listen = 127.0.0.1:0 redirect, localhost:0 ssl
+ssl_certificate = %s
+[location gate.test/]
+return = 200 secure
+[location other.test/.well-known/acme-challenge/]
+return = 200 token
+"""
+
+
+@pytest.mark.parametrize("raw, status, location", [
+    (request(), 301, b"https://gate.test:%d/"),
+    (request(b"HEAD", b"/a//b?c=%0d%0a&d"), 301, b"https://gate.test:%d/a//b?c=%%0d%%0a&d"),
+    (request(b"POST", b"/a", body=b"hello"), 308, b"https://gate.test:%d/a"),
+    (request(b"GET", b"/", b"Host: GATE.test.:8080"), 301, b"https://gate.test:%d/"),
+    (request(b"GET", b"http://gate.test?x"), 301, b"https://gate.test:%d/?x"),
+    (request(b"GET", b"//evil.test/x"), 301, b"https://gate.test:%d//evil.test/x"),
+    (request(b"OPTIONS", b"*"), 308, b"https://gate.test:%d/"),
+    (handshake(b"/chat"), 301, b"https://gate.test:%d/chat"),
+    (request(b"GET", b"/", b"Host: other.test"), 301, b"https://other.test:%d/"),
+    (request(b"GET", b"/", b"Host: evil.test"), 404, None),
+    (request(b"GET", b"/", b"Host: evil.test@gate.test"), 400, None),
+    (request(b"GET", b"/", b"Host: gate.test/evil.test"), 400, None),
+    (request(b"GET", b"/", b"Host: gate.test\\evil.test"), 400, None),
+    (request(b"GET", b"/", b"Host: gate.test", b"Host: evil.test"), 400, None),
+    (request(b"GET", b"/a\0b"), 400, None), (request(b"GET", b"/\\evil.test"), 400, None),
+    (b"GET / HTTP/1.0\r\n\r\n", 404, None),
+])
+def test_a_redirect_listener_sends_every_request_to_https(tmp_path, tls, raw, status, location):
+    """Only to a name that a location is for; the bytes of the request cannot change the host."""
+    with running(REDIRECTING % tls.server, tmp_path) as gate:
+        response = gate.ask(raw, raw.split(b" ")[0])
+        assert response.status == status
+        port = gate.gate.listeners[1].server_address[1]
+        assert response.get(b"location") == (location and location % port)
+
+
+def test_a_redirect_listener_has_no_name_for_a_client_without_host(tmp_path, tls):
+    ini = REDIRECTING.replace("gate.test", "") % tls.server
+    with running(ini, tmp_path) as gate:
+        assert gate.ask(b"GET / HTTP/1.0\r\n\r\n").status == 400
+
+
+def test_a_redirect_listener_serves_challenges_of_acme(tmp_path, tls):
+    """So that certbot can stay behind it (RFC 8555 8.3)."""
+    with running(REDIRECTING % tls.server, tmp_path) as gate:
+        path = b"/.well-known/acme-challenge/x"
+        assert gate.ask(request(b"GET", path, b"Host: other.test")).body == b"token"
+        assert gate.ask(request(b"GET", path)).status == 301
+
+
+def test_limits_and_the_proxy_protocol_hold_on_a_redirect_listener(tmp_path, tls):
+    ini = REDIRECTING.replace(" redirect", " redirect proxy_protocol") % tls.server
+    ini = ini.replace("[server]", "[server]\nset_real_ip_from = 127.0.0.1\nmax_connections = 1\n"
+                      "real_ip_header = proxy_protocol", 1)
+    header = b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\r\n"
+    with running(ini, tmp_path) as gate, contextlib.closing(gate.connect()) as inside:
+        eventually(lambda: gate.gate.connections)
+        assert gate.ask(header + request()).status == 503
+        assert gate.line("192.0.2.7", "reason=conn_limit")
+        assert inside.send(header + request()).response().status == 301
+
+
+def test_forwarding_fields_after_a_proxy_header_are_those_of_the_client(tmp_path):
+    """A balancer that passes bytes through adds none, so nobody is believed."""
+    with ScriptedBackend() as backend:
+        ini = (PROXY_INI % ("", "127.0.0.1, 192.0.2.0/24")).replace(
+            "return = 200 $remote_addr", "proxy_pass = http://" + backend.where)
+        with running(ini, tmp_path) as gate:
+            client = gate.connect().send(b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\r\n" + request(
+                b"GET", b"/", b"X-Forwarded-For: 10.1.1.1", b"X-Forwarded-User: root",
+                b"X-Forwarded-Proto: https", b"X-Forwarded-Host: a.test", b"Forwarded: for=10.1.1.1"))
+            head = backend.peer().head()
+            assert field(head, b"x-forwarded-for") == [b"192.0.2.7"]
+            assert field(head, b"x-forwarded-proto") == [b"http"]
+            assert field(head, b"x-forwarded-host") == [b"gate.test"]
+            assert not field(head, b"x-forwarded-user") + field(head, b"forwarded")
+            client.close()
+
+
 # ---------------------------------------------------------------------- Streams
 
 

@@ -906,6 +906,10 @@ LOCATION_KEYS = {
     "underscores_in_headers": Key(
         parse_flag, "off",
         "pass request header fields with _ in their names; applications may take _ for -"),
+    "proxy_keepalive": Key(
+        parse_seconds, "0",
+        "keep the connection to a server for the next request of the same client connection, for"
+        " this long; only GET, HEAD and OPTIONS without a body use it; 0: one request each"),
     "proxy_connect_timeout": Key(
         parse_timeout, "5s",
         "time limit for DNS lookup, connect and TLS handshake with one server"),
@@ -2670,6 +2674,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.stream = Stream(self.request)
         self.client = None           # ClientInfo, once the connection has begun
         self.tunnel = None           # the Tunnel that the connection has become
+        self.kept = None             # the Backend kept for the next request (proxy_keepalive)
         self.served = 0              # requests so far
         self.deadline = Deadline(self.gate.config.server.client_header_timeout)
 
@@ -2693,6 +2698,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             log.debug("%s: connection ended: %s", self.client_address, error)
         finally:
             self.stream.close()
+            self.keep_backend(None)
             self.gate.connections.leave(self)
 
     def begin(self):
@@ -2744,19 +2750,43 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def await_request(self):
         """Wait for the first byte of a request. Return the Deadline of its head, or None."""
-        server, deadline = self.gate.config.server, self.deadline
+        deadline = self.deadline
         if self.served:
-            deadline = Deadline(server.keepalive_timeout)
-            wakeup = self.gate.wakeup  # before the state is looked at: Gate.end changes that first
-            # Nothing, or the empty line that is ignored:
-            while b"\r\n".startswith(self.stream.buffer):
-                if self.gate.state != "running" or not self.stream.fill(
-                        deadline, wakeup, quiet=True, expected=False):
-                    return None
-            deadline = Deadline(server.client_header_timeout)
+            if not self.await_next(Deadline(self.gate.config.server.keepalive_timeout)):
+                return None
+            deadline = Deadline(self.gate.config.server.client_header_timeout)
         if not self.stream.buffer and not self.stream.fill(deadline, quiet=True):
             return None
         return deadline
+
+    def await_next(self, deadline):
+        """Wait between two requests. Return False if there will be no other one."""
+        wakeup = self.gate.wakeup  # before the state is looked at: Gate.end changes that first
+        while b"\r\n".startswith(self.stream.buffer):  # nothing, or the empty line that is ignored
+            if self.gate.state != "running":
+                return False
+            first = self.kept.deadline if self.kept and self.kept.deadline.at < deadline.at \
+                else deadline
+            try:
+                if not self.stream.fill(first, wakeup, expected=False):
+                    return False
+            except TimedOut:
+                if first is deadline:
+                    return False
+                self.keep_backend(None)
+        return True
+
+    def usable_backend(self):
+        """Return the kept Backend, or None. Close it if it cannot be used any more."""
+        if self.kept and not self.kept.alive():
+            self.keep_backend(None)
+        return self.kept
+
+    def keep_backend(self, backend):
+        """Keep a Backend for the next request, or None; close the one that was kept."""
+        if self.kept:
+            self.kept.stream.close()
+        self.kept = backend
 
 
 def client_info(stream, peer, port, believed):
@@ -2976,13 +3006,18 @@ class Exchange:
         preface = proxy_line(client) if location.proxy_protocol else b""
         key = proxy.upstream.hash_key(client.address, request.fields)
         attempts = Attempts(proxy.upstream, location, proxy.context, key)
+        keep = self.keeps_backend()
         while True:
+            kept = self.connection.usable_backend() if keep else None
             try:
-                self.backend = attempts.connect(preface)
+                self.backend = attempts.connect(preface, kept)
             finally:
                 self.entry.server, self.entry.failed = attempts.last, attempts.failures
+            reused = self.backend is kept
+            if reused:
+                self.connection.kept = None
             head = request_head_for_backend(request, location, client, self.backend.server,
-                                            self.upgrade)
+                                            self.upgrade, keep)
             relay = HTTPRelay(self.stream, self.backend.stream, head,
                               request.body(location.client_max_body_size, location.withheld),
                               location, self.config.server)
@@ -2991,7 +3026,9 @@ class Exchange:
                 proxy.upstream.succeeded(self.backend.server)
                 return relay, response
             except BackendError as error:
-                if error.retry:
+                if error.retry and reused:  # closed while it was kept, which is no failure
+                    attempts.forget(self.backend.server)
+                elif error.retry:
                     attempts.failed(error)
                 if not error.retry or not request.repeatable():
                     raise
@@ -3012,7 +3049,21 @@ class Exchange:
             return LINGERING_CLOSE if framed else RESET_CLOSE
         finally:
             self.entry.up, self.entry.down = (0, relay.up.bytes), (0, relay.down.bytes)
+        if (keep and self.keeps_backend() and response.persistent()
+                and not self.backend.stream.buffer):
+            self.backend.keep(self.location.proxy_keepalive)
+            self.connection.keep_backend(self.backend)
+            self.backend = None
         return KEEP_ALIVE if keep else LINGERING_CLOSE
+
+    def keeps_backend(self):
+        """Return True if the request may go over a kept connection, and leave one (proxy_keepalive).
+
+        Only one that may be repeated: a server may close the connection at any time, and then
+        it cannot be told whether it has seen the request (RFC 9112 9.3.1).
+        """
+        return (self.location.proxy_keepalive > 0 and self.upgrade is None
+                and self.request.repeatable() and self.persistent())
 
     def response_head(self, response, keep):
         """Return the head of a backend's response for the client."""
@@ -3239,6 +3290,18 @@ class Stream:
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
         except OSError:  # the peer is gone
             pass
+
+    def silent(self):
+        """Return True if the peer has sent nothing since the last read, neither bytes nor FIN."""
+        if self.buffer or (self.tls and self.sock.pending()):
+            return False
+        try:
+            socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def linger(self, deadline):
         """Send FIN, then read and discard while bytes come within LINGERING_TIMEOUT, and close.
@@ -3784,7 +3847,7 @@ class Request:
 
     def repeatable(self):
         """Whether another server may be asked the same although one may have seen it."""
-        return self.method in (b"GET", b"HEAD") and not self.has_body()
+        return self.method in (b"GET", b"HEAD", b"OPTIONS") and not self.has_body()
 
     def attempts_upgrade(self):
         """Return whether there is any trace of an upgrade: what follows may be frames (RFC 9931)."""
@@ -3867,7 +3930,12 @@ def parse_length(values):
 class Response:
     """A parsed response head."""
 
-    __slots__ = ("status", "reason", "fields", "chunked", "length")
+    __slots__ = ("status", "reason", "minor", "fields", "chunked", "length")
+
+    def persistent(self):
+        """Return True if the backend takes another request after it (RFC 9112 9.3, 6.3)."""
+        return (self.minor >= 1 and b"close" not in self.fields.tokens(b"connection")
+                and not (self.chunked and self.fields.get_all(b"content-length")))
 
     def body(self, method, decode):
         """A scanner for the body; decode: take the chunks off, for an HTTP/1.0 client."""
@@ -3888,6 +3956,7 @@ def parse_response_head(head):
         response = Response()
         response.status = int(match.group(3))
         response.reason = match.group(4) or b""
+        response.minor = int(match.group(2))
         response.fields = fields = parse_fields(block)
         codings, lengths = fields.get_all(b"transfer-encoding"), fields.get_all(b"content-length")
         response.chunked = bool(codings)
@@ -4535,7 +4604,7 @@ class Upstream:
                     return value
         return client.encode()
 
-    def pick(self, tried, key):
+    def pick(self, tried, key, preferred=None):
         """Choose a server that is not in tried and count it as active; return None if none is left.
 
         One pass over the servers. Hashes are computed before the lock is taken.
@@ -4555,7 +4624,10 @@ class Upstream:
             group = available or backups or unavailable
             if not group:
                 return None
-            chosen = group[0] if hashed or len(group) == 1 else self.choose(group)
+            if hashed or len(group) == 1:
+                chosen = group[0]
+            else:
+                chosen = preferred if preferred in group else self.choose(group)
             chosen.health.active += 1
             chosen.health.selected += 1
             if chosen.health.down_until:  # others wait for the result of this try
@@ -4643,19 +4715,23 @@ class Attempts:
         self.error = None            # the BackendError of the last one that did
         self.end_at = time.monotonic() + (location.proxy_next_upstream_timeout or math.inf)
 
-    def connect(self, preface=b""):
+    def connect(self, preface=b"", kept=None):
         """Connect to the next server, and to another one if that fails; return a Backend.
 
-        preface: bytes to send before TLS. Raise the last BackendError when no server is left,
-        or HTTPError 503 if there was none at all.
+        preface: bytes to send before TLS. kept: a Backend to use instead where it fits. Raise the
+        last BackendError when no server is left, or HTTPError 503 if there was none at all.
         """
         location = self.location
         while True:
-            server = self.server = self.next_server()
+            server = self.server = self.next_server(kept and kept.server)
             self.tried.add(server)
+            fits = (server, self.context, location.proxy_ssl_name, preface)
+            if kept and kept.fits == fits:
+                return kept
             try:
                 return Backend(self.upstream, server, server.connect(
-                    location.proxy_connect_timeout, self.context, location.proxy_ssl_name, preface))
+                    location.proxy_connect_timeout, self.context, location.proxy_ssl_name,
+                    preface), fits)
             except BaseException as error:
                 self.upstream.release(server)
                 if not isinstance(error, BackendError):
@@ -4667,11 +4743,11 @@ class Attempts:
         """The name of the last server tried, "-" if there was none."""
         return self.server.name if self.server else "-"
 
-    def next_server(self):
+    def next_server(self, preferred=None):
         """Return the server to try next, counted as active; raise why there is none."""
         limit, server = self.location.proxy_next_upstream_tries or math.inf, None
         if not self.tried or (len(self.tried) < limit and time.monotonic() < self.end_at):
-            server = self.upstream.pick(self.tried, self.key)
+            server = self.upstream.pick(self.tried, self.key, preferred)
         if server is not None:
             return server
         if self.error:
@@ -4681,6 +4757,10 @@ class Attempts:
                         "all servers of %s are down or have max_conns connections"
                         % self.upstream.name, retry_after())
 
+    def forget(self, server):
+        """Let a server be tried again: it had closed a connection that was kept."""
+        self.tried.discard(server)
+
     def failed(self, error):
         """Count a BackendError of the last server tried."""
         self.failures += 1
@@ -4689,19 +4769,30 @@ class Attempts:
 
 
 class Backend:
-    """A connection to a server, counted in its Health until it is closed."""
+    """A connection to a server, counted in its Health until it is closed or kept."""
 
-    __slots__ = ("upstream", "server", "stream")
+    __slots__ = ("upstream", "server", "stream", "fits", "deadline")
 
-    def __init__(self, upstream, server, stream):
+    def __init__(self, upstream, server, stream, fits=None):
         self.upstream = upstream
         self.server = server
         self.stream = stream
+        self.fits = fits          # what a request must ask for to be sent over it: see Attempts
+        self.deadline = None      # while it is kept: until when
 
     def close(self):
         """Close the connection and count it no longer."""
         self.stream.close()
         self.upstream.release(self.server)
+
+    def keep(self, seconds):
+        """Count the connection no longer, but leave it open for the next request."""
+        self.upstream.release(self.server)
+        self.deadline = Deadline(seconds)
+
+    def alive(self):
+        """Return True if a kept connection can be used: not closed, and no byte left on it."""
+        return self.deadline.at > time.monotonic() and self.stream.silent()
 
 
 class Server:
@@ -4974,8 +5065,11 @@ def cgi_name(name):
     return name.translate(CGI_NAME)
 
 
-def request_head_for_backend(request, location, client, server, upgrade):
-    """Return the head for a backend server as bytes. upgrade: the Upgrade to ask for, or None."""
+def request_head_for_backend(request, location, client, server, upgrade, keep=False):
+    """Return the head for a backend server as bytes.
+
+    upgrade: the Upgrade to ask for, or None. keep: whether the connection may be kept.
+    """
     proxy, replaced = location.proxy_for(upgrade), location.replaced
     lines = [b"%s %s HTTP/1.1" % (request.method, location.rewrite(request, proxy.uri))]
     if not request.authority and b"host" not in replaced:  # HTTP/1.0 may come without
@@ -4987,7 +5081,7 @@ def request_head_for_backend(request, location, client, server, upgrade):
     if upgrade:
         lines.append(b"Upgrade: " + upgrade.protocol)
         lines.append(b"Connection: " + upgrade.connection)
-    else:
+    elif not keep:
         lines.append(b"Connection: close")
     lines += forwarded_fields(request, client, proxy.prefix, replaced)
     lines += request.identity
