@@ -3479,7 +3479,6 @@ BAD_REQUEST_LINES = (
     (b"GET /\x00 HTTP/1.1", "NUL in the target"),
     (b"GET /\x1f HTTP/1.1", "control byte in the target"),
     (b"GET /\x7f HTTP/1.1", "DEL in the target"),
-    (b"GET /\xc3\xa4 HTTP/1.1", "bytes beyond ASCII in the target"),
     (b"GET /\rX: y HTTP/1.1", "bare CR in the target"),
     (b"GET /\nX: y HTTP/1.1", "bare LF in the target"),
     (b"GET /#a HTTP/1.1", "fragment"),
@@ -3844,7 +3843,7 @@ def test_what_is_unusual_but_right_is_taken(raw):
     (b"http://gate.test", b"GATE.test", b"/", "/"),
     (b"http://gate.test?a=/b", b"gate.test", b"/?a=/b", "/"),
     (b"http://gate.test:8080//a", b"gate.test:8080", b"//a", "/a"),
-    (b"/%61%2Fb%20", b"gate.test", b"/%61%2Fb%20", "/a%2Fb "),
+    (b"/%61%2Fb%20", b"gate.test", b"/%61%2Fb%20", "/a/b "),
     (b"/a?b/../c", b"gate.test", b"/a?b/../c", "/a")])
 def test_the_target_for_the_backend_is_what_came_and_the_path_is_decoded_for_routing(line, host, target, path):
     parsed = wsgate.parse_request_head(b"GET %s HTTP/1.1\r\nHost: %s\r\n\r\n" % (line, host))
@@ -3905,14 +3904,14 @@ ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "hos
 
 @pytest.mark.parametrize("host, path, name", [
     ("any", "/", "/"), ("any", "/chatter", "/"), ("any", "/chat", "/chat"), ("any", "/chat/", "/chat"),
-    ("any", "/chat/x", "/chat"), ("any", "/chat/deep", "/chat"), ("any", "/chat/deep/x", "/chat/deep/"),
+    ("any", "/chat/x", "/chat"), ("any", "/chat/deep", "/chat"), ("any", "/chat;x=1", "/chat"), ("any", "/chat/deep/x", "/chat/deep/"),
     ("any", "/exact", "= /exact"), ("any", "/exact/", "/exact/"), ("any", "/exactly", "/"), ("any", "/CHAT", "/"),
     ("host.test", "/", "host.test/"), ("host.test", "/chat", "host.test/"), ("host.test", "/chat/", "host.test/chat/"),
     ("host.test", "/exact", "= host.test/exact"), ("HOST.test.", "/", "host.test/"),
     ("a.test", "/", "*.test/"), ("b.a.test", "/", "*.test/"), ("a.sub.test", "/", "*.sub.test/"),
     ("sub.test", "/", "*.test/"), ("test", "/", "/"), ("attest", "/chat", "/chat"), ("a.test:80", "/", "*.test/"),
-    ("any", "/%63hat/x", "/chat"), ("any", "//chat///x", "/chat"), ("any", "/chat%2Fdeep%2Fx", "/"),
-    ("any", "/chat%2fdeep", "/"), ("any", "/chat/%64eep//x", "/chat/deep/"), ("any", "/chat?/chat/deep/", "/chat"),
+    ("any", "/%63hat/x", "/chat"), ("any", "//chat///x", "/chat"), ("any", "/chat%2Fdeep%2Fx", "/chat/deep/"),
+    ("any", "/%2fchat%2fdeep%2f", "/chat/deep/"), ("any", "/chat%3Bx", "/chat"), ("any", "/chat%5Cx", "/"), ("any", "/chat/%64eep//x", "/chat/deep/"), ("any", "/chat?/chat/deep/", "/chat"),
     ("any", "/caf%C3%A9/x", "/caf\u00e9/"), ("any", "/caf%E9/x", "/"), ("any", "/a%2Bb/", "/a+b/"),
     ("[::1]", "/v6", "[::1]/v6"), ("[::1]:80", "/v6/x", "[::1]/v6"), ("[::1]", "/v", "/"),
     ("any", "/x/y/", "/"),
@@ -3945,7 +3944,7 @@ def test_an_exact_root_leaves_the_rest_to_the_backend_of_server(tmp_path):
 
 REFUSED_TARGETS = [
     b"/..", b"/a/../b", b"/a/.", b"/./a", b"/%2e%2e/a", b"/a/%2E", b"/a/.%2e/", b"//../a", b"/a/..%2Fb", b"/a%2f..%2fb",
-    b"/a%2F../b", b"/a/..?x", b"/a\\b", b"/a%5Cb", b"/a%00", b"/a%0d%0aX:y", b"/a%7F", b"/a%", b"/a%2", b"/a%zz/b",
+    b"/a%2F../b", b"/a/..?x", b"/a\\b", b"/a%5C..%5Cb", b"/.%5C", b"/a/.%FF./b", b"/a%00", b"/a%0d%0aX:y", b"/a%7F", b"/a%", b"/a%2", b"/a%zz/b",
     b"/a%u0041", b"/a#b", b"/a?b#c", b"a", b"?a", b"*", b"a:80", b"ftp://gate.test/", b"http://other.test/",
     b"http:///a", b"http://gate.test:81/", b"http://gate.test/a/../b", b"http://me@gate.test/",
 ]
@@ -3971,14 +3970,14 @@ def test_a_refused_target_reaches_no_backend_and_an_unknown_path_is_404(tmp_path
 
 
 def test_the_bytes_of_a_target_reach_the_backend_unchanged(tmp_path):
-    targets = [b"/", b"//a///b", b"/%7Euser/%c3%A9", b"/a%2Fb", b"/a?", b"/a?b=%zz&../..\\\"<>|^", b"/a;b=c/...x/..y",
+    targets = [b"/", b"//a///b", b"/%7Euser/%c3%A9", b"/a%2Fb", b"/a%5Cb", b"/caf\xe9\xff?\x80", b"/a?", b"/a?b=%zz&../..\\\"<>|^", b"/a;b=c/...x/..y",
                b"/a?x=/../y", b"/a%252e", b"/a?b?c", b"/" + b"x" * 4000]
     assert targets_at_backend(tmp_path, "[server]\nproxy_pass = http://BACKEND\n",
                               [request(b"GET", target) for target in targets]) == targets
 
 
 def test_absolute_form_goes_on_in_origin_form_and_the_star_of_options_stays(tmp_path):
-    absolute = {b"http://gate.test": b"/", b"http://gate.test/": b"/", b"HTTP://Gate.test/a//b?c//d": b"/a//b?c//d",
+    absolute = {b"ws://gate.test/a": b"/a", b"WSS://gate.test?b": b"/?b", b"http://gate.test": b"/", b"http://gate.test/": b"/", b"HTTP://Gate.test/a//b?c//d": b"/a//b?c//d",
                 b"https://gate.test?a=b": b"/?a=b", b"http://gate.test?back=/home/x": b"/?back=/home/x"}
     options = {b"*": b"*", b"/": b"/", b"http://gate.test": b"*", b"http://gate.test/": b"/",
                b"http://gate.test?a": b"/?a"}
@@ -4050,6 +4049,69 @@ def test_proxy_set_header_sets_and_removes_fields(tmp_path):
     assert not field(heads[0], b"accept-encoding") and not field(heads[0], b"x-absent")
 
 
+GUARDED = "[server]\n[location /]\nproxy_pass = http://%s\n[location /admin/]\nproxy_pass = http://%s\n%s\n"
+WAYS_TO_ADMIN = [
+    b"/admin/", b"/admin/x", b"/admin", b"/admin?x", b"/admin%2Fx", b"/%2fadmin/x", b"/%2Fadmin%2fx", b"/admin%2f",
+    b"//admin/x", b"///admin///x", b"/%2f%2Fadmin/x", b"/%61dmin/x", b"/%61%64%6D%69%6e/x", b"http://gate.test/admin%2Fx",
+    b"ws://gate.test//admin/x", b"//x/admin/x", b"///x/admin/x", b"//me@x:80/admin", b"//x/%61dmin/", b"//x%2Fy/admin/x",
+    b"/%2Fx/admin/x", b"//x%2Fadmin/x", b"http://gate.test//x/admin/x", b"/admin;a=b", b"/admin;a=b/x", b"/;a/admin/x",
+    b"/;a%2Fb/admin/x", b"/admin/;a", b"/admin%5Cx", b"/%5Cadmin/x", b"/%5Cadmin%5Cx", b"/adm%FFin/x", b"/admin\xff/x",
+    b"/%C0%AFadmin/x", b"//x;y/admin/x"]
+
+
+@pytest.mark.parametrize("target", WAYS_TO_ADMIN)
+def test_a_guard_holds_for_every_spelling_by_which_a_backend_may_get_behind_it(tmp_path, target):
+    with ScriptedBackend(answer(ok())) as backend:
+        with running(GUARDED % (backend.where, backend.where, "deny = all"), tmp_path) as gate:
+            response = gate.ask(request(b"GET", target))
+            assert (response.status, response.reason) == (403, "access_denied") and not backend.peers
+
+
+@pytest.mark.parametrize("target", [b"/administrator", b"/x/admin/", b"/%252Fadmin/", b"/admin%252Fx", b"/x?/admin/",
+                                    b"/x//admin/", b"/x;/admin/", b"/ADMIN/x"])
+def test_a_guard_leaves_other_paths_alone(tmp_path, target):
+    with ScriptedBackend(answer(ok())) as backend:
+        with running(GUARDED % (backend.where, backend.where, "deny = all"), tmp_path) as gate:
+            assert gate.ask(request(b"GET", target)).status == 200
+            assert backend.peers
+
+
+def test_a_target_of_two_readings_passes_both_guards_and_the_first_serves_it(tmp_path):
+    users = written(tmp_path, "users", sha1_line("ann", b"one"))
+    with ScriptedBackend(answer(ok(b"root"))) as root, ScriptedBackend(answer(ok(b"admin"))) as admin:
+        ini = GUARDED % (root.where, admin.where, "auth_basic_user_file = " + users)
+        with running(ini, tmp_path) as gate:
+            assert gate.ask(request(b"GET", b"//x/admin/y")).status == 401
+            assert gate.ask(request(b"GET", b"//x/admin/y", basic(b"ann", b"one"))).body == b"root"
+            assert gate.ask(request(b"GET", b"//x/other")).body == b"root"
+        with running(GUARDED % (root.where, admin.where, "[location /admin/x/]\nreturn = 403"), tmp_path) as gate:
+            assert gate.ask(request(b"GET", b"//x/admin/x")).status == 403
+            assert gate.ask(request(b"GET", b"/admin/x")).status == 403
+            assert gate.ask(request(b"GET", b"//admin/y")).body == b"admin"
+
+
+def test_a_path_without_its_slash_is_served_by_the_location_unless_another_takes_it(tmp_path):
+    """It is forwarded as it came, without a redirect: some backends redirect the other way."""
+    ini = ("[server]\n[location /app/]\nproxy_pass = http://BACKEND\n[location /both/]\nreturn = 204\n"
+           "[location /both]\nproxy_pass = http://BACKEND\n[location /only/]\nproxy_pass = http://BACKEND\n"
+           "[location = /only]\nproxy_pass = http://BACKEND/exact\n[location a.test/]\nproxy_pass = http://BACKEND\n"
+           "[location a.test/x/]\nproxy_pass = http://127.0.0.1:1\n")
+    assert targets_at_backend(tmp_path, ini, [request(b"GET", target) for target in (
+        b"/app", b"/app?a=b", b"/%61pp", b"/both", b"/only")] + [request(b"GET", b"/x", b"Host: a.test")]) == [
+            b"/app", b"/app?a=b", b"/%61pp", b"/both", b"/exact", b"/x"]
+
+
+@pytest.mark.parametrize("target, location", [
+    (b"/caf\xc3\xa9", b"/caf%C3%A9/"), (b"/caf%c3%a9?", b"/caf%C3%A9/?"), (b"//caf%c3%a9", b"/caf%C3%A9/"),
+    (b"http://gate.test/caf%c3%a9?next=//evil.test/%0d%0a&x=\xe9", b"/caf%C3%A9/?next=//evil.test/%0d%0a&x=%E9")])
+def test_a_replaced_prefix_without_its_slash_is_redirected(tmp_path, target, location):
+    ini = "[server]\n[location /caf\u00e9/]\nproxy_pass = http://127.0.0.1:1/\n[location /]\nreturn = 204\n"
+    with running(ini, tmp_path) as gate:
+        response = gate.ask(request(b"GET", target))
+        assert (response.status, response.get(b"location")) == (301, location)
+        assert gate.line(" 301 done ")
+
+
 @pytest.mark.parametrize("target", [b"/public/..;/admin", b"/public/..;x=1/admin", b"/public/..%3b/admin", b"/.;/admin"])
 def test_a_dot_segment_with_a_parameter_is_one_too(tmp_path, target):
     with gate_and_backend(tmp_path, answer(ok())) as (gate, backend):
@@ -4091,7 +4153,7 @@ def test_refusals_come_in_one_order_and_leave_the_backend_alone(tmp_path, raw):
     ("::ffff:127.0.0.1", "127.0.0.0/8", True), ("::ffff:128.0.0.1", "127.0.0.0/8", False),
     ("2001:db8::1", "2001:db8::/32 10.0.0.0/8", True), ("2001:db9::1", "2001:db8::/32", False),
     ("fe80::1%eth0", "fe80::/10", True), ("10.1.1.1", "all", True), ("::1", "all", True), ("::1", "", False),
-    ("unix:", "all", True), ("nonsense", "all", False), ("unix:", "10.0.0.1 unix:", True),
+    ("unix:", "all", True), ("nonsense", "all", False), ("::ffff:10.0.0.9", "::ffff:10.0.0.0/104", True), ("10.0.0.9", "::ffff:10.0.0.9", True), ("unix:", "10.0.0.1 unix:", True),
     ("unix:", "10.0.0.1", False), ("nonsense", "unix:", False), ("10.0.0.1", "unix:", False),
     ("10.0.0.1", "unix: 10.0.0.1", True)])
 def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
@@ -4105,8 +4167,12 @@ def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
     ("unix:", "", "unix:", True), ("all", "", "unix:", True), ("10.0.0.0/8", "", "unix:", False),
     ("", "", "unix:", True), ("", "all", "unix:", False), ("all", "unix:", "unix:", False),
     ("", "::ffff:127.0.0.0/104", "127.0.0.1", False), ("::ffff:10.0.0.0/104", "", "10.0.0.1", True),
-    ("unix:", "", "10.0.0.1", False), ("", "unix:", "10.0.0.1", True)])
-def test_deny_wins_and_allow_refuses_all_others(allow, deny, address, passes):
+    ("10.0.0.0/8", "all", "10.0.0.1", True), ("10.0.0.0/8", "all", "11.0.0.1", False), ("10.0.0.0/8", "all", "::1", False),
+    ("all", "10.0.0.0/8", "10.0.0.1", False), ("all", "10.0.0.0/8", "11.0.0.1", True), ("10.0.0.1", "10.0.0.1", "10.0.0.1", False),
+    ("10.0.0.0/8 10.1.1.1", "10.1.0.0/16", "10.1.1.1", True), ("10.0.0.0/8 10.1.1.1", "10.1.0.0/16", "10.1.1.2", False),
+    ("unix:", "all", "unix:", True), ("unix:", "all", "10.0.0.1", False), ("all", "all", "unix:", False),
+    ("::ffff:10.0.0.0/104", "all", "10.0.0.1", True)])
+def test_the_narrowest_network_decides_and_allow_refuses_all_others(allow, deny, address, passes):
     rules = wsgate.Settings({"allow": wsgate.parse_networks(allow), "deny": wsgate.parse_networks(deny)})
     with contextlib.ExitStack() as stack:
         caught = None if passes else stack.enter_context(pytest.raises(wsgate.HTTPError))
@@ -4138,15 +4204,50 @@ def test_deny_wins_and_allow_refuses_all_others(allow, deny, address, passes):
     ("https://*.a.test", "gate.test", ["https://x.a.test"], True),
     ("https://*.a.test", "gate.test", ["https://a.test"], False),
     ("https://*.a.test", "gate.test", ["https://evil-a.test"], False),
-    ("https://*.a.test", "gate.test", ["https://evil.test/.a.test"], False)])
+    ("https://*.a.test", "gate.test", ["https://evil.test/.a.test"], False),
+    ("https://*.a.*", "gate.test", ["https://x.a.test"], True),
+    ("https://*a*b.test", "gate.test", ["https://ab.test"], True),
+    ("https://*ab*b.test", "gate.test", ["https://ab.test"], False),
+    ("https://*", "gate.test", ["https://" + "x" * 504], True),
+    ("https://*", "gate.test", ["https://" + "x" * 505], False),
+    ("same", "gate.test", ["chrome-extension://gate.test"], False),
+    ("same", "gate.test", ["file://gate.test"], False),
+    ("same", "gate.test", ["gate.test"], False)])
 def test_origins(allowed, host, origins, passes):
-    location = wsgate.Settings({"allowed_origins": wsgate.parse_origins(allowed)})
+    location = origins_allowed(allowed)
     fields = [b"Host: " + host.encode()] + [b"Origin: " + origin.encode() for origin in origins]
     message = wsgate.parse_request_head(request(b"GET", b"/", *fields))
     with contextlib.ExitStack() as stack:
         if not passes:
             stack.enter_context(pytest.raises(wsgate.HTTPError, match="Origin"))
-        assert wsgate.check_origin(location, message) is None
+        assert wsgate.check_origin(location, message, wsgate.Settings({"trusted": False})) is None
+
+
+def origins_allowed(text):
+    return wsgate.Settings({"allowed_origins": wsgate.parse_origins(text)})
+
+
+def test_an_origin_is_compared_in_linear_time():
+    """Each literal of a glob is looked for once: no text can be tried in every combination."""
+    class Counted(str):
+        looked = 0
+
+        def find(self, *arguments):
+            Counted.looked += 1
+            return str.find(self, *arguments)
+
+    assert not wsgate.part_matches("*a" * 20 + "*b", Counted("a" * 500))
+    assert Counted.looked == 20
+
+
+@pytest.mark.parametrize("believed, public, private", [("127.0.0.1", 101, 403), ("10.0.0.1", 403, 101)])
+def test_same_origin_behind_a_trusted_proxy_is_that_of_x_forwarded_host(tmp_path, believed, public, private):
+    lines = "allowed_origins = same", "set_real_ip_from = " + believed
+    with gate_and_backend(tmp_path, service, *lines) as (gate, _):
+        assert gate.ask(handshake(b"/", b"Origin: https://public.test:8443",
+                                  b"X-Forwarded-Host: public.test:8443")).status == public
+        assert gate.ask(handshake(b"/", b"Origin: https://gate.test",
+                                  b"X-Forwarded-Host: public.test")).status == private
 
 
 def test_a_denied_origin_is_logged_with_the_host_it_was_compared_to(tmp_path):
@@ -4369,8 +4470,8 @@ def test_a_password_checked_while_its_file_changes_is_not_remembered(tmp_path, m
     passwords = wsgate.PasswordFile(str(path))
     old, verify = base64.b64encode(b"me:old"), wsgate.verify_password
 
-    def verify_slowly(stored, password):
-        right = verify(stored, password)
+    def verify_slowly(*arguments):
+        right = verify(*arguments)
         path.write_bytes(b"me:" + wsgate.hash_password(b"new password") + b"\n")
         passwords.refresh()  # by the request of somebody else
         monkeypatch.undo()
@@ -4455,6 +4556,49 @@ def test_the_login_url_cannot_be_turned_into_another_host(tmp_path):
             for value, url in ((b"/evil.test", b"/evil.test"), (b"\\evil.test", b"/evil.test"), (b"a b\xe9", b"/a%20b%E9"),
                                (b"\t/x", b"/x"), (b"a\t/x", b"/a%09/x"), (b"@evil", b"/@evil")):
                 assert gate.ask(request(b"GET", b"/b/", b"X: " + value)).get(b"location") == url
+
+
+@pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
+def test_a_wrong_password_costs_the_dearest_hash_whoever_is_named(tmp_path, monkeypatch):
+    """Else the time of a refusal would show which users there are."""
+    users = written(tmp_path, "users", sha1_line("ann", b"one") + "eve:%s\n" % wsgate.hash_password(b"two").decode())
+    passwords, computed, scrypt = wsgate.PasswordFile(users), [], hashlib.scrypt
+    monkeypatch.setattr(hashlib, "scrypt", lambda *args, **more: computed.append(1) or scrypt(*args, **more))
+    for user, password, right, count in ((b"ann", b"one", True, 0), (b"ann", b"x", False, 1), (b"eve", b"two", True, 1),
+                                         (b"eve", b"x", False, 1), (b"zoe", b"x", False, 1), (b"", b"", False, 1)):
+        computed.clear()
+        assert passwords.accepts(base64.b64encode(user + b":" + password)) is right
+        assert len(computed) == count, user
+
+
+@pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
+def test_wrong_passwords_beyond_a_queue_are_503_and_known_ones_pass(tmp_path):
+    users = written(tmp_path, "users", "eve:%s\n" % wsgate.hash_password(b"two").decode())
+    with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users, tmp_path) as gate:
+        assert gate.ask(request(b"GET", b"/", basic(b"eve", b"two"))).status == 200
+        clients = [gate.connect().send(request(b"GET", b"/", basic(b"eve", b"no"))) for _ in range(200)]
+        assert gate.ask(request(b"GET", b"/", basic(b"eve", b"two"))).status == 200
+        answers = [client.response() for client in clients]
+        assert {each.status for each in answers} == {401, 503}
+        assert all(each.reason == "auth_unavailable" and each.get(b"retry-after") for each in answers
+                   if each.status == 503)
+        for client in clients:
+            client.close()
+        assert gate.ask(request(b"GET", b"/", basic(b"eve", b"no"))).status == 401  # the places are free again
+
+
+def test_a_password_file_may_begin_with_a_bom_and_have_comments(tmp_path):
+    lines = "\ufeff" + sha1_line("ann", b"one", b"salt").strip() + ":a comment\r\n\n#x\n" + sha1_line("bob", b"two")
+    passwords = wsgate.PasswordFile(written(tmp_path, "users", lines))
+    assert passwords.accepts(base64.b64encode(b"ann:one")) and passwords.accepts(base64.b64encode(b"bob:two"))
+    assert not passwords.accepts(base64.b64encode(b"ann:one:a comment"))
+
+
+@pytest.mark.parametrize("line", ["ann", "ann:", "ann:{SHA}", "ann:{SHA}????", "ann:{SSHA}c2hvcnQ=", "ann:{MD5}x",
+                                  "ann:{SHA}" + base64.b64encode(bytes(24)).decode(), "ann:{SCRYPT}c2hvcnQ="])
+def test_a_hash_that_cannot_be_checked_is_an_error_with_its_line(tmp_path, line):
+    with pytest.raises(ValueError, match="users:2: "):
+        wsgate.PasswordFile(written(tmp_path, "users", "# one\n%s\n" % line))
 
 
 # -------------------------------------------------------------------- Upstreams
@@ -5949,7 +6093,7 @@ def test_a_refused_upload_still_gets_to_read_its_answer(tmp_path):
     ("", request(b"GET", b"/other/"), b"404 Not Found", "no_route", b"no [location] for host gate.test and path /other/\n", True),
     ("", request(b"HEAD", b"/other/"), b"404 Not Found", "no_route", b"", True),
     ("", request(b"POST", b"/other/", body=b"x"), b"404 ", "no_route", b"no [location] for host gate.test and path /other/\n", False),
-    ("deny = all", request(b"GET", b"/app/"), b"403 ", "access_denied", b"this address may not connect\n", True),
+    ("deny = all", request(b"GET", b"/app/"), b"403 ", "access_denied", b"access denied by allow/deny\n", True),
     ("client_max_body_size = 1", request(b"POST", b"/app/", body=b"xy"), b"413 ", "body_too_large",
      b"client_max_body_size is 1\n", False),
     ("", request(b"GET", b"/app/"), b"502 Bad Gateway", "backend_refused", b"", True)])

@@ -651,13 +651,14 @@ def parse_listen(text):
     return tuple(listens)
 
 
-EVERYBODY = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"), "unix:")
+EVERYBODY = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"), "all")
 
 
 def parse_networks(text):
     """Return a list of addresses and CIDRs as a tuple of ip_network.
 
-    'unix:' (a peer on a Unix socket) remains a str; 'all' is every address and 'unix:'.
+    'unix:' (a peer on a Unix socket) remains a str; 'all' is every address, and 'all' for
+    those peers.
     """
     networks = []
     for word in parse_list(text):
@@ -1518,21 +1519,50 @@ class Config:
                     exact[location.path] = location
                 else:
                     prefixes.append(location)
+        # {(host, path without its last slash): Location}
+        self.without_slash = {
+            (host, each.path[:-1]): each for each in locations for host in each.hosts
+            if each.path.endswith("/") and not each.exact and len(each.path) > 1}
 
     def route(self, host, path):
-        """Return the Location for a host name and a decoded path, or None.
+        """Return the Location that serves this host name and decoded path, or None."""
+        return next(iter(self.matching(host, path)), None)
 
-        Host exact, then the longest *.suffix, then locations without a host; among
-        these the exact path, then the longest prefix (nginx: server_name, location).
+    def matching(self, host, path):
+        """Return the Locations that a host name and a decoded path belong to, as a list.
+
+        The first serves the request: host exact, then the longest *.suffix, then locations
+        without a host; among these the exact path, then the longest prefix (nginx: server_name,
+        location). [location /app/] takes /app as well: it serves it if it redirects to /app/,
+        or if no other takes it; else it is second.
         """
         for group in self.hosts_for(host):
             exact, prefixes = self.by_host[group]
             if path in exact:
-                return exact[path]
-            for location in prefixes:
-                if location.matches(path):
-                    return location
-        return None
+                return [exact[path]]
+            found = [each for each in prefixes if each.matches(path)][:1]
+            slash = self.without_slash.get((group, path))
+            if slash and not (found and found[0].path == path):
+                found = [slash] if slash.adds_slash() else found + [slash]
+            if found:
+                return found
+        return []
+
+    def locations_of(self, request):
+        """Return the Locations whose checks a request must pass, as a list; the first serves it.
+
+        There are several where backends may differ in what they make of the path: see read_path.
+        """
+        found = self.matching(request.host, request.paths[0])
+        if not found or len(found) == len(request.paths) == 1:
+            return found
+        first = found[0]
+        for path in request.paths[1:]:
+            found += self.matching(request.host, path)
+        for location in found:  # a `return` is a guard too, unless it is for all that is left
+            if location.return_ and len(location.path) > len(first.path):
+                return [location] + found
+        return found
 
     def hosts_for(self, host):
         """Return the hosts of locations that cover this host name, the most specific first."""
@@ -2839,10 +2869,11 @@ class Exchange:
         try:
             self.receive(deadline)
             self.admit()
-            self.location = self.config.route(self.request.host, self.request.path)
+            locations = self.config.locations_of(self.request)
+            self.location = locations[0] if locations else None
             if self.connection.listen.redirect and not is_challenge(self.location):
                 return self.redirect_to_https()
-            self.enter_location()
+            self.enter_location(locations)
             end = self.respond()
             tunnel = self.connection.tunnel
             if tunnel:
@@ -2888,8 +2919,8 @@ class Exchange:
         self.client = self.client._replace(address=address)
         self.entry.client = address
 
-    def enter_location(self):
-        """Check everything by which the location may refuse the request."""
+    def enter_location(self, guards):
+        """Check everything by which the location and its other guards may refuse the request."""
         request, location, address = self.request, self.location, self.client.address
         if location is None:
             raise HTTPError(404, "no_route", "no [location] for host %s and path %s" % (
@@ -2898,21 +2929,21 @@ class Exchange:
         self.upgrade = requested_upgrade(request, location)
         self.gate.connections.acquire(location, address, self.config.server.max_connections_per_ip)
         self.acquired = True
-        check_address(location, address)
-        check_origin(location, request)
-        check_password(location, request)
-        if location.auth is not None:
-            self.authorize()
+        for guard in guards:
+            check_address(guard, address)
+            check_origin(guard, request, self.client)
+            check_password(guard, request)
+            if guard.auth is not None:
+                self.authorize(guard)
         if self.upgrade and self.upgrade.error:
             raise self.upgrade.error
         if request.length and 0 < location.client_max_body_size < request.length:
             raise HTTPError(413, "body_too_large",
                             "client_max_body_size is %d" % location.client_max_body_size)
 
-    def authorize(self):
+    def authorize(self, location):
         """Ask the auth_request service; whatever it does, only 2xx lets the request pass."""
-        location, context = self.location, self.location.auth.context
-        upstream = location.auth.upstream
+        context, upstream = location.auth.context, location.auth.upstream
         try:
             key = upstream.hash_key(self.client.address, self.request.fields)
             backend = Attempts(upstream, location, context, key).connect()
@@ -2930,15 +2961,16 @@ class Exchange:
         if response.status in (401, 403) or 200 <= response.status < 300:
             self.cookies = [pair for pair in response.fields if pair[0].lower() == b"set-cookie"]
         if response.status in (401, 403):
-            raise self.denial(response)
+            raise self.denial(location, response)
         if not 200 <= response.status < 300:
             raise HTTPError(502, "auth_unavailable",
                             "auth_request: status %d" % response.status)
-        self.request.identity = identity_fields(location, response)
+        if location is self.location:  # not of a second guard, whose fields are not withheld
+            self.request.identity = identity_fields(location, response)
 
-    def denial(self, response):
+    def denial(self, location, response):
         """Return the HTTPError for a 401 or 403 of auth_request."""
-        login = self.location.auth_request_login
+        login = location.auth_request_login
         if login and response.status == 401 and not self.upgrade:
             url = redirect_target(login, self.request, self.client)
             return HTTPError(302, "auth_denied", "", [(b"Location", url)])
@@ -2952,6 +2984,10 @@ class Exchange:
         proxy = location.proxy_for(self.upgrade)
         if proxy is None:
             return self.send_return(location.return_)
+        slash = location.slash_added(request)
+        if slash:
+            self.entry.status = 301
+            return self.send_response(301, fields=[(b"Location", slash)])
         relay, response = self.ask_backend(proxy)
         self.entry.status = response.status
         if response.status == 101:
@@ -3780,7 +3816,8 @@ def distinguished_name(certificate):
 # far. Lengths are ASCII digits, because int() also takes '+5', '1_0' and ' 5 '.
 
 TOKEN = re.compile(br"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")                     # RFC 9110 5.6.2
-REQUEST_LINE = re.compile(br"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+REQUEST_LINE = re.compile(  # a target may have bytes above 0x7F, which browsers never send
+    br"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(br"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 FIELD_LINES = re.compile(br"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")  # RFC 9112 5
 FIELD_LINE = re.compile(br"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)\r\n")
@@ -3833,8 +3870,8 @@ def take_head(stream, limit):
 class Request:
     """A parsed request head. length: of the body, None if chunked or without one."""
 
-    __slots__ = ("method", "target", "path", "minor", "fields", "host", "authority", "length",
-                 "chunked", "id", "user", "identity")
+    __slots__ = ("method", "target", "path", "paths", "minor", "fields", "host", "authority",
+                 "length", "chunked", "id", "user", "identity")
 
     def has_body(self):
         return bool(self.chunked or self.length)
@@ -3883,7 +3920,9 @@ def parse_request_head(head):
         raise HTTPError(405, "method_not_allowed", "this is no forward proxy",
                         ((b"Allow", b"GET, HEAD, POST, PUT, DELETE, OPTIONS"),))
     parse_host(request)
-    split_target(request)
+    request.target, request.paths = split_target(request.method, request.target,
+                                                 request.authority)
+    request.path = request.paths[0]
     parse_request_framing(request)
     named = PROTECTED_FIELDS.intersection(fields.tokens(b"connection"))
     if named:
@@ -4288,17 +4327,40 @@ class Location(Settings):
         return self.websocket_proxy if upgrade and upgrade.websocket else self.proxy
 
     def matches(self, path):
-        """Whether a decoded path lies under this prefix, at a / boundary."""
-        return path.startswith(self.path) and (self.path.endswith("/")
-                                               or path[len(self.path):len(self.path) + 1] in ("", "/"))
+        """Return True if a decoded path is below this prefix; a segment ends at / or ;."""
+        end = len(self.path)
+        return path.startswith(self.path) and (
+            self.path.endswith("/") or path[end:end + 1] in ("", "/", ";"))
 
     def rewrite(self, request, uri):
-        """Return the target for the backend: as received, or with uri for the matched prefix."""
+        """Return the target for the backend as bytes: as it came, or with the prefix replaced.
+
+        uri: of proxy_pass, replaces the matched prefix as in nginx, counted in the raw bytes.
+        """
         if uri is None or request.target == b"*":
             return request.target
         path, question, query = request.target.partition(b"?")
         rest = b"" if self.exact else path[raw_length(path, self.path):]
         return uri + rest + question + query
+
+    def adds_slash(self):
+        """Return True if a request for /app is redirected to /app/ in this [location /app/].
+
+        Relative links of its page would miss a prefix that a URI replaces (nginx redirects as
+        well). Where the path stays, the backend decides: some redirect the other way.
+        """
+        return bool(self.proxy and self.proxy.uri) and not self.exact
+
+    def slash_added(self, request):
+        """Return the target with the / that its path lacks as bytes, None if it lacks none.
+
+        Only the query is the client's.
+        """
+        if request.path + "/" != self.path or not self.adds_slash():
+            return None
+        _, question, query = request.target.partition(b"?")
+        return urllib.parse.quote(self.path).encode() + percent_encode(
+            question + query, NOT_PRINTABLE)
 
 
 class ProxyPass:
@@ -4322,67 +4384,101 @@ class ProxyPass:
             self.redirects = RedirectRewriter(target, upstream.servers, path, exact)
 
 
-PATH_UNIT = re.compile(br"/+|%[0-9A-Fa-f]{2}|[^/%]")
-AMBIGUOUS = re.compile(br"(?:/|%2F)\.\.?(?:[/;]|%2F|$)|[\\\x00-\x1f\x7f]")
+PATH_UNIT = re.compile(br"(?:/|%2[Ff])+|%[0-9A-Fa-f]{2}|[^/%]")  # what makes up a byte of a path
+ABSOLUTE_FORM = re.compile(br"(?i)(?:http|ws)s?://([^/?#]+)")      # RFC 9112 3.2.2
+BAD_ESCAPE = re.compile(br"%(?![0-9A-Fa-f]{2})")
+DOT_SEGMENT = re.compile(br"[/\\]\.\.?(?:[/\\;]|\Z)")
+CONTROL_BYTE = re.compile(br"[\x00-\x1f\x7f]")
+UNUSUAL = re.compile(br"//|/\.|[%;\\\x80-\xff]")  # all other paths can be read in one way only
+SLASHES = re.compile(br"//+")
+READINGS = (  # what some programs make of a path, and others do not
+    (re.compile(br"\\"), b"/"),            # Windows
+    (re.compile(br";[^/]*"), b""),         # Java servlets: path parameters (RFC 3986 3.3)
+    (re.compile(br"\A//+[^/]*"), b""),     # the URL parsers of browsers, Node and Python: a host
+)
 
 
-def split_target(request):
-    """Check the request-target (RFC 9112 3.2) -> request.target for the backend, request.path for routing.
+def split_target(method, target, authority):
+    """Return a request-target (RFC 9112 3.2) as (target, paths): for the backend, for routing.
 
-    The path is decoded for matching only (%2F stays encoded, // counts as /, as in nginx's merge_slashes).
-    What two programs could read differently is refused: dot segments, backslashes, control bytes, bad escapes.
+    target: bytes as they came, absolute-form without scheme and authority, which must be that of
+    Host. paths: see read_path. Raise HTTPError 400 for what is not a target of this method.
     """
-    target = request.target
-    if not target.startswith(b"/") and target[:8].lower().startswith((b"http://", b"https://")):
-        authority, slash, rest = target.partition(b"//")[2].partition(b"/")
-        authority, question, query = authority.partition(b"?")
-        if authority.lower() != request.authority.lower():
-            raise HTTPError(400, "bad_request", "the address in the request line is not that of Host")
-        target = request.target = b"/" + question + query + slash + rest if question else b"/" + rest
-        if request.method == b"OPTIONS" and not (slash or question):
-            target = request.target = b"*"  # RFC 9112 3.2.4
-    if target == b"*":
-        if request.method != b"OPTIONS":
-            raise HTTPError(400, "bad_request", "* is for OPTIONS only")
-        request.path = "/"
-        return
+    absolute = ABSOLUTE_FORM.match(target)
+    if absolute:
+        if absolute.group(1).lower() != authority.lower():
+            raise HTTPError(400, "bad_request", "the authority of the request-target is not Host")
+        target = target[absolute.end():]
+        if method == b"OPTIONS" and not target:
+            target = b"*"  # RFC 9112 3.2.4
+        elif not target.startswith(b"/"):
+            target = b"/" + target
+    if target == b"*" and method == b"OPTIONS":
+        return target, ("/",)
     if not target.startswith(b"/") or b"#" in target:
-        raise HTTPError(400, "bad_request", "bad request-target %s" % printable(mask_query(target[:80])))
-    raw = target.partition(b"?")[0]
-    if b"%" in raw or b"//" in raw:
-        units = PATH_UNIT.findall(raw)
-        if sum(map(len, units)) != len(raw):
-            raise HTTPError(400, "bad_request", "bad %-escape in the path")
-        raw = b"".join(map(decode_unit, units))
-    if AMBIGUOUS.search(raw):
-        raise HTTPError(400, "bad_request", "dot segments, backslashes and control bytes are refused")
-    request.path = raw.decode("utf-8", "surrogateescape")
+        raise HTTPError(400, "bad_request", "invalid request-target %s" % printable(
+            mask_query(target[:80])))
+    return target, read_path(target.partition(b"?")[0])
 
 
-def decode_unit(unit):
-    """One match of PATH_UNIT -> the byte it means; %2F stays as it is."""
-    if unit[:1] == b"/":
-        return b"/"
-    if unit[:1] != b"%" or unit.upper() == b"%2F":
-        return unit.upper() if unit[:1] == b"%" else unit
-    return binascii.unhexlify(unit[1:])
+# The path of a location is compared with the %-decoded path of the request, // and %2F counting
+# as /, while the backend gets the bytes that came. Programs disagree on some paths, and each
+# disagreement is a way past a guard on /admin/: //x/admin/ to those that take x for a host,
+# /;x/admin/ or /admin;x/ to those that drop parameters, /admin%5C on Windows, /adm%FFin/ to those
+# that drop bytes that are not UTF-8. So a path has one reading by which its location is chosen,
+# and perhaps others: the checks of the locations that these belong to must be passed as well.
+# A dot segment is refused in every reading. Not covered are backends that fold case or decode
+# twice: they need the guard in [location /].
+
+
+def read_path(raw):
+    """Return the readings of a raw path as a tuple of str; the first is the one for routing.
+
+    They are decoded as UTF-8 with surrogateescape. Raise HTTPError 400 if the path is invalid or
+    has a dot segment.
+    """
+    if not UNUSUAL.search(raw):
+        return (raw.decode("ascii"),)
+    if BAD_ESCAPE.search(raw):
+        raise HTTPError(400, "bad_request", "invalid percent-encoding in the path")
+    forms = other_readings([unquote(form) for form in other_readings([raw])])
+    if b"\\" in raw or CONTROL_BYTE.search(forms[0]):
+        raise HTTPError(400, "bad_request", "backslash or control character in the path")
+    forms += [form.decode("utf-8", "ignore").encode() for form in forms]  # as bottle does
+    if any(map(DOT_SEGMENT.search, forms)):
+        raise HTTPError(400, "bad_request", "dot segment in the path")
+    merged = [SLASHES.sub(b"/", form) or b"/" for form in forms]
+    return tuple(dict.fromkeys(form.decode("utf-8", "surrogateescape") for form in merged))
+
+
+def other_readings(forms):
+    """Return forms of a path, followed by what READINGS make of them."""
+    for pattern, replacement in READINGS:
+        forms = forms + [pattern.sub(replacement, form) for form in forms if pattern.search(form)]
+    return forms
+
+
+def unquote(raw):
+    """Return bytes with percent-encoding decoded."""
+    return urllib.parse.unquote_to_bytes(raw) if b"%" in raw else raw
 
 
 def raw_length(raw, prefix):
-    """How many bytes of a raw path make up this decoded prefix, which it is known to match."""
-    prefix = prefix.encode()
+    """Return how many bytes of a raw path make up this prefix of the decoded path."""
+    prefix = len(prefix.encode())
     decoded = length = 0
     for match in PATH_UNIT.finditer(raw):
-        if decoded >= len(prefix):
+        if decoded >= prefix:
             break
-        decoded += len(decode_unit(match.group()))
+        decoded += 1
         length = match.end()
     return length
 
 
 # --------------------------------------------------------------- Access control
 
-FORWARDED_PORT = re.compile(r"^\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?$|^([0-9.]+):[0-9]{1,5}$")  # some proxies write it
+# An address as some proxies write it, with a port: [v6]:port or v4:port.
+FORWARDED_PORT = re.compile(r"^\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?$|^([0-9.]+):[0-9]{1,5}$")
 
 
 def real_client(server, client, fields):
@@ -4392,10 +4488,11 @@ def real_client(server, client, fields):
     if server.real_ip_header == "X-Real-IP":
         named = [fields.get(b"x-real-ip") or b""]
     else:
-        named = [part.strip(b" \t") for value in fields.get_all(b"x-forwarded-for") for part in value.split(b",")]
+        named = b",".join(fields.get_all(b"x-forwarded-for")).split(b",")
     found = client.peer
     for part in reversed(named):  # from the right: the left end is what the client claims
-        address = parse_ip(FORWARDED_PORT.sub(r"\1\2", part.decode("latin-1")))
+        text = part.strip(b" \t").decode("latin-1")
+        address = parse_ip(FORWARDED_PORT.sub(r"\1\2", text))
         if address is None:
             break
         found = str(address)
@@ -4406,7 +4503,7 @@ def real_client(server, client, fields):
 
 @functools.lru_cache(1024)
 def parse_ip(text):
-    """An address -> ip_address, IPv4-mapped IPv6 as IPv4; None if it is none (a unix socket)."""
+    """Return an address as ip_address, IPv4-mapped IPv6 as IPv4; None if it is not an address."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -4414,70 +4511,112 @@ def parse_ip(text):
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def trusted(networks, text):
-    """Whether an address (as text, or 'unix:') lies in one of these networks."""
+def narrowest(networks, text):
+    """Return the prefix length of the narrowest network that contains an address, or -1.
+
+    networks: see parse_networks. text: the address, or 'unix:', of which 'all' is the wider.
+    """
     if not networks:
-        return False
+        return -1
     address = parse_ip(text)
     if address is None:
-        return text in networks
-    return any(network != "unix:" and address in network for network in networks)
+        words = ("all", "unix:") if text == "unix:" else ()
+        return max((words.index(word) for word in words if word in networks), default=-1)
+    return max((network.prefixlen for network in networks
+                if not isinstance(network, str) and address in network), default=-1)
 
 
-def check_address(location, client):
-    """allow and deny (ngx_http_access_module; deny wins)."""
-    if trusted(location.deny, client) or (location.allow and not trusted(location.allow, client)):
-        raise HTTPError(403, "access_denied", "this address may not connect")
+def trusted(networks, text):
+    """Return True if an address (as text, or 'unix:') is in one of these networks."""
+    return narrowest(networks, text) >= 0
 
 
-def check_origin(location, message):
-    """allowed_origins (RFC 6455 10.2): browsers always say where a script came from, and scripts cannot lie.
+def check_address(location, address):
+    """Raise HTTPError 403 if allow and deny refuse an address.
 
-    A request without Origin is no cross-site request of a browser; it passes.
+    The narrowest network that contains it decides, deny on a tie; with allow set, an address
+    in none is refused. So `allow = 10.0.0.0/8` with `deny = all` is what it is in nginx.
     """
-    origins = message.fields.get_all(b"origin")
+    if not location.allow and not location.deny:
+        return
+    allowed = narrowest(location.allow, address)
+    if (location.allow and allowed < 0) or narrowest(location.deny, address) >= max(allowed, 0):
+        raise HTTPError(403, "access_denied", "access denied by allow/deny")
+
+
+ORIGIN_LIMIT = 512  # bytes; a host name has 253 at most
+
+
+def check_origin(location, request, client):
+    """Raise HTTPError 403 if the Origin of a request is not in allowed_origins (RFC 6455 10.2).
+
+    Browsers send the origin of the page, and its scripts cannot change that. A request without
+    Origin is not a cross-site request of a browser and passes. `same` is http or https with the
+    host and port of Host, or of X-Forwarded-Host where a trusted proxy sends it.
+    """
+    origins = request.fields.get_all(b"origin")
     if location.allowed_origins is None or not origins:
         return
-    origin = origins[0].decode("latin-1").lower()
-    if len(origins) == 1:
+    host = (client.trusted and request.fields.get(b"x-forwarded-host")) or request.authority
+    if len(origins) == 1 and len(origins[0]) <= ORIGIN_LIMIT:
+        origin = origins[0].decode("latin-1").lower()
         for allowed in location.allowed_origins:
-            if allowed == "same":
-                scheme = origin.partition("//")[0]
-                if origin_host(origin) == origin_host(scheme + "//" + message.authority.decode("latin-1").lower()):
-                    return
-            elif origin_pattern(allowed).fullmatch(origin):
+            if same_origin(origin, host) if allowed == "same" else glob_matches(allowed, origin):
                 return
     raise HTTPError(403, "origin_denied", "Origin %s is not in allowed_origins; Host is %s" % (
-        ", ".join(printable(each) for each in origins), printable(message.authority)))
+        printable(b", ".join(origins)[:ORIGIN_LIMIT]), printable(host)))
 
 
-def origin_host(origin):
-    """'https://host:443' -> 'host', with the port unless it is the default one."""
-    scheme, _, authority = origin.partition("//")
-    default = {"https:": ":443", "http:": ":80"}.get(scheme)
-    if default and authority.endswith(default):
-        return authority[:-len(default)]
-    return authority
+def same_origin(origin, host):
+    """Return True if an origin (lower case) is http or https, with this host and port (bytes)."""
+    scheme, _, authority = origin.partition("://")
+    default = {"http": ":80", "https": ":443"}.get(scheme)
+    if default is None:
+        return False
+    names = [name[:-len(default)] if name.endswith(default) else name
+             for name in (authority, host.decode("latin-1").lower())]
+    return names[0] == names[1]
 
 
-@functools.lru_cache(256)
-def origin_pattern(glob):
-    """A glob whose * stays within host and port -> compiled pattern."""
-    return re.compile("[^/]*".join(map(re.escape, glob.split("*"))))
+def glob_matches(glob, text):
+    """Return True if text matches a glob, each * of which is any text without /."""
+    globs, texts = glob.split("/"), text.split("/")
+    return len(globs) == len(texts) and all(map(part_matches, globs, texts))
 
 
-def check_password(location, message):
-    """HTTP Basic (RFC 7617) against auth_basic_user_file."""
+def part_matches(glob, text):
+    """Return True if text matches a glob with *; each literal is looked for once, from the left."""
+    first, *literals = glob.split("*")
+    if not literals:
+        return text == glob
+    last = literals.pop()
+    position = len(first)
+    for literal in literals:
+        found = text.find(literal, position)
+        if found < 0:
+            return False
+        position = found + len(literal)
+    return text.startswith(first) and text.endswith(last) and position + len(last) <= len(text)
+
+
+def check_password(location, request):
+    """Raise HTTPError 401 without HTTP Basic credentials of auth_basic_user_file (RFC 7617)."""
     if location.passwords is None:
         return
-    scheme, _, credentials = (message.fields.get(b"authorization") or b"").partition(b" ")
-    if scheme.lower() != b"basic" or not location.passwords.accepts(credentials.strip()):
-        raise HTTPError(401, "auth_required", "", ((b"WWW-Authenticate", b'Basic realm="wsgate", charset="UTF-8"'),))
-    message.user = base64.b64decode(credentials).partition(b":")[0]
+    scheme, _, credentials = (request.fields.get(b"authorization") or b"").partition(b" ")
+    if scheme.lower() != b"basic" or not location.passwords.accepts(credentials.strip(b" ")):
+        raise HTTPError(401, "auth_required", "", (
+            (b"WWW-Authenticate", b'Basic realm="wsgate", charset="UTF-8"'),))
+    request.user = base64.b64decode(credentials).partition(b":")[0]
 
 
 class PasswordFile:
-    """An htpasswd file with hashes that the standard library can check; read again when it changes."""
+    """An htpasswd file with hashes of the standard library; read again when it changes.
+
+    Checking takes the same time whether the user exists or not. Hashes are slow on purpose, and
+    wrong passwords cost a client nothing: a few threads compute them all, and the queue of those
+    that wait is bounded.
+    """
 
     def __init__(self, path):
         self.path = path
@@ -4485,37 +4624,35 @@ class PasswordFile:
         self.lock = threading.Lock()
         # Guarded by lock: a slow hash is computed once for each right password.
         self.known = collections.OrderedDict()
-        self.changed = None
-        self.hashes = {}
+        self.stamp = None
+        self.hashes = {}    # {user: PasswordHash}; replaced as a whole
         self.refresh()
 
     def refresh(self):
-        """Read the file if it has changed; raises ValueError with what is wrong in it."""
-        changed = file_stamp(self.path)
-        if changed == self.changed:
+        """Read the file if it has changed. Raise OSError, or ValueError for an invalid line."""
+        stamp = file_stamp(self.path)
+        if stamp == self.stamp:
             return
         hashes = {}
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                user, colon, stored = line.strip().partition(b":")
-                if not user or user.startswith(b"#"):
-                    continue
-                if not re.match(br"\{(SHA|SSHA|SCRYPT)\}.", stored):
-                    raise ValueError("%s:%d: only {SCRYPT}, {SSHA} and {SHA} can be checked here; "
-                                     "make the line with: wsgate.py --hash-password" % (self.path, number))
-                if stored.startswith(b"{SCRYPT}") and not hasattr(hashlib, "scrypt"):
-                    raise ValueError("%s:%d: this Python cannot check {SCRYPT}; use {SSHA}" % (self.path, number))
-                hashes[user] = stored
+            lines = re.sub(br"\A\xef\xbb\xbf", b"", file.read()).splitlines()
+        for number, line in enumerate(lines, 1):
+            user, _, rest = line.strip().partition(b":")
+            if user and not user.startswith(b"#"):
+                try:
+                    hashes[user] = parse_hash(rest.partition(b":")[0])  # then a comment
+                except ValueError as error:
+                    raise ValueError("%s:%d: %s" % (self.path, number, error))
         with self.lock:
-            self.hashes, self.changed = hashes, changed
+            self.hashes, self.stamp = hashes, stamp
             self.known.clear()
 
     def accepts(self, credentials):
-        """base64 of user:password -> whether they are right."""
+        """Return True if base64 of user:password is right. Raise HTTPError 503 with a full queue."""
         try:
             self.refresh()
         except (OSError, ValueError) as error:
-            log.error("auth_basic_user_file: %s; going on with what it said before", error)
+            log.error("auth_basic_user_file: %s; keeping the current one", error)
         digest = hmac.new(self.secret, credentials, "sha256").digest()
         with self.lock:
             if digest in self.known:
@@ -4525,9 +4662,13 @@ class PasswordFile:
             user, _, password = base64.b64decode(credentials, validate=True).partition(b":")
         except ValueError:
             return False
-        # An unknown user takes as long as a known one.
-        stored = hashes.get(user) or next(iter(hashes.values()), b"{SHA}")
-        right = HASHING.submit(verify_password, stored, password).result() and user in hashes
+        dearest = max(hashes.values(), key=PasswordHash.cost, default=NO_HASH)
+        if not HASHES_PENDING.acquire(blocking=False):
+            raise HTTPError(503, "auth_unavailable", "too many passwords to check", retry_after())
+        try:
+            right = HASHING.submit(verify_password, hashes.get(user), dearest, password).result()
+        finally:
+            HASHES_PENDING.release()
         with self.lock:
             if right and self.hashes is hashes:  # else the file has changed meanwhile
                 self.known[digest] = True
@@ -4537,35 +4678,77 @@ class PasswordFile:
 
 
 def file_stamp(path):
-    """What changes when the file changes."""
+    """Return what changes when a file does: a tuple to be compared. Raise OSError."""
     info = os.stat(path)
     return info.st_mtime_ns, info.st_size, info.st_ino
 
 
-SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}
-# A hash takes 16 MiB, and wrong passwords are free: a few threads compute them all (malloc keeps memory by thread).
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MiB and about 40 ms
 HASHING = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
+HASHES_PENDING = threading.BoundedSemaphore(16 * (os.cpu_count() or 1))  # under a second of work
 
 
-def hash_password(password, salt=None):
-    """Bytes -> a {SCRYPT} value for the htpasswd file."""
-    salt = salt or os.urandom(16)
+class PasswordHash(collections.namedtuple("PasswordHash", "scheme digest salt")):
+    """The hash in a line of an htpasswd file. scheme: b"SHA", b"SSHA" or b"SCRYPT"."""
+
+    __slots__ = ()
+
+    def cost(self):
+        """Return a number that is larger for a slower scheme."""
+        return self.scheme == b"SCRYPT"
+
+    def matches(self, password):
+        """Return True if this is the hash of a password (bytes)."""
+        if self.scheme == b"SCRYPT":
+            digest = hashlib.scrypt(password, salt=self.salt, **SCRYPT)
+        else:
+            digest = hashlib.sha1(password + self.salt).digest()
+        return hmac.compare_digest(digest, self.digest)
+
+
+NO_HASH = PasswordHash(b"SHA", bytes(20), b"")  # of a file without users
+
+
+def parse_hash(text):
+    """Return {SCHEME}base64 as a PasswordHash; raise ValueError for what cannot be checked."""
+    match = re.fullmatch(br"\{(SHA|SSHA|SCRYPT)\}(.*)", text)
+    if not match:
+        raise ValueError("unsupported password hash (expected {SCRYPT}, {SSHA} or {SHA}, as"
+                         " printed by wsgate.py --hash-password)")
+    scheme = match.group(1)
+    try:
+        data = base64.b64decode(match.group(2), validate=True)
+    except ValueError:
+        raise ValueError("invalid base64 in the password hash")
+    if scheme == b"SCRYPT":
+        if not hasattr(hashlib, "scrypt"):
+            raise ValueError("{SCRYPT} is not supported by this Python (expected {SSHA})")
+        salt, digest = data[:16], data[16:]
+    else:
+        digest, salt = data[:20], data[20:]
+    if len(digest) != (64 if scheme == b"SCRYPT" else 20) or (scheme == b"SHA" and salt):
+        raise ValueError("password hash of the wrong length")
+    return PasswordHash(scheme, digest, salt)
+
+
+def hash_password(password):
+    """Return a {SCRYPT} hash of a password (bytes) for an htpasswd file, with a new salt."""
+    salt = os.urandom(16)
     digest = hashlib.scrypt(password, salt=salt, **SCRYPT)
     return b"{SCRYPT}" + base64.b64encode(salt + digest)
 
 
-def verify_password(stored, password):
-    """Whether a password (bytes) is that of an htpasswd value; takes the same time either way."""
-    use_all_processors()  # hashing needs no lock of Python
-    scheme, _, encoded = stored.partition(b"}")
-    try:
-        value = base64.b64decode(encoded)
-    except ValueError:
-        return False
-    if scheme == b"{SCRYPT":
-        return hmac.compare_digest(hash_password(password, value[:16]), stored)
-    salt = value[20:] if scheme == b"{SSHA" else b""
-    return hmac.compare_digest(hashlib.sha1(password + salt).digest(), value[:20])
+def verify_password(stored, dearest, password):
+    """Return True if a password (bytes) is that of a PasswordHash, or of None.
+
+    What is wrong takes the time of the dearest hash of the file, so that the time does not show
+    which users there are.
+    """
+    use_all_processors()  # hashlib releases the GIL
+    right = stored is not None and stored.matches(password)
+    if not right and (stored is None or stored.cost() < dearest.cost()):
+        dearest.matches(password)
+    return right
 
 
 # -------------------------------------------------------------------- Upstreams
