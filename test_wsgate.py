@@ -1637,7 +1637,7 @@ def test_readme_lists_every_reason_word_with_its_status():
     ("client_header_size", "1G", 1 << 30), ("max_connections", "auto", None), ("max_connections", "7", 7),
     ("set_real_ip_from", "10.0.0.0/8, ::1\n  192.0.2.1", ["10.0.0.0/8", "::1/128", "192.0.2.1/32"]),
     ("set_real_ip_from", "unix: ::1", ["unix:", "::1/128"]),
-    ("status_allow", "all", ["0.0.0.0/0", "::/0", "unix:"]),
+    ("status_allow", "all", ["0.0.0.0/0", "::/0", "all"]),
     ("ssl_protocols", "TLSv1.2,TLSv1.3", ("TLSv1.2", "TLSv1.3")),
     ("client_body_timeout", "3650d", 3650 * 86400), ("idle_timeout", "never", math.inf),
     ("deny", "::ffff:127.0.0.0/104, ::ffff:1.2.3.4, ::/0", ["127.0.0.0/8", "1.2.3.4/32", "::/0"]),

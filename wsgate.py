@@ -4586,12 +4586,12 @@ def glob_matches(glob, text):
 
 def part_matches(glob, text):
     """Return True if text matches a glob with *; each literal is looked for once, from the left."""
-    first, *literals = glob.split("*")
-    if not literals:
+    literals = glob.split("*")
+    first, last = literals[0], literals[-1]
+    if len(literals) == 1:
         return text == glob
-    last = literals.pop()
     position = len(first)
-    for literal in literals:
+    for literal in literals[1:-1]:
         found = text.find(literal, position)
         if found < 0:
             return False
