@@ -1847,7 +1847,7 @@ NGINX = (
 
 def test_a_directive_of_another_proxy_gets_a_sentence_of_its_own(tmp_path):
     """Built in, written differently here (then the key that is named exists), or out of scope."""
-    keys = {key for table in TABLES.values() for key in table} | {"add_header", "proxy_keepalive"}
+    keys = {key for table in TABLES.values() for key in table} | {"proxy_keepalive"}
     balances = {"ip_hash", "least_conn", "round_robin"}
     errors = errors_of(tmp_path, SERVER + "".join(name + " = 1\n" for name in NGINX.split()))
     assert len(errors) == len(NGINX.split()) > 60
@@ -1897,7 +1897,7 @@ def test_what_is_valid_but_surely_not_meant_is_a_warning(tmp_path, text, marks):
 @pytest.mark.parametrize("text", [
     "[location a.test/]\n[location a.test/chat/]\n[location /chat/]\n[location b.test/chat/]", "[location *.test/]\n",
     "[location /a]\nproxy_pass = http://127.0.0.1:9/x", "ping_interval = 25s", "idle_timeout = never\nping_interval = 1d",
-    "[location /a/]\nproxy_pass = http://127.0.0.1:9/", "proxy_ssl_verify = off", "[location /a]\nreturn = 200 a;b"])
+    "[location /a/]\nproxy_pass = http://127.0.0.1:9/", "proxy_ssl_verify = off", "[location /a]\nreturn = 200 a;b #5", "proxy_set_header = X-A: #fff"])
 def test_what_is_meant_is_no_warning(tmp_path, text):
     assert load_text(tmp_path, SERVER + text + "\n").warnings == []
 

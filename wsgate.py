@@ -1102,12 +1102,12 @@ FOREIGN = (
 
 
 def foreign(*words):
-    """Return what to do with the first word that is a directive of another proxy, or None."""
+    """Return ' (what to do)' with the first word that is a directive of another proxy, or ''."""
     for word in words:
         for advice, names in FOREIGN:
             if word in names.split():
-                return advice
-    return None
+                return " (%s)" % advice
+    return ""
 
 
 def unknown_key(name, table):
@@ -1118,22 +1118,21 @@ def unknown_key(name, table):
     word, space, _ = name.partition(" ")
     if space and any(word in keys for _, keys in SECTIONS):
         return "missing = after %s" % word
-    advice = foreign(name.replace(" ", "_"), word)
-    return "unknown key%s" % (" (%s)" % advice if advice else nearest(name, table))
+    return "unknown key" + (foreign(name.replace(" ", "_"), word) or nearest(name, table))
 
 
 def expected_line(line):
-    """Return what to do with a line that is neither [section] nor key = value."""
+    """Return ' (what to do)' with a line that is neither [section] nor key = value."""
     words = re.findall(r"[^\s{};]+", line)
     if not words:
-        return "remove it: a section ends where the next one begins"
+        return " (remove it: a section ends where the next one begins)"
     if re.fullmatch(r"(?:server|location|upstream)\b[^{]*\{", line):
-        return "expected [%s]" % " ".join(words)
-    value = line[len(words[0]):].strip(" \t:;")
-    if value and any(words[0].rstrip(":") in keys for _, keys in SECTIONS):
-        return "expected %s = %s" % (words[0].rstrip(":"), value)
-    return (foreign("_".join(words[:2]), words[0]) or
-            "expected [section] or key = value; a line that continues a value is indented")
+        return " (expected [%s])" % " ".join(words)
+    name, value = words[0].rstrip(":"), line[len(words[0]):].strip(" \t:;")
+    if value and any(name in keys for _, keys in SECTIONS):
+        return " (expected %s = %s)" % (name, value)
+    return (foreign("_".join(words[:2]), name) or " (expected [section] or key = value; a line"
+            " that continues a value is indented)")
 
 
 def nearest(word, words):
@@ -1299,7 +1298,7 @@ class ConfigReader:
         except configparser.ParsingError as error:
             for number, _ in error.errors:
                 line = lines[number - 2].strip()
-                self.line_error(number - 1, "invalid line: %s (%s)" % (line, expected_line(line)))
+                self.line_error(number - 1, "invalid line: %s%s" % (line, expected_line(line)))
         self.raise_errors()
         for header in parser.sections():
             self.add_section(header, parser.items(header))
@@ -1346,15 +1345,17 @@ class ConfigReader:
 
     def value(self, title, name, text, parse):
         """Return the value of a key, INVALID after an error; its text is that of split()."""
-        stray = STRAY_LINE.search(text)
+        slip, stray = None, STRAY_LINE.search(text)
         text = re.sub("\0[0-9]+", "", text).strip()
-        slip = find_slip(text, parse)
         if stray:
             slip = "line %s is indented, so it continues %s of line %d (remove the indentation)" % (
                 stray.group(1), name, self.lines[title, name])
+        elif text.endswith(";"):
+            slip = "unexpected semicolon in %r (remove it)" % text.splitlines()[-1]
         try:
             value = parse(text)
         except (OSError, ValueError):
+            slip = slip if stray else find_slip(text, parse)
             if not slip:
                 return self.checked(title, name, parse, text)
             self.error(title, name, slip)
@@ -1368,9 +1369,8 @@ class ConfigReader:
     def unknown_section(self, title, _):
         """Add the error of a section whose title is not known."""
         word = title.partition(" ")[0]
-        advice = foreign(word)
         self.error(title, None, "unknown section%s" % (
-            " (%s)" % advice if advice else nearest(word, ("server", "location", "upstream"))))
+            foreign(word) or nearest(word, ("server", "location", "upstream"))))
 
     def read_server(self, texts):
         """Return the Settings of [server], which are also the defaults of all locations."""
@@ -1380,8 +1380,6 @@ class ConfigReader:
                   for name, key in table.items()}
         self.defaults = {name: key.parse(key.default) if name in SERVER_KEYS else values[name]
                          for name, key in LOCATION_KEYS.items()}
-        if "idle_timeout" not in given:
-            self.defaults["idle_timeout"] = self.defaults["proxy_read_timeout"]
         return Settings(values)
 
     def read_upstream(self, title, texts):
@@ -1463,8 +1461,9 @@ class ConfigReader:
             self.upstreams[name] = Upstream(name, (Server(address),), "round_robin")
         return self.upstreams[name]
 
+
 def find_slip(text, parse):
-    """Return a sentence about what makes a value invalid or is part of it by mistake, or None."""
+    """Return a sentence about what makes a value invalid, if it is valid without that, or None."""
     names, rest = [], text
     for name, pattern, replacement in SLIPS:
         shorter = re.sub(pattern, replacement, rest)
