@@ -1847,7 +1847,7 @@ NGINX = (
 
 def test_a_directive_of_another_proxy_gets_a_sentence_of_its_own(tmp_path):
     """Built in, written differently here (then the key that is named exists), or out of scope."""
-    keys = {key for table in TABLES.values() for key in table} | {"proxy_keepalive"}
+    keys = {key for table in TABLES.values() for key in table}
     balances = {"ip_hash", "least_conn", "round_robin"}
     errors = errors_of(tmp_path, SERVER + "".join(name + " = 1\n" for name in NGINX.split()))
     assert len(errors) == len(NGINX.split()) > 60
