@@ -1798,6 +1798,7 @@ BAD_CONFIGURATIONS = [
     ("[server]\nproxy_pass = http://3000", ":2:", "invalid host '3000'"),
     (SERVER + "[upstream a b]\nserver = a:1", ":3: [upstream a b]: invalid name 'a b'"),
     (SERVER + "allow = ::ffff:10.0.0.1/104", ":3:", "has host bits set (expected ::ffff:"),
+    (SERVER + "allowed_origins = https://a.test/", ":3:", "invalid origin 'https://a.test/' (expected e.g."),
     # Locations that no request can reach.
     (SERVER + "[location /a%20b/]", ":3:", "/a%20b/ never matches (expected the decoded path, /a b/)"),
     (SERVER + "[location /a%2Fb]", ":3:", "(expected the decoded path, /a/b)"),
@@ -1914,7 +1915,7 @@ def test_a_key_that_the_user_cannot_read_is_a_warning(tmp_path, mode, folder, re
         os.chmod(path, mode)
         warnings = load_text(tmp_path, SERVER + "user = nobody\nlisten = 1 ssl\nssl_certificate = %s\n" % path).warnings
     assert [warning.partition("wsgate.ini")[2] for warning in warnings] == ([] if readable else [
-        ":5: [server] ssl_certificate: %s is not readable for user nobody: reload and renewal would fail" % path])
+        ":5: [server] ssl_certificate: %s is not readable for user nobody: a renewed file could not be loaded" % path])
 
 
 def test_a_missing_file_is_an_error_with_its_name(tmp_path):

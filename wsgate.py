@@ -714,7 +714,7 @@ def parse_origins(text):
     """Return 'same' and scheme://host[:port] with * globs as a tuple of str, 'any' as None."""
     words = tuple(word.lower() for word in parse_list(text))
     for word in words:
-        if word not in ("any", "same", "null") and "://" not in word and not word.startswith("*"):
+        if not re.fullmatch(r"any|same|null|\*[^/]*|[a-z*][a-z0-9+.*-]*://[^/?#@]*", word):
             raise ValueError("invalid origin %r (expected e.g. https://example.com)" % word)
     return None if not words or "any" in words else words
 
@@ -1648,8 +1648,8 @@ def warn_of_machine(reader, config):
         for key in FILE_KEYS:
             file = texts.get(key, "").strip()
             if file and not readable_by(user, file):
-                reader.warn(title, key, "%s is not readable for user %s: reload and renewal would"
-                            " fail" % (file, user))
+                reader.warn(title, key, "%s is not readable for user %s: a renewed file could not"
+                            " be loaded" % (file, user))
 
 
 FILE_KEYS = ("ssl_certificate", "ssl_certificate_key", "ssl_client_certificate",
