@@ -10,6 +10,7 @@ import configparser
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -2973,6 +2974,71 @@ def test_a_proxy_header_with_a_scope_in_its_address_is_refused(tmp_path, line):
         assert not backend.peers
 
 
+def greedy_kinds():
+    """What a client can send that the gate never has to wait for: (name, [server] lines, bytes, turns)."""
+    one = request(b"GET", b"/")
+    return [
+        ("pipelined", "return = 200 ok", one * 300, 300),
+        ("flood of pings", "", frame(9, b"", b"abcd") * 30000, 100),
+        ("tiny frames", "", b"".join(frame(1, b"x" * (size % 7), b"abcd") for size in range(30000)), 100),
+    ]
+
+
+@pytest.mark.parametrize("kind, line, data, turns", greedy_kinds(), ids=[row[0] for row in greedy_kinds()])
+def test_a_thread_that_never_waits_gives_way(tmp_path, monkeypatch, kind, line, data, turns):
+    """Counted, not timed: after a few turns that are free it gives way in nearly every one."""
+    given = []
+    monkeypatch.setattr(wsgate, "give_way", lambda: given.append(1))
+    lines = [line] if line else []
+    with ScriptedBackend() as backend:
+        ini = "[server]\n%s\n" % line if line else simple(backend)
+        with running(ini, tmp_path) as gate:
+            if line:
+                client = gate.connect()
+                thread = sending(client, [data])
+                for _ in range(turns):
+                    assert client.response().status == 200
+            else:
+                client, server = gate.tunnel(backend)
+                thread = sending(client, [data])
+                assert server.read(len(data)) == data
+                server.close()
+            thread.join()
+            client.close()
+    assert len(given) > turns // 10 if not lines else len(given) >= turns - 60
+
+
+def test_a_thread_that_waits_between_its_turns_never_gives_way(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(wsgate, "give_way", lambda: given.append(1))
+    with gate_and_backend(tmp_path, None) as (gate, backend):
+        client, server = gate.tunnel(backend)
+        for _ in range(8):
+            client.send(frame(1, b"ping", b"abcd"))
+            server.read(10)
+            server.send(frame(1, b"pong"))
+            client.read(6)
+            assert client.silent(50 * MS)
+        client.close()
+        server.close()
+    assert not given
+
+
+def test_turns_come_back_with_time(monkeypatch):
+    given = []
+    monkeypatch.setattr(wsgate, "give_way", lambda: given.append(1))
+    turns, interval = wsgate.Turns(), wsgate.Turns.INTERVAL
+    for _ in range(4):
+        turns.take(100.0)
+    assert not given
+    for _ in range(5):
+        turns.take(100.0)
+    assert len(given) == 5
+    turns.take(100.0 + interval * 2)
+    turns.take(100.0 + interval * 2)
+    assert len(given) == 5
+
+
 # -------------------------------------------------------------------------- TLS
 #
 # A CA, a server's and a client's certificate, made once and valid until 2120, with this ca.cnf:
@@ -3441,6 +3507,23 @@ def test_a_backend_port_without_tls_is_told_as_that(tmp_path):
         with running("[server]\nproxy_pass = https://%s\n" % backend.where, tmp_path) as gate:
             assert gate.ask(request()).reason == "backend_tls"
             assert gate.line("use http:// in proxy_pass")
+
+
+@pytest.mark.parametrize("side", ["client", "backend"])
+def test_a_tunnel_through_tls_survives_its_pings(tmp_path, tls, side):
+    """A pong that is not passed on leaves nothing to write, and nothing must not be written."""
+    with ScriptedBackend(service, tls=tls_backend(tls) if side == "backend" else None) as backend:
+        ini = tls_ini(tls, PINGING) if side == "client" else "[server]\n%s\n" % PINGING
+        ini += "proxy_pass = %s://%s\nproxy_ssl_trusted_certificate = %s\nproxy_ssl_name = gate.test\n" % (
+            "https" if side == "backend" else "http", backend.where, tls.ca)
+        with running(ini, tmp_path) as gate:
+            client = tls_connect(gate, tls) if side == "client" else gate.connect()
+            client.send(handshake())
+            assert client.response().status == 101
+            for _ in range(4):
+                client.send(frame(10, read_ping(client, False), b"abcd"), frame(1, b"on", b"abcd"))
+                assert read_frame(client) == (1, b"on")
+            client.close()
 
 
 # ------------------------------------------------------------ HTTP/1.1 messages
@@ -6114,6 +6197,52 @@ def test_an_answer_of_the_gate_itself_says_why_in_three_places(tmp_path, line, r
             assert gate.line(" %d " % response.status, "reason=" + reason)
 
 
+def test_a_response_head_that_drips_is_504_after_proxy_read_timeout(tmp_path):
+    """The time is that of the whole head: a byte now and then does not extend it."""
+    with http_exchange(tmp_path, request(), "proxy_read_timeout = " + ini_ms(300)) as (
+            gate, client, peer, _):
+        with lasting(290, 1500):
+            drip_bytes(peer, b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 10000)
+            response = client.response()
+        assert (response.status, response.reason) == (504, "backend_timeout")
+
+
+def test_trailers_that_the_gate_or_connection_names_are_dropped(tmp_path):
+    head = request(b"POST", b"/", b"Transfer-Encoding: chunked", b"Connection: X-Hop")
+    lines = ["proxy_set_header = X-User: none"]
+    with http_exchange(tmp_path, head + chunked_body(b"x")[:-2] + b"X-User: root\r\nX-Hop: 1\r\n"
+                       b"X-Forwarded-User: root\r\nX-Sum: 1\r\n\r\n", *lines) as (_, client, peer, head):
+        assert peer.read_until(b"0\r\n") == b"1\r\nx\r\n0\r\n"
+        assert peer.read_until(b"\r\n\r\n") == b"X-Sum: 1\r\n\r\n"
+        peer.send(ok())
+        assert client.response().status == 200
+
+
+@pytest.mark.parametrize("what", ["up", "down"])
+def test_a_large_body_is_spliced_and_its_pipe_is_closed_after_it(tmp_path, monkeypatch, what):
+    if not wsgate.CAN_SPLICE:
+        pytest.skip("no os.splice here")
+    spliced, splice = [], os.splice
+    monkeypatch.setattr(os, "splice", lambda *some, **more: spliced.append(1) or splice(*some, **more))
+    body = os.urandom(3 << 20)
+    up, down = (body, b"ok") if what == "up" else (b"", body)
+
+    def script(peer):
+        for _ in range(2):
+            assert read_request(peer)[1] == up
+            peer.send(ok(down))
+
+    with nothing_left(), gate_and_backend(tmp_path, script) as (gate, backend):
+        client = gate.connect()
+        for _ in range(2):
+            thread = sending(client, [request(b"POST", b"/", b"Content-Length: %d" % len(up)) + up])
+            assert client.response().body == down
+            thread.join()
+            before = descriptors()
+        assert len(spliced) > 4 and descriptors() <= before
+        client.close()
+
+
 # ------------------------------------------------------------------- The tunnel
 
 
@@ -6327,6 +6456,52 @@ def test_an_internal_error_is_logged_and_leaves_nothing_behind(tmp_path, monkeyp
         assert any("internal error" in line for line in gate.errors)
         eventually(lambda: not gate.gate.connections and not gate.gate.connections.in_use)
         gate.errors.clear()
+
+
+@pytest.mark.parametrize("who", ["client", "backend"])
+def test_a_direction_that_remains_lasts_until_it_has_been_silent(tmp_path, monkeypatch, who):
+    """One side has ended; the other may go on for longer than HALF_CLOSE while bytes come."""
+    monkeypatch.setattr(wsgate, "HALF_CLOSE", 200 * MS)
+    with raw_tunnel(tmp_path) as (gate, client, server):
+        ending, other = (client, server) if who == "client" else (server, client)
+        ending.finish()
+        assert other.rest() == b""
+        for _ in range(6):
+            other.send(b"more")
+            assert ending.read(4) == b"more"
+            assert ending.silent(80 * MS)
+        with lasting(80, 1200):
+            assert ending.rest() == b""
+        assert "close=%s:eof reason=%s_gone" % (who, who) in line_of(gate, client, server)
+
+
+def test_times_longer_than_poll_takes_are_kept(tmp_path):
+    """poll(2) takes 31 bits of milliseconds, 24.8 days."""
+    keys = ("idle_timeout", "proxy_read_timeout", "proxy_send_timeout", "proxy_connect_timeout",
+            "send_timeout", "client_header_timeout", "client_body_timeout", "keepalive_timeout",
+            "ping_interval", "ping_timeout")
+    with gate_and_backend(tmp_path, None, *["%s = 3650d" % key for key in keys]) as (gate, backend):
+        client, server = gate.tunnel(backend)
+        client.send(frame(1, b"there", b"abcd"))
+        assert read_frame(server) == (1, b"there")
+        server.send(frame(1, b"and back"))
+        assert read_frame(client) == (1, b"and back")
+        asker = gate.connect().send(request(b"POST", b"/", b"Content-Length: 2"))
+        assert asker.silent(20 * MS)
+        asker.send(b"hi")
+        second = backend.peer(1)
+        second.read_until(b"hi")
+        second.send(ok())
+        assert asker.response().status == 200
+        for peer in (client, server, asker):
+            peer.close()
+
+
+@pytest.mark.parametrize("peers", ["client", "backend"])
+def test_ping_peers_pings_one_side_alone(tmp_path, peers):
+    with tunnel(tmp_path, PINGING, "ping_peers = " + peers) as (_, client, server):
+        read_ping(client if peers == "client" else server, peers == "backend")
+        assert (server if peers == "client" else client).silent(300 * MS)
 
 
 # ------------------------------------------------------------- WebSocket frames
@@ -6724,6 +6899,111 @@ def test_a_refusal_in_a_close_frame_is_only_for_a_handshake(tmp_path):
         key = b"Sec-WebSocket-Key: " + KEY
         assert gate.ask(request(b"GET", b"/", key)).status == 403
         assert gate.ask(request(b"POST", b"/", key, b"Upgrade: websocket", b"Connection: upgrade", body=b"x")).status == 403
+
+
+def frame_of_any_form(rng, opcode, payload, mask, fin=True):
+    """A frame whose length is written in 7, 16 or 64 bits, as small as it is or not."""
+    length = len(payload)
+    plain = frame(opcode, payload, mask, fin)
+    forms = [width for width in (2, 8) if opcode < 8 and length < 1 << (8 * width)]
+    if not forms or rng.random() < 0.5:
+        return plain
+    width, bit = rng.choice(forms), 0x80 if mask else 0
+    header = bytes((plain[0], bit | {2: 126, 8: 127}[width])) + length.to_bytes(width, "big")
+    return header + (mask or b"") + plain[len(plain) - length:]
+
+
+def any_frames(rng, masked, pings):
+    """Frames with or without order in their sizes -> [(bytes, True if they pass)], messages."""
+    sizes = [rng.choice((0, 1, 5, 10, 24, 125, 126, 127, 300, 20000)) for _ in range(3)]
+    if rng.random() < 0.4:
+        sizes = sizes[:1]
+    frames, messages, inside = [], 0, False
+    for _ in range(rng.randint(1, 40)):
+        mask = bytes(rng.getrandbits(8) for _ in range(4)) if masked else None
+        chance = rng.random()
+        if chance < 0.1:
+            payload = b"p" * rng.randint(0, 125)
+            frames.append((frame(rng.choice((9, 10)), payload, mask), True))
+        elif chance < 0.15 and pings:
+            frames.append((frame(10, pings.pop(), mask), False))
+        else:
+            size, fin = rng.choice(sizes), rng.random() < 0.7
+            payload = (rng.choice((b"\x82\xff", b"\x81\x05", b"\x8a\x88")) * size)[:size]
+            opcode = 0 if inside else rng.choice((1, 2))
+            frames.append((frame_of_any_form(rng, opcode, payload, mask, fin), True))
+            inside, messages = not fin, messages + fin
+    return frames, messages
+
+
+def fed_and_skipped(rng, scanner, data, bounds):
+    """Feed data in random pieces, skip what may be spliced -> the bytes that passed."""
+    position, passed = 0, b""
+    while position < len(data):
+        size = rng.choice((1, 2, 3, 7, 50, 1000, 16384, 100000))
+        if scanner.bulk() and rng.random() < 0.5:
+            spliced = scanner.remaining or scanner.peek(
+                lambda size, flags: data[position:position + size], 1.0)
+            spliced = min(spliced, rng.randint(1, 60000), len(data) - position)
+            scanner.skip(spliced)
+            passed += data[position:position + spliced]
+            position += spliced
+        else:
+            passed += scanner.feed(data[position:position + size], 1.0)
+            position += size
+        assert not scanner.lost and scanner.between() == (len(passed) in bounds)
+        assert len(scanner.partial) <= 139
+    return passed + scanner.release()
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_any_frames_in_any_pieces_pass_and_are_counted(tenth):
+    """Random sequences, all forms of lengths, pings of the gate's own, spliced or not."""
+    sequences = int(os.environ.get("FRAME_SEQUENCES", "300")) // 10
+    for seed in range(tenth * sequences, (tenth + 1) * sequences):
+        rng = random.Random(seed)
+        masked = rng.random() < 0.5
+        pings = [b"%08d" % number for number in range(2)]
+        scanner = wsgate.FrameScanner(masked, False, 0, 0.0)
+        for payload in pings:
+            scanner.expect_pong(payload, 0.0)
+        frames, messages = any_frames(rng, masked, pings)
+        bounds = set(itertools.accumulate([0] + [len(data) for data, passes in frames if passes]))
+        passed = fed_and_skipped(rng, scanner, b"".join(data for data, _ in frames), bounds)
+        assert passed == b"".join(data for data, passes in frames if passes), seed
+        assert scanner.messages == messages, seed
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_header_alike_in_its_first_two_bytes_does_not_evade_max_message_size(masked):
+    """Two small frames with a 64-bit length, then a large one whose payload repeats their header."""
+    mask = b"abcd" if masked else b""
+    header = bytes((0x82, 0xFF if masked else 0x7F))
+    small = header + (10).to_bytes(8, "big") + mask + b"x" * 10
+    step = len(small)
+    size = step * 4200 - len(mask) - 10
+    large = header + size.to_bytes(8, "big") + mask
+    large += ((b"x" * (step - len(large)) + header) * 4200 + b"x" * step)[:size]
+    body = bytearray(large)
+    for place in range(step, len(body) - 1, step):
+        body[place:place + 2] = header
+    scanner = wsgate.FrameScanner(masked, False, 1000, 0.0)
+    assert scanner.feed(small * 2, 1.0) == small * 2
+    assert scanner.feed(bytes(body), 1.0) == b"" and scanner.too_big and scanner.messages == 2
+
+
+def test_a_pong_held_back_passes_when_the_other_direction_turns_out_not_to_be_frames(tmp_path):
+    with tunnel(tmp_path, PINGING) as (gate, client, server):
+        payload = read_ping(client, False)
+        read_ping(server, True)
+        pong = frame(10, payload, b"abcd")
+        client.send(pong[:5])
+        assert server.silent(20 * MS)
+        server.send(b"these are not frames")
+        assert client.read(20) == b"these are not frames"
+        assert server.read(5) == pong[:5]
+        client.send(pong[5:])
+        assert server.read(len(pong) - 5) == pong[5:]
 
 
 # ------------------------------------------------------------------- Access log
