@@ -3031,12 +3031,12 @@ def test_turns_come_back_with_time(monkeypatch):
     for _ in range(4):
         turns.take(100.0)
     assert not given
-    for _ in range(5):
+    for _ in range(10):
         turns.take(100.0)
-    assert len(given) == 5
+    assert len(given) in (9, 10)
+    before = len(given)
     turns.take(100.0 + interval * 2)
-    turns.take(100.0 + interval * 2)
-    assert len(given) == 5
+    assert len(given) == before
 
 
 # -------------------------------------------------------------------------- TLS
@@ -6982,14 +6982,12 @@ def test_a_header_alike_in_its_first_two_bytes_does_not_evade_max_message_size(m
     small = header + (10).to_bytes(8, "big") + mask + b"x" * 10
     step = len(small)
     size = step * 4200 - len(mask) - 10
-    large = header + size.to_bytes(8, "big") + mask
-    large += ((b"x" * (step - len(large)) + header) * 4200 + b"x" * step)[:size]
-    body = bytearray(large)
-    for place in range(step, len(body) - 1, step):
-        body[place:place + 2] = header
+    large = bytearray(header + size.to_bytes(8, "big") + mask + b"x" * size)
+    for place in range(step, len(large), step):
+        large[place:place + 2] = header
     scanner = wsgate.FrameScanner(masked, False, 1000, 0.0)
     assert scanner.feed(small * 2, 1.0) == small * 2
-    assert scanner.feed(bytes(body), 1.0) == b"" and scanner.too_big and scanner.messages == 2
+    assert scanner.feed(bytes(large), 1.0) == b"" and scanner.too_big and scanner.messages == 2
 
 
 def test_a_pong_held_back_passes_when_the_other_direction_turns_out_not_to_be_frames(tmp_path):

@@ -3397,7 +3397,7 @@ class Turns:
     __slots__ = ("spent_until",)
 
     INTERVAL = 0.01  # seconds in which a turn comes back
-    FREE = 4 * INTERVAL
+    FREE = 5 * INTERVAL
 
     def __init__(self):
         self.spent_until = 0.0  # time.monotonic() at which all turns taken have come back
