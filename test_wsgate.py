@@ -2199,6 +2199,114 @@ def test_systemd_hands_over_a_socket_and_is_told_how_it_goes(tmp_path):
         early.close()
 
 
+@contextlib.contextmanager
+def unread_program(tmp_path, *lines):
+    """The real process, whose output nothing reads, once it listens -> Popen with .port."""
+    port = free_port()
+    path = written(tmp_path, "gate.ini", "[server]\nlisten = 127.0.0.1:%d\npid = %s\n%s\n" % (
+        port, tmp_path / "pid", "\n".join(lines)))
+    child = subprocess.Popen([sys.executable, WSGATE, "-c", path], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT)
+    try:
+        child.port = port
+        eventually(lambda: listening(port))
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+needs_root = pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can become another user")
+
+
+@needs_signals
+@needs_root
+def test_reload_reopen_and_upgrade_work_after_root_was_dropped(tmp_path):
+    """The logs and the pid file belong to the user, so that they can be opened again."""
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        os.chmod(str(folder), 0o755)
+    paths = [str(tmp_path / name) for name in ("access.log", "error.log", "pid")]
+    lines = ("return = 200", "user = nobody", "access_log = " + paths[0], "error_log = " + paths[1])
+
+    def logged(text):
+        with open(paths[1]) as file:
+            return file.read().count(text)
+
+    with unread_program(tmp_path, *lines) as child:
+        eventually(lambda: os.path.exists(paths[1]) and logged("up to"))
+        uid = wsgate.pwd.getpwnam("nobody").pw_uid
+        assert [os.stat(path).st_uid for path in paths] == [uid] * 3
+        for count, (number, text) in enumerate(((signal.SIGHUP, "reloaded"), (signal.SIGHUP, "reloaded"),
+                                                (signal.SIGUSR1, "SIGUSR1")), 1):
+            os.kill(child.pid, number)
+            eventually(lambda: logged(text) >= min(count, 2) - (text == "SIGUSR1"))
+        if not can_run_as("nobody", sys.executable, WSGATE, "-v"):
+            return
+        os.kill(child.pid, signal.SIGUSR2)
+        eventually(lambda: logged("has taken over"))
+        assert child.wait(5000 * MS) == 0
+        with open(paths[2]) as file:
+            successor = int(file.read())
+        try:
+            with contextlib.closing(connect(child.port).send(request())) as peer:
+                assert peer.response().status == 200
+            assert not logged("ERROR")
+        finally:
+            os.kill(successor, signal.SIGTERM)
+
+
+def can_run_as(user, *command):
+    """Whether this user could run the command: its files may lie where only root gets."""
+    try:
+        return subprocess.call(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: os.setuid(wsgate.pwd.getpwnam(user).pw_uid)) == 0
+    except OSError:
+        return False
+
+
+@needs_root
+def test_what_is_not_a_file_of_its_own_is_not_given_to_the_user(tmp_path):
+    """Else a link that the user has put there would give it the file behind the link."""
+    victim, link, hard = [str(tmp_path / name) for name in ("victim", "link", "hard")]
+    written(tmp_path, "victim", "")
+    os.symlink(victim, link)
+    with open(link, "a") as file:
+        wsgate.give_to("nobody", link, file.fileno())
+    assert os.stat(victim).st_uid == 0
+    os.link(victim, hard)
+    with open(hard, "a") as file:
+        wsgate.give_to("nobody", hard, file.fileno())
+    assert os.stat(victim).st_uid == 0
+    os.unlink(hard)
+    with open(victim, "a") as file:
+        wsgate.give_to("nobody", victim, file.fileno())
+    assert os.stat(victim).st_uid != 0
+
+
+def test_the_pid_file_of_a_running_gate_is_left_alone(tmp_path):
+    with program(tmp_path, "return = 200") as child:
+        other = written(tmp_path, "other.ini", "[server]\nreturn = 200\nlisten = 127.0.0.1:%d\npid = %s\n" % (
+            free_port(), child.pid_file))
+        status, output = run_program("-c", other)
+        assert status == 1 and output == "wsgate: %s:4: [server] pid: %s belongs to the running wsgate process %d" \
+            " (expected a file of its own for each process)\n" % (other, child.pid_file, child.pid)
+        assert pid_in(child) == child.pid
+        control(child, "stop")
+        assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "-1", "99999999999999999999", "%d" % os.getppid()])
+def test_the_pid_file_of_anything_else_is_replaced(tmp_path, text):
+    """Among them the file of a process that has the number of a gate that died."""
+    path, pid_file = written(tmp_path, "pid", text), wsgate.PidFile()
+    pid_file.write(path, "")
+    with open(path) as file:
+        assert file.read() == "%d\n" % os.getpid()
+    pid_file.remove()
+    assert not os.path.exists(path)
+
+
 # --------------------------------------------------------------------- The gate
 
 
@@ -2504,6 +2612,38 @@ def test_a_broken_upgrade_leaves_the_old_process_as_it_was(tmp_path, monkeypatch
             peer.close()
         assert alive(tunnel)
         tunnel.close()
+
+
+def test_a_hundred_hups_in_a_row_are_a_few_reloads(tmp_path):
+    with running("[server]\nreturn = 200\n", tmp_path) as gate:
+        gate.gate.signals.extend([signal.SIGHUP, signal.SIGUSR1] * 50 + [signal.SIGHUP])
+        gate.gate.signal_wakeup.set()
+        eventually(lambda: any("SIGUSR1" in line for line in gate.errors))
+        assert gate.ask(request()).status == 200
+        assert sum(line.startswith("reloaded") for line in gate.errors) == 1
+
+
+@needs_signals
+@pytest.mark.parametrize("code, words", [
+    ("import time\ntime.sleep(60)", "was not ready within 0.2 s; it was killed"),
+    ("import os, time\nos.close(int(os.environ['WSGATE_READY']))\ntime.sleep(60)", "when it closed its pipe; it was killed"),
+    ("raise SystemExit(3)", "ended with status 3")])
+def test_an_upgrade_to_a_file_that_hangs_or_fails_is_given_up(tmp_path, monkeypatch, code, words):
+    monkeypatch.setattr(wsgate, "__file__", written(tmp_path, "broken.py", code))
+    monkeypatch.setattr(wsgate.Successor, "TIMEOUT", 0.2 if "within" in words else 60)
+    with running("[server]\nreturn = 200\n", tmp_path) as gate, nothing_left():
+        gate.signal("SIGUSR2")
+        eventually(lambda: any("upgrade failed, this process continues" in line and words in line
+                               for line in gate.errors), 10000 * MS)
+        assert gate.ask(request()).status == 200 and gate.gate.successor is None
+
+
+@needs_unix
+@pytest.mark.parametrize("option, mode", [("", 0o666), (" mode=0660", 0o660), (" mode=600 proxy_protocol", 0o600)])
+def test_the_mode_of_a_unix_socket_is_an_option_of_listen(tmp_path, option, mode):
+    path = str(tmp_path / "socket")
+    with running("[server]\nlisten = unix:%s%s\nreturn = 200\n" % (path, option), tmp_path):
+        assert os.stat(path).st_mode & 0o777 == mode
 
 
 # -------------------------------------------------------------------- Listening
@@ -7208,6 +7348,73 @@ def test_a_draining_gate_says_that_it_is_not_ready(tmp_path):
         over(gate)
 
 
+# ----------------------------------------------------------------- Log writers
+
+
+@needs_signals
+def test_a_stalled_reader_of_stdout_costs_lines_and_holds_up_nothing(tmp_path):
+    """Lines are dropped and counted, the count is logged and in the metrics; TERM ends the process."""
+    errors, status = str(tmp_path / "error.log"), free_port()
+    with unread_program(tmp_path, "return = 200", "error_log = " + errors,
+                    "status_listen = 127.0.0.1:%d" % status) as child:
+        with contextlib.closing(connect(child.port)) as peer:
+            for _ in range(400):  # of 8 kB each: a pipe takes 64 KiB, the queue 1 MiB, twice
+                assert peer.send(request(b"GET", b"/" + b"x" * 8000)).response().status == 200
+        with contextlib.closing(connect(status)) as peer:
+            body = peer.send(request(b"GET", b"/metrics", b"Host: 127.0.0.1")).response().body
+        assert int(re.search(br'log_lines_dropped_total\{log="access_log"\} (\d+)', body).group(1)) > 50
+        eventually(lambda: re.search(r"access_log: \d+ lines dropped", "\n".join(lines_in(errors))), 8000 * MS)
+        begun = time.monotonic()
+        child.terminate()
+        assert child.wait(5000 * MS) == 0 and time.monotonic() - begun < 2000 * MS
+
+
+@needs_unix
+def test_a_stalled_syslogd_costs_lines_and_holds_up_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(wsgate.LogWriter, "LIMIT", 1000)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslogd, own_logging():
+        syslogd.bind(str(tmp_path / "log"))
+        writer = wsgate.LogWriter("syslog:", wsgate.SyslogSink(str(tmp_path / "log")))
+        wsgate.log.addHandler(writer)
+        for number in range(2000):
+            wsgate.log.warning("line %d", number)
+        assert writer.dropped > 0 and writer.size <= 1000
+        syslogd.settimeout(5000 * MS)
+        first = syslogd.recv(4096)
+        assert first == b"<28>wsgate: line 0"
+        begun = time.monotonic()
+        writer.close()
+        assert time.monotonic() - begun < 2000 * MS
+        syslogd.settimeout(50 * MS)
+        with contextlib.suppress(socket.timeout):
+            while syslogd.recv(4096):
+                pass
+        eventually(lambda: not writer.thread.is_alive())
+
+
+def test_lines_that_cannot_be_written_are_counted(tmp_path):
+    with own_logging(), open("/dev/full", "w") as full:
+        writer = wsgate.LogWriter("/dev/full", wsgate.FileSink(os.dup(full.fileno())))
+        wsgate.access_log.addHandler(writer)
+        wsgate.access_log.setLevel(logging.INFO)
+        for _ in range(3):
+            wsgate.access_log.info("lost")
+        eventually(lambda: writer.dropped == 3)
+
+
+def test_a_destination_that_stays_keeps_its_writer_and_its_count(tmp_path):
+    """Else each reload beside a stalled reader would leave a thread behind."""
+    with own_logging():
+        text = "[server]\nreturn = 200\naccess_log = syslog:127.0.0.1:9\nerror_log = %s\n" % (tmp_path / "log")
+        server = load_text(tmp_path, text).server
+        wsgate.open_logs(server)
+        writer = wsgate.log_writers()["access_log"]
+        wsgate.log_writers()["error_log"].dropped = 5
+        wsgate.open_logs(server)
+        assert wsgate.log_writers()["access_log"] is writer
+        assert wsgate.log_writers()["error_log"].dropped == 5
+
+
 # ----------------------------------------------------------------------- Status
 
 
@@ -7259,6 +7466,63 @@ def test_the_status_listener_answers_by_path(tmp_path, path, method, status, bod
 def test_the_status_listener_is_only_for_those_named(tmp_path):
     with ScriptedBackend() as backend, with_status(tmp_path, backend, "status_allow = 10.0.0.0/8") as (_, ask):
         assert ask(b"/healthz").status == ask(b"/status.json").status == 403
+
+
+@pytest.mark.parametrize("host, status", [
+    (b"127.0.0.1", 200), (b"127.0.0.1:80", 200), (b"[::1]:9", 200), (b"LOCALHOST", 200), (b"rebind.test", 403),
+    (b"127.0.0.1.rebind.test", 403), (b"0x7f.1", 403)])
+def test_the_status_page_is_only_for_its_own_names(tmp_path, host, status):
+    """A web page whose name points to this address (DNS rebinding) would read clients' addresses."""
+    with ScriptedBackend() as backend, with_status(tmp_path, backend) as (gate, _):
+        with contextlib.closing(connect(gate.gate.listeners[1].server_address[1])) as peer:
+            response = peer.send(request(b"GET", b"/status.json", b"Host: " + host)).response()
+        assert response.status == status
+        assert response.get(b"x-frame-options") == b"DENY"
+        assert b"default-src 'none'" in response.get(b"content-security-policy")
+
+
+def test_a_name_in_status_listen_may_be_asked_for(tmp_path):
+    with running("[server]\nreturn = 200\nlisten = 127.0.0.1:0\nstatus_listen = 127.0.0.1:0\n",
+                 tmp_path) as gate:
+        listener = gate.gate.listeners[1]
+        listener.listen = listener.listen._replace(address=wsgate.Address("status.test", 1, None))
+        with contextlib.closing(connect(listener.server_address[1])) as peer:
+            assert peer.send(request(b"GET", b"/", b"Host: status.test:1")).response().status == 200
+
+
+@needs_unix
+@pytest.mark.parametrize("name", [None, "bound", b"\0wsgate-test-abstract"])
+def test_every_client_of_a_unix_socket_may_read_the_status_page(tmp_path, name):
+    """Who may connect is decided by the permissions of the socket; a client may have any name."""
+    path = str(tmp_path / "status")
+    with running("[server]\nreturn = 200\nstatus_listen = unix:%s\n" % path, tmp_path), \
+            socket.socket(socket.AF_UNIX) as sock:
+        if name:
+            sock.bind(str(tmp_path / name) if isinstance(name, str) else name)
+        sock.settimeout(5000 * MS)
+        sock.connect(path)
+        sock.sendall(request(b"GET", b"/readyz", b"Host: anything.test"))
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def test_silent_connections_do_not_shut_the_status_page(tmp_path):
+    with ScriptedBackend(service) as backend, with_status(tmp_path, backend) as (gate, ask):
+        port = gate.gate.listeners[1].server_address[1]
+        silent = [connect(port) for _ in range(100)]
+        assert ask(b"/healthz").status == 200
+        eventually(lambda: gate.gate.workers.busy <= wsgate.STATUS_CONNECTIONS)
+        assert silent[0].ended() and gate.ask(request()).status == 200
+        for peer in silent:
+            peer.close()
+
+
+def test_metrics_do_not_build_the_table_of_tunnels(tmp_path, monkeypatch):
+    with ScriptedBackend(service) as backend, with_status(tmp_path, backend) as (gate, ask):
+        client = gate.connect().send(handshake())
+        assert client.response().status == 101
+        monkeypatch.setattr(wsgate, "describe_tunnel", None)
+        assert b"\nwsgate_tunnels 1\n" in ask(b"/metrics").body
+        client.close()
 
 
 # ----------------------------------------------------------------- Command line

@@ -1701,7 +1701,7 @@ def run_gate(path, overrides, ready=None):
     stay_on_one_processor(config.server.worker_cpu_affinity)
     errors = open_logs(config.server)
     if errors:
-        raise ConfigError(["%s %s" % (config.place("server", key)[1], error)
+        raise ConfigError(["%s: %s" % (config.place("server", key)[1], error)
                            for key, error in errors.items()])
     gate = Gate(config, lambda: reload_config(path, overrides), open_logs)
     gate.open(inherited_sockets())
@@ -1729,7 +1729,8 @@ def fatal_for(config, key):
     try:
         yield
     except OSError as error:
-        raise ConfigError(["%s %s" % (config.place("server", key)[1], error.strerror or error)])
+        raise ConfigError(["%s: %s" % (config.place("server", key)[1],
+                                       error.strerror or error)])
 
 
 def cannot_write(path, error):
@@ -2222,7 +2223,7 @@ class Successor:
         self.process.kill()
         self.process.wait()
         return "the new process was not ready %s; it was killed" % (
-            "within %d s" % self.TIMEOUT if word is None else "when it closed its pipe")
+            "within %g s" % self.TIMEOUT if word is None else "when it closed its pipe")
 
 
 def report_ready():
@@ -7003,10 +7004,9 @@ class FileSink:
 class SyslogSink:
     """Sends each line to syslogd as a datagram (RFC 3164)."""
 
-    def __init__(self, host, port):
-        """host, port: of syslogd, None: the local one. Raises OSError."""
-        self.handler = logging.handlers.SysLogHandler((host, port) if host else "/dev/log",
-                                                      facility="daemon")
+    def __init__(self, address):
+        """address: of syslogd, (host, port) or the path of its socket. Raises OSError."""
+        self.handler = logging.handlers.SysLogHandler(address, facility="daemon")
         self.handler.append_nul = False
         self.handler.ident = "wsgate: "  # without it syslogd takes the first word for the host
         self.handler.handleError = lambda record: self.lost.append(record)
@@ -7087,7 +7087,7 @@ def log_sink(where, stream, user):
     """
     if where.startswith("syslog:"):
         host, _, port = where[7:].partition(":")
-        return SyslogSink(host, int(port or 514))
+        return SyslogSink((host, int(port or 514)) if host else "/dev/log")
     if where == "off" or (where == "-" and stream is None):  # closed by who started us
         return None
     if where == "-":
