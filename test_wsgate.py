@@ -3629,7 +3629,7 @@ def test_an_old_version_works_with_the_remedy(tmp_path, tls):
 
 
 @pytest.mark.parametrize("lines, marks", [
-    ("", "certificate verify failed: .* (set proxy_ssl_trusted_certificate to its CA, or proxy_ssl_verify = off)"),
+    ("", "(set proxy_ssl_trusted_certificate to its CA, or proxy_ssl_verify = off)"),
     ("proxy_ssl_trusted_certificate = CA\nproxy_ssl_name = evil.test", "(set proxy_ssl_name to a name of its certificate,"),
 ], ids=["self-signed", "name"])
 def test_a_backend_whose_certificate_is_not_trusted_is_told_with_the_key_to_set(tmp_path, tls, lines, marks):
@@ -3638,8 +3638,8 @@ def test_a_backend_whose_certificate_is_not_trusted_is_told_with_the_key_to_set(
         with running(ini, tmp_path) as gate:
             assert gate.ask(request()).reason == "backend_tls"
             line = eventually(lambda: next(line for line in gate.errors if "backend_tls" in line))
-            assert re.search(re.escape(marks).replace(r"\.\*", ".*"), line), line
-            assert "_ssl.c" not in line and gate.line("reason=backend_tls", "proxy_ssl_")
+            assert "certificate verify failed" in line and marks in line and "_ssl.c" not in line
+            assert gate.line("reason=backend_tls", "proxy_ssl_")
 
 
 def test_a_backend_port_without_tls_is_told_as_that(tmp_path):
