@@ -7711,7 +7711,7 @@ def test_the_demo_shows_how_long_the_pings_of_the_gate_take(tmp_path):
             client = gate.connect().send(handshake(b"/socket"))
             assert client.response().status == 101
             body = eventually(lambda: gate.ask(request(b"GET", b"/rtt")).body)
-            assert re.fullmatch(br"The gate's last ping took \d+\.\d ms\.", body)
+            assert re.fullmatch(br"The last ping of wsgate took \d+\.\d ms\.", body)
             client.close()
     finally:
         backend.shutdown()
@@ -7747,7 +7747,7 @@ def test_the_demo_shows_how_long_the_pings_of_the_gate_take(tmp_path):
     ("headers_lost", says(b"400 Bad Request", b"X-Wsgate-Reason: cut"), ()),
     ("unavailable", says(b"503 Service Unavailable"), ()),
     ("gateway_timeout", says(b"504 Gateway Timeout"), ()),
-    ("other_answer", says(b"418 Teapot"), ()),
+    ("other_status", says(b"418 Teapot"), ()),
     ("garbage", answer(b"SSH-2.0-OpenSSH_9.2\r\n"), ()),
     ("garbage", answer(b"HTTP/1.1 101 \x1b[31m\r\n\r\n"), ()),
     ("garbage", opens(lambda peer: peer.send(frame(5, b"x"))), ()),
@@ -7772,7 +7772,7 @@ def test_a_probe_names_origin_host_and_the_redirect_and_hides_secrets(capsys):
                               "--header", "Cookie: hidden")
     assert "Origin (https://a.test) does not match Host (b.test)" in report and "hidden" not in report
     with ScriptedBackend(says(b"301 Moved", b"Location: /new/")) as backend:
-        assert "301 to /new/" in probed(capsys, "ws://" + backend.where)[2]
+        assert "301: redirect to /new/" in probed(capsys, "ws://" + backend.where)[2]
 
 
 def test_a_probe_without_a_connection_says_why(capsys):
@@ -7787,29 +7787,37 @@ def test_a_probe_without_a_connection_says_why(capsys):
         assert probed(capsys, "wss://" + backend.where)[:2] == (1, "plain_port")
 
 
+def test_a_probe_of_an_untrusted_certificate_names_the_keys(capsys, tls):
+    with ScriptedBackend(opens(), tls=tls_backend(tls)) as backend:
+        result, word, report = probed(capsys, "wss://" + backend.where)
+        assert (result, word) == (1, "certificate") and "_ssl.c" not in report
+        assert all(name in report for name in ("--cafile", "proxy_ssl_trusted_certificate", "proxy_ssl_verify = off"))
+        assert probed(capsys, "wss://" + backend.where, "--cafile", tls.ca)[1] == "works"
+
+
 def test_a_probe_tries_every_address_and_says_which_one_answers(capsys, monkeypatch):
     with ScriptedBackend(opens()) as backend:
         both = [(socket.AF_INET, (host, backend.port)) for host in ("127.0.0.2", "127.0.0.1")]
         monkeypatch.setattr(wsgate.Server, "addresses", lambda self, deadline: both)
         result, _, report = probed(capsys, "ws://localhost:%d/" % backend.port)
     assert result == 0 and "is 127.0.0.2, 127.0.0.1" in report
-    assert "127.0.0.2: Connection refused" in report and "127.0.0.1 answers" in report
+    assert "127.0.0.2: Connection refused" in report and "connected to 127.0.0.1" in report
 
 
 def test_a_probe_measures_echoes_and_says_so_when_none_comes(capsys):
     with ScriptedBackend(opens()) as backend:
         result, _, report = probed(capsys, "ws://" + backend.where, "--count", "3", "--message", "x" * 200)
-        assert result == 0 and re.search(r"3 of 3 came back: min [0-9.]+, median [0-9.]+, max [0-9.]+ ms", report)
+        assert result == 0 and re.search(r"3 of 3 echoed: min [0-9.]+, median [0-9.]+, max [0-9.]+ ms", report)
     with ScriptedBackend(opens(is_deaf_until_the_close)) as backend:
         result, _, report = probed(capsys, "ws://" + backend.where, "--count", "1", "--timeout", "%dms" % (300000 * MS))
-        assert result == 0 and "0 of 1 came back; perhaps this is no echo server" in report
+        assert result == 0 and "0 of 1 echoed; is it an echo server?" in report
 
 
 def test_an_idle_probe_says_who_cut_it_when_and_with_what(capsys, tmp_path):
     with gate_and_backend(tmp_path, opens(is_deaf), "idle_timeout = %dms" % (400000 * MS)) as (gate, _):
         url = "ws://127.0.0.1:%d/" % gate.port
         result, word, report = probed(capsys, url, "--idle", "%ds" % (5000 * MS))
-        match = re.search(r"after ([0-9.]+) s the other side sent Close 1001 idle_timeout", report)
+        match = re.search(r"after ([0-9.]+) s: Close 1001 idle_timeout", report)
         assert (result, word) == (1, "cut") and match and 390 * MS < float(match.group(1)) < 1500 * MS, report
         result, word, report = probed(capsys, url, "--idle", "%dms" % (100000 * MS))
         assert (result, word) == (0, "works") and "survived" in report
@@ -7836,10 +7844,10 @@ def test_a_probe_by_the_configuration_compares_backends_and_gate(capsys, tmp_pat
         assert ["GET /x/ws?a=b" in heads[0], "GET /app/ws?a=b" in heads[1]] == [True, True]
         assert report.count(" Host: 127.0.0.1:%d\n" % gate.port) == 2 and "X-Forwarded-For: 127.0.0.1" in report
         result, word, report = probed(capsys, "/app/ws", "-c", gate.path)
-        assert (result, word) == (1, "refused") and "The gate alone does not work" in report
+        assert (result, word) == (1, "refused") and "The backends work, wsgate does not" in report
         assert re.search(r"^status +101 +-$", report, re.M) and re.search(r"^verdict +works +refused$", report, re.M)
     result, _, report = probed(capsys, "/app/ws", "-c", gate.path)
-    assert result == 1 and "Begin with the backend, it does not work by itself: " + backend.where in report
+    assert result == 1 and "Start with the backend; by itself it does not work: " + backend.where in report
     assert "no [location]" in probed(capsys, "/other", "-c", gate.path)[2]
 
 

@@ -37,6 +37,7 @@ The file reads from top to bottom as a connection lives:
     Status                StatusConnection: the status page and metrics
     Command line          main and what its options do
     Demo                  demo: a gate, an echo backend and a page
+    Probe: verdicts       VERDICTS: what a handshake can end with, and what to do
     Probe                 probe: one handshake, explained
 
 Three rules hold everywhere. An exchange that cannot go on raises HTTPError.
@@ -5122,13 +5123,13 @@ class Resolver:
             lookup = self.lookups.get((host, port))
         try:
             lookup = lookup or self.start(host, port, deadline)
-            return lookup.result(deadline.remaining())
+            return lookup.result(min(deadline.remaining(), LONGEST_POLL))
         except (TimedOut, concurrent.futures.TimeoutError):
             raise TimedOut("the resolver did not respond in time")
 
     def start(self, host, port, deadline):
         """Start a lookup as soon as a thread is free; return its Future."""
-        if not self.free.acquire(timeout=deadline.remaining()):
+        if not self.free.acquire(timeout=min(deadline.remaining(), LONGEST_POLL)):
             raise TimedOut()
         with self.lock:
             lookup = self.lookups.get((host, port))
@@ -7651,7 +7652,7 @@ def print_unit(arguments):
 
 
 def demo(arguments):
-    """--demo: the gate and its backend in this process -> exit status."""
+    """--demo: run wsgate and a backend in one process; return the exit status."""
     backend = DemoBackend()
     overrides = {"listen": arguments.listen or "127.0.0.1:8080", "ping_interval": "5s",
                  "proxy_pass": "http://127.0.0.1:%d" % backend.server_address[1]}
@@ -7663,82 +7664,98 @@ def demo(arguments):
     return run_gate(None, overrides, ready)
 
 
-DEMO_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>wsgate demo</title><style>
-:root{color-scheme:light dark} body{font:16px/1.5 system-ui,sans-serif;max-width:46em;margin:2em auto;padding:0 1em}
+DEMO_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>wsgate demo</title><style>
+:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:46em;margin:2em auto;padding:0 1em}
 input{font:inherit;width:70%;padding:.3em} button{font:inherit;padding:.3em 1em}
 pre{background:#8882;padding:.8em;white-space:pre-wrap}
 #state{font-weight:bold}</style>
 <h1>wsgate works</h1>
-<p>The WebSocket of this page goes through the gate to an echo backend: <span id="state">connecting</span>.
-<span id="rtt"></span></p>
-<form><input id="text" autofocus placeholder="Type something, press Enter"> <button>Send</button></form>
+<p>The WebSocket of this page is connected through wsgate to an echo backend:
+<span id="state">connecting</span>. <span id="rtt"></span></p>
+<form><input id="text" autofocus placeholder="Type a message, press Enter">
+<button>Send</button></form>
 <pre id="log"></pre>
-<h2>The handshake, as the backend saw it</h2><pre id="head">...</pre>
+<h2>The handshake as received by the backend</h2><pre id="head">...</pre>
 <script>
-const show = id => document.getElementById(id)
-const socket = new WebSocket(location.href.replace(/^http/, "ws").replace(/[?#].*/, "") + "socket")
-const note = text => show("log").textContent = text + "\\n" + show("log").textContent
-socket.onopen = () => { show("state").textContent = "connected"; socket.send("head") }
-socket.onclose = event => show("state").textContent = "closed with " + event.code + " " + event.reason
+const element = id => document.getElementById(id)
+const url = location.href.replace(/^http/, "ws").replace(/[?#].*/, "") + "socket"
+const socket = new WebSocket(url)
+const log = text => element("log").textContent = text + "\\n" + element("log").textContent
+socket.onopen = () => { element("state").textContent = "connected"; socket.send("head") }
+socket.onclose = event =>
+  element("state").textContent = "closed with " + event.code + " " + event.reason
 let head = true
 socket.onmessage = event => {
-  if (head) { show("head").textContent = event.data; head = false } else note("echo: " + event.data)
+  if (head) { element("head").textContent = event.data; head = false }
+  else log("echo: " + event.data)
 }
 document.forms[0].onsubmit = event => {
   event.preventDefault()
-  note("sent: " + show("text").value)
-  socket.send(show("text").value)
-  show("text").value = ""
+  log("sent: " + element("text").value)
+  socket.send(element("text").value)
+  element("text").value = ""
 }
-setInterval(async () => show("rtt").textContent = await (await fetch("rtt")).text(), 1000)
+setInterval(async () => element("rtt").textContent = await (await fetch("rtt")).text(), 1000)
 </script></html>
 """
 
 
 class DemoBackend(socketserver.ThreadingTCPServer):
-    """A backend in the same process, on a port of its own: a page, an echo, and the pings' round-trip time."""
+    """A backend on a port of its own: a page, an echo and the round-trip time of wsgate's pings."""
 
     daemon_threads = True
-    gate = None
+    gate = None  # set once it listens
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), DemoConnection)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request, client_address):
-        """A browser that goes away is nothing to speak of."""
+        """Ignore a browser that disconnects."""
 
 
 class DemoConnection(socketserver.BaseRequestHandler):
-    """One request to the DemoBackend."""
+    """One connection to the DemoBackend, for one request."""
 
     def handle(self):
-        """Answer with the page, with the time of the last ping, or as an echo that shows its handshake."""
         stream, deadline = Stream(self.request), Deadline(86400)
         head = read_head(stream, SMALL_READ, deadline)
-        message = parse_request_head(head)
-        key = handshake_key(message)
-        if not key or message.path != "/socket":
-            rtts = ["%.1f ms" % (each.rtt * 1000) for each in self.server.gate.tunnels() if each.rtt]
-            page = DEMO_PAGE if message.path == "/" else "The gate's last ping took %s." % rtts[-1] if rtts else ""
-            return stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n"
-                                    b"Content-Length: %d\r\n\r\n%s" % (len(page), page.encode()), deadline)
-        stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        request = parse_request_head(head)
+        key = handshake_key(request)
+        if key and request.path == "/socket":
+            self.echo(stream, head, key, deadline)
+        elif request.path == "/":
+            stream.write_all(make_response(200, None, DEMO_PAGE.encode(),
+                                           content_type=b"text/html"), deadline)
+        else:
+            times = [tunnel.rtt for tunnel in self.server.gate.tunnels() if tunnel.rtt]
+            text = "The last ping of wsgate took %.1f ms." % (times[-1] * 1000) if times else ""
+            stream.write_all(make_response(200, None, text.encode()), deadline)
+
+    def echo(self, stream, head, key, deadline):
+        """Send each message back, in place of 'head' the handshake; up to the Close."""
+        stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
+                         b"Connection: Upgrade\r\n"
                          b"Sec-WebSocket-Accept: " + accept_for(key) + b"\r\n\r\n", deadline)
         for opcode, payload in read_frames(stream, deadline):
             if payload == b"head":
                 payload = head.strip()
-            answer = PONG if opcode == PING else opcode
-            stream.write_all(make_frame(answer, payload, masked=False), deadline)
+            opcode = PONG if opcode == PING else opcode
+            stream.write_all(make_frame(opcode, payload, masked=False), deadline)
             if opcode == CLOSE:
-                return stream.linger(Deadline(LINGER))
+                stream.linger(Deadline(LINGER))
+                return
 
 
 def read_frames(stream, deadline):
-    """Yield (opcode, payload) of frames of at most 1 MiB, unmasked, up to the end of the stream."""
+    """Yield (opcode, payload) of each frame, unmasked, to the end of the stream.
+
+    A frame of more than 1 MiB ends it too. Raise TimedOut at the deadline, also in a flood.
+    """
     while True:
-        deadline.remaining()  # a flood must end, too
+        deadline.remaining()
         data = stream.buffer
         header, length = frame_header(data) or (0, 0)
         if length > 1 << 20:
@@ -7746,70 +7763,108 @@ def read_frames(stream, deadline):
         if header and len(data) >= header + length:
             payload = data[header:header + length]
             stream.buffer = data[header + length:]
-            masked = data[1] & 0x80
-            yield data[0] & 0x0F, apply_mask(payload, data[header - 4:header]) if masked else payload
+            if data[1] & 0x80:
+                payload = apply_mask(payload, data[header - 4:header])
+            yield data[0] & 0x0F, payload
         elif not stream.fill(deadline):
             return
 
 
-# ------------------------------------------------------------------------ Probe
+# -------------------------------------------------------------- Probe: verdicts
 
 VERDICTS = {  # word: (what happened, what to do)
-    "works": ("101 with everything right, the WebSocket works", ""),
-    "wrong_accept": ("101, but Sec-WebSocket-Accept does not answer the key: a cache, or no WebSocket server, said it",
-                     "probe the backend directly; take caches and whatever rewrites answers out of the way"),
-    "not_upgraded": ("101, but without Upgrade: websocket and Connection: Upgrade, so browsers refuse it",
-                     "the server left them out, or a proxy took these hop-by-hop fields out of the answer"),
-    "wrong_choice": ("101, but with %(chosen)s where %(offered)s was offered, so browsers refuse it",
-                     "offer what the server speaks (--subprotocol), or let it choose one of those offered"),
-    "cut": ("101, but after %(seconds).1f s %(how)s",
-            "see the server's log; after silence: a longer idle timeout on the way, or pings (wsgate: ping_interval)"),
-    "page": ("200: the page, not the socket; nobody there saw a WebSocket handshake",
-             "compare the path with the application's; each proxy must pass Upgrade and Connection on"),
-    "redirected": ("%(status)d to %(location)s, and no WebSocket follows it: a prefix, a login page, or https",
-                   "use that address, or log in and give the cookie: --header 'Cookie: ...'"),
-    "headers_lost": ("400: most often Upgrade and Connection, which are hop-by-hop, were lost on the way",
-                     "each proxy must set both itself, in HTTP/1.1; then see the body above and the server's log"),
-    "login_needed": ("401: a login or a token is needed", "--header 'Authorization: ...' or --header 'Cookie: ...'"),
-    "wrong_path": ("404: nobody knows %(target)s at Host %(host)s", "is a prefix (not) taken off on the way?"),
-    "wrong_version": ("426: another Sec-WebSocket-Version is wanted", "use one its answer names; browsers speak 13"),
-    "bad_gateway": ("502: the proxy cannot reach its backend: not started, another port, or localhost is ::1 there",
-                    "start it, write 127.0.0.1 for localhost, and probe the backend from that machine"),
-    "unavailable": ("503: the proxy has no backend for it: not started, not healthy, or full", "start the backend"),
-    "gateway_timeout": ("504: the backend did not answer its proxy in time", "probe it from that machine; a firewall?"),
-    "other_answer": ("%(status)d is no answer to a WebSocket handshake", "see the body above, and the server's log"),
-    "unresolved": ("the name does not resolve: %(error)s", "check its spelling, and DNS on this machine"),
-    "refused": ("connection refused, nobody listens at %(where)s", "start the server; check its port and address"),
-    "unreachable": ("no connection to %(where)s: %(error)s", "check address, route and firewall"),
-    "timeout": ("no %(step)s within %(timeout)g s", "a firewall drops it, the server hangs, or it wants wss://"),
-    "closed": ("%(where)s closed without an answer: %(error)s", "it wants TLS (wss://), or failed: see its log"),
-    "certificate": ("bad certificate: %(error)s", "repair it, or name its CA by --cafile; --insecure goes on"),
-    "plain_port": ("this port does not speak TLS", "use ws:// here, or the port that has TLS"),
-    "tls_port": ("this port speaks TLS", "use wss:// here"),
-    "tls_failed": ("no TLS: %(error)s", "a plain port, an unknown name (SNI), a client certificate wanted?"),
-    "garbage": ("what came back is no HTTP or no WebSocket: %(error)s", "another program listens on this port"),
-    # Statuses that are not wsgate's: the cause that is most frequent.
+    "works": ("101, and the WebSocket works", ""),
+    "wrong_accept": (
+        "101, but Sec-WebSocket-Accept does not match the key: the response of a cache, or of a"
+        " server without WebSocket support",
+        "probe the backend directly; bypass caches and whatever rewrites responses"),
+    "not_upgraded": (
+        "101 without Upgrade: websocket and Connection: Upgrade; browsers reject it",
+        "the server omitted them, or a proxy removed these hop-by-hop fields"),
+    "wrong_choice": (
+        "101 with %(chosen)s where %(offered)s was offered; browsers reject it",
+        "offer a subprotocol of the server (--subprotocol), or let it select an offered one"),
+    "wrong_version": (
+        "%(status)d: this Sec-WebSocket-Version is not supported",
+        "use one that the response lists; browsers send 13"),
+    "cut": (
+        "101, and closed after %(seconds).1f s: %(how)s",
+        "see the server's log; if it was idle, raise the idle timeout on the path, or send pings"
+        " (wsgate: ping_interval)"),
+    "page": (
+        "200 OK: a regular page; the Upgrade header did not reach a WebSocket endpoint",
+        "compare the path with the application's; each proxy must pass Upgrade and Connection"),
+    "redirected": (
+        "%(status)d: redirect to %(location)s, which WebSocket clients do not follow",
+        "use that URL (a prefix? https?), or log in and send the cookie: --header 'Cookie: ...'"),
+    "headers_lost": (
+        "400: most often Upgrade and Connection were removed by a proxy",
+        "both are hop-by-hop: each proxy must set them, over HTTP/1.1; see the body above and the"
+        " server's log"),
+    "login_needed": (
+        "401: authentication required",
+        "--header 'Authorization: ...' or --header 'Cookie: ...'"),
     "origin_denied": (
         "403: most often because Origin (%(origin)s) does not match Host (%(host)s)",
         "each proxy must pass Host unchanged (nginx: proxy_set_header Host $http_host); allow the"
         " origin, or try another one: --origin"),
+    "wrong_path": (
+        "404: no WebSocket endpoint at %(target)s on Host %(host)s",
+        "check the path, and whether a proxy adds or removes a prefix"),
     "upgrade_missing": (
         "426: Upgrade or Connection was removed by a proxy before the server that responded",
-        "both are hop-by-hop: each proxy must set them again, over HTTP/1.1 (see the body above)"),
+        "both are hop-by-hop: each proxy must set them, over HTTP/1.1; see the body above"),
     "conn_limit_per_ip": ("429: too many requests or connections from this address", "retry later"),
+    "bad_gateway": (
+        "502: the proxy cannot reach its backend",
+        "start the backend; check its port; write 127.0.0.1 for localhost, which may be ::1; probe"
+        " it from that machine"),
+    "unavailable": (
+        "503: the proxy has no backend available",
+        "start the backend; check its health checks and limits"),
+    "gateway_timeout": (
+        "504: the backend did not respond to its proxy in time",
+        "probe it from that machine; check firewalls"),
+    "other_status": (
+        "%(status)d is not a response to a WebSocket handshake",
+        "see the body above and the server's log"),
+    "unresolved": (
+        "host name not resolved: %(error)s", "check its spelling, and DNS on this machine"),
+    "refused": (
+        "connection refused by %(where)s", "start the server; check its address and port"),
+    "unreachable": (
+        "cannot connect to %(where)s: %(error)s", "check address, route and firewall"),
+    "timeout": (
+        "no %(step)s within %(timeout)g s",
+        "a firewall drops the packets, the server is stuck, or it is a TLS port (wss://)"),
+    "closed": (
+        "%(where)s closed the connection without a response: %(error)s",
+        "is it a TLS port (wss://)? else see its log"),
+    "certificate": (
+        "%(error)s",
+        "trust its CA (--cafile; in wsgate.ini proxy_ssl_trusted_certificate), or do not verify it"
+        " (--insecure; proxy_ssl_verify = off)"),
+    "plain_port": ("no TLS on this port", "use ws:// or http:// here, or the port with TLS"),
+    "tls_port": ("TLS is required on this port", "use wss:// or https:// here"),
+    "tls_failed": (
+        "TLS handshake failed: %(error)s",
+        "is it a port without TLS, an unknown host name (SNI), or is a client certificate"
+        " required?"),
+    "garbage": (
+        "the response is not valid HTTP or WebSocket: %(error)s",
+        "another program listens on this port"),
 }
-ANSWERS = {200: "page", 301: "redirected", 302: "redirected", 303: "redirected", 307: "redirected", 308: "redirected",
-           400: "headers_lost", 401: "login_needed", 403: "origin_denied", 404: "wrong_path", 426: "upgrade_missing",
-           429: "conn_limit_per_ip", 502: "bad_gateway", 503: "unavailable", 504: "gateway_timeout"}
-LONGEST_WAIT = 1e6  # seconds: what poll() takes
-PROBE_UPGRADE = Upgrade(b"websocket", b"Upgrade", True, None, None)
-SHOWN = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))  # of REDACTED_FIELDS
+STATUS_VERDICTS = {  # of a response without a reason word of wsgate: the most frequent cause
+    200: "page", 301: "redirected", 302: "redirected", 303: "redirected", 307: "redirected",
+    308: "redirected", 400: "headers_lost", 401: "login_needed", 403: "origin_denied",
+    404: "wrong_path", 426: "upgrade_missing", 429: "conn_limit_per_ip", 502: "bad_gateway",
+    503: "unavailable", 504: "gateway_timeout"}
 
 
 class Verdict(Exception):
-    """The result of a probe: a word, and the facts for its sentence.
+    """Ends a probe. word: the result; facts: for its sentence.
 
-    sentence: (what happened, what to do) in place of those of VERDICTS.
+    sentence: (what happened, what to do), if not that of VERDICTS.
     """
 
     def __init__(self, word, sentence=None, **facts):
@@ -7819,60 +7874,89 @@ class Verdict(Exception):
         self.facts = facts
 
 
+def refusal(status, reason):
+    """Return the Verdict of a refused handshake: by wsgate's reason word, else by status."""
+    row = reason_row(reason)
+    if row is None:
+        return Verdict(STATUS_VERDICTS.get(status, "other_status"))
+    return Verdict(reason, ("rejected by wsgate: " + row.meaning, row.remedy))
+
+
+# ------------------------------------------------------------------------ Probe
+
+PROBE_UPGRADE = Upgrade(b"websocket", b"Upgrade", True, None, None)
+# Of REDACTED_FIELDS those that are shown: they explain the result and are no secrets.
+SHOWN_FIELDS = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))
+EVERYTHING_WORKS = "\nEverything works."
+BACKENDS_FAIL = "\nStart with the backend; by itself it does not work: %s"
+GATE_FAILS = ("\nThe backends work, wsgate does not: see its log, and whether it runs with this"
+              " configuration (-s reload).")
+
+
 def probe(arguments):
-    """--probe URL or /path -> exit status: 0 only if the socket works."""
+    """--probe URL or /path: return the exit status, 0 only if the WebSocket works."""
     if arguments.probe.startswith("/"):
         return probe_config(arguments)
-    match = re.fullmatch(r"(?:ws|http)(s?)://([^\s/?#@]+)/?([^\s#]*)(?:#\S*)?", arguments.probe, re.I)
+    match = re.fullmatch(r"(?:ws|http)(s?)://([^\s/?#@]+)/?([^\s#]*)(?:#\S*)?", arguments.probe,
+                         re.I)
     if not match:
-        raise ValueError("--probe needs ws://host[:port]/path, wss://, or a /path of the configuration")
-    tls, where, target = match.groups()
-    server = Server(parse_address(where, default_port=443 if tls else 80))
-    context = probe_context(not arguments.insecure, arguments.cafile and parse_pem(arguments.cafile)) if tls else None
-    head = handshake_head(arguments, re.sub(":443$" if tls else ":80$", "", where), "/" + target)
+        raise ValueError("invalid URL %r (expected ws://host[:port]/path, wss://... or a /path of"
+                         " the configuration)" % arguments.probe)
+    tls, authority, target = match.groups()
+    server = Server(parse_address(authority, default_port=443 if tls else 80))
+    context = None
+    if tls:
+        cafile = arguments.cafile and parse_pem(arguments.cafile)
+        context = probe_context(not arguments.insecure, cafile)
+    host = re.sub(":443$" if tls else ":80$", "", authority)
+    head = handshake_head(arguments, host, "/" + target)
     return 0 if Probe(arguments, server, head, context).run().word == "works" else 1
 
 
 def probe_config(arguments):
-    """-c FILE --probe /path: each backend server sent what the gate would send, then the gate -> exit status."""
+    """-c FILE --probe /path: probe each backend with what wsgate would send to it, then wsgate.
+
+    Return the exit status, 0 if all work.
+    """
     config = load_config(*find_config(arguments))
     listen = config.server.listen[0]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen.address.host, listen.address.host)
+    host = loopback_for(listen.address.host)
     gate = Server(listen.address._replace(host=host))
     head = handshake_head(arguments, gate.name if host else "localhost", arguments.probe)
     try:
-        message = parse_request_head(head)
+        request = parse_request_head(head)
     except HTTPError as error:
-        raise ValueError("the gate would not take this: %s" % error)
-    location = config.route(message.host, message.path)
+        raise ValueError("wsgate would reject this request: %s" % error)
+    location = config.route(request.host, request.path)
     if location is None:
-        raise ValueError("no [location] for this at %s; --header 'Host: NAME' names another" % message.host)
+        raise ValueError("no [location] for this path on host %s (expected another path, or"
+                         " --header 'Host: NAME')" % request.host)
     address = "::1" if ":" in (host or "") else "127.0.0.1"
-    client = ClientInfo(  # the probe, as the gate would see it
+    client = ClientInfo(  # this process, as wsgate would see it
         peer=address, address=address, port=0, scheme=b"https" if listen.ssl else b"http",
         subject=b"", trusted=trusted(config.server.set_real_ip_from, address),
         server_address=address, server_port=listen.address.port or 0)
-    proxy = location.websocket_proxy
-    probes = []
+    proxy, probes = location.websocket_proxy, []
     for server in proxy.upstream.servers if proxy else ():
-        print_line("The backend %s of [location %s] directly:" % (server.name, location.name))
-        head_there = request_head_for_backend(message, location, client, server, PROBE_UPGRADE)
-        probes.append(Probe(arguments, server, head_there, proxy.context, location.proxy_ssl_name,
+        print_line("Backend %s of [location %s]:" % (server.name, location.name))
+        forwarded = request_head_for_backend(request, location, client, server, PROBE_UPGRADE)
+        probes.append(Probe(arguments, server, forwarded, proxy.context, location.proxy_ssl_name,
                             location.proxy_protocol).run())
-    print_line("The gate at %s:" % gate.name)
+    print_line("wsgate at %s:" % gate.name)
     context = probe_context(False) if listen.ssl else None
-    probes.append(Probe(arguments, gate, head, context, message.host, listen.proxy_protocol).run())
+    probes.append(Probe(arguments, gate, head, context, request.host, listen.proxy_protocol).run())
     compare(probes)
     return 0 if all(each.word == "works" for each in probes) else 1
 
 
 def compare(probes):
-    """Status, verdict and the fields that differ, side by side; then where to look."""
+    """Print status, verdict and the fields that differ, side by side; then where to look."""
     fields = [each.response.fields if each.response else Headers() for each in probes]
-    rows = [[""] + [each.server.name for each in probes[:-1]] + ["the gate"],
+    rows = [[""] + [each.server.name for each in probes[:-1]] + ["wsgate"],
             ["status"] + [str(each.response.status) if each.response else "-" for each in probes],
             ["verdict"] + [each.word for each in probes]]
-    for name in sorted(set().union(*[each.index for each in fields]) - REDACTED_FIELDS - {b"date", b"sec-websocket-accept"}):
+    names = set().union(*[each.index for each in fields]) - REDACTED_FIELDS
+    for name in sorted(names - {b"date", b"sec-websocket-accept"}):
         values = [printable(b", ".join(each.get_all(name)))[:40] or "-" for each in fields]
         if len({value.lower() for value in values}) > 1:
             rows.append([printable(name)] + values)
@@ -7880,23 +7964,30 @@ def compare(probes):
     for row in rows:
         print_line("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
     bad = [each.server.name for each in probes[:-1] if each.word != "works"]
-    print_line("\nBegin with the backend, it does not work by itself: %s" % ", ".join(bad) if bad else
-        "\nEverything works." if probes[-1].word == "works" else
-        "\nThe gate alone does not work: see its log, and whether it runs with this configuration (-s reload).")
+    if bad:
+        print_line(BACKENDS_FAIL % ", ".join(bad))
+    else:
+        print_line(EVERYTHING_WORKS if probes[-1].word == "works" else GATE_FAILS)
 
 
 def handshake_head(arguments, authority, target):
-    """The client's handshake (RFC 6455 4.1) -> bytes. --header replaces the field of its name, or removes it."""
+    """Return a handshake (RFC 6455 4.1) as bytes; raise ValueError for an invalid --header.
+
+    --header replaces the field of its name; without a value it removes it.
+    """
     given = arguments.header or []
-    fields = ["Host: " + (authority if max(authority) < "\x7f" else authority.encode("idna").decode()),
-              "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+    host = authority if max(authority) < "\x7f" else authority.encode("idna").decode()
+    fields = ["Host: " + host, "Upgrade: websocket", "Connection: Upgrade",
+              "Sec-WebSocket-Version: 13",
               "Sec-WebSocket-Key: " + base64.b64encode(os.urandom(16)).decode(),
-              "Origin: " + (arguments.origin or ""), "Sec-WebSocket-Protocol: " + (arguments.subprotocol or "")]
+              "Origin: " + (arguments.origin or ""),
+              "Sec-WebSocket-Protocol: " + (arguments.subprotocol or "")]
     replaced = [line.partition(":")[0].lower() for line in given]
     lines = [line for line in fields if line.partition(":")[0].lower() not in replaced] + given
     for line in lines:
-        if "\n" in line or not FIELD_LINES.fullmatch(line.encode("utf-8", "surrogateescape") + b"\r\n"):
-            raise ValueError("a header field is written 'Name: value' in one line, not '%s'" % printable(line))
+        field_line = line.encode("utf-8", "surrogateescape") + b"\r\n"
+        if "\n" in line or not FIELD_LINES.fullmatch(field_line):
+            raise ValueError("invalid header field '%s' (expected Name: value)" % printable(line))
     pairs = [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines)]
     block = "".join("%s: %s\r\n" % pair for pair in pairs if pair[1])
     target = re.sub(br"[^\x21-\x7e]", lambda match: b"%%%02X" % ord(match.group()),
@@ -7913,7 +8004,7 @@ def probe_context(verify, cafile=None):
 
 
 def print_line(label, text=None, since=None):
-    """A line of the report, in ASCII. since: the time.monotonic() at which this step began."""
+    """Print a line of the report, in ASCII. since: time.monotonic() at which this step began."""
     line = label if text is None else "%-10s%s" % (label, text)
     if since is not None:
         line += "  (%.1f ms)" % ((time.monotonic() - since) * 1000)
@@ -7922,7 +8013,10 @@ def print_line(label, text=None, since=None):
 
 
 class Probe:
-    """One handshake with one server, told step by step. run() leaves word, the verdict, and response."""
+    """One handshake with one server, reported step by step.
+
+    run() sets word, that of the Verdict, and response, the last Response or None.
+    """
 
     def __init__(self, arguments, server, head, context=None, tls_name=None, proxy_protocol=False):
         self.arguments = arguments
@@ -7932,22 +8026,22 @@ class Probe:
         self.context = context
         self.tls_name = tls_name or server.address.host
         self.preface = b"PROXY UNKNOWN\r\n" if proxy_protocol else b""
-        self.deadline = Deadline(min(arguments.timeout, LONGEST_WAIT))
+        self.deadline = Deadline(arguments.timeout)
         self.stream = self.response = self.word = None
         self.since = 0.0                 # time.monotonic() of the 101, or when the silence began
 
     def run(self):
-        """All steps up to the verdict -> self."""
+        """Perform all steps up to the Verdict; return self."""
         try:
             self.connect(self.resolve())
             if self.context:
                 self.start_tls()
-            self.shake_hands()
-            self.judge()
+            self.perform_handshake()
+            self.check_response()
             self.use_frames()
             raise Verdict("works")
         except Verdict as verdict:
-            self.tell(verdict)
+            self.report(verdict)
         finally:
             if self.stream:
                 self.stream.close()
@@ -7965,130 +8059,143 @@ class Probe:
         return found
 
     def connect(self, addresses):
-        """To the first address that answers, in their order."""
+        """Connect to the first address that accepts, in their order."""
         for place, (family, address) in enumerate(addresses):
-            where, began = self.server.name if isinstance(address, str) else address[0], time.monotonic()
+            where = self.server.name if isinstance(address, str) else address[0]
+            began = time.monotonic()
             try:
-                self.stream = connect_socket(family, address, Deadline(self.deadline.remaining() / (len(addresses) - place)))
-                print_line("connect", "%s answers" % where, began)
+                share = self.deadline.remaining() / (len(addresses) - place)
+                self.stream = connect_socket(family, address, Deadline(share))
+                print_line("connect", "connected to %s" % where, began)
                 return self.stream.write_all(self.preface, self.deadline)
             except (OSError, TimedOut) as failure:
                 print_line("connect", "%s: %s" % (where, describe_error(failure)), began)
                 error = failure
-        if isinstance(error, TimedOut):
+        if timed_out(error):
             raise Verdict("timeout", step="connection")
-        raise Verdict("refused" if isinstance(error, ConnectionRefusedError) else "unreachable", error=describe_error(error))
+        raise Verdict("refused" if isinstance(error, ConnectionRefusedError) else "unreachable",
+                      error=describe_error(error))
 
     def start_tls(self):
-        """TLS, and what it is worth."""
+        """Start TLS and print version, cipher and certificate."""
         began = time.monotonic()
         try:
             self.stream.start_tls(self.context, self.deadline, server_hostname=self.tls_name)
-        except (OSError, ValueError) as error:  # ValueError: a wrong name, on old Pythons
-            if getattr(error, "errno", None) == errno.ETIMEDOUT:
+        except (OSError, ValueError) as error:  # ValueError: CertificateError, Python 3.6
+            if timed_out(error):
                 raise Verdict("timeout", step="TLS handshake")
-            if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise Verdict("certificate", error=getattr(error, "verify_message", "") or str(error))
-            plain = re.search("WRONG_VERSION_NUMBER|UNKNOWN_PROTOCOL|HTTP_REQUEST|RECORD_LAYER_FAILURE", str(error))
-            raise Verdict("plain_port" if plain else "tls_failed", error=describe_error(error))
+            kind = tls_error_kind(error)
+            raise Verdict("certificate" if kind in ("untrusted", "host_name") else kind,
+                          error=describe_error(error))
         sock = self.stream.sock
         print_line("TLS", "%s, %s" % (sock.version(), sock.cipher()[0]), began)
-        facts = sock.getpeercert()  # nothing in it when it was not checked
-        print_line("", "certificate not checked" if not facts else "certificate of %s from %s, good until %s" % (
-            distinguished_name(facts), distinguished_name({"subject": facts["issuer"]}), facts["notAfter"]))
+        facts = sock.getpeercert()  # empty if it was not verified
+        if not facts:
+            return print_line("", "certificate not verified")
+        print_line("", "certificate of %s, issued by %s, valid until %s" % (
+            distinguished_name(facts), distinguished_name({"subject": facts["issuer"]}),
+            facts["notAfter"]))
 
-    def shake_hands(self):
-        """Send the handshake and read the answer's head."""
-        self.show("sent", self.head)
+    def perform_handshake(self):
+        """Send the handshake and read the head of the response."""
+        self.print_head("sent", self.head)
         began = time.monotonic()
         try:
             self.stream.write_all(self.head, self.deadline)
-            while self.response is None or (self.response.status < 200 and self.response.status != 101):
+            while (self.response is None
+                   or (self.response.status < 200 and self.response.status != 101)):
                 self.deadline.remaining()
                 head = read_head(self.stream, BIG_READ, self.deadline)
-                self.show("received", head, began)
+                self.print_head("received", head, began)
                 self.response = parse_response_head(head)
         except (TimedOut, EOFError, HTTPError, OSError) as error:
             got = self.stream.buffer
-            if re.match(br"[\x15\x16]\x03", got):  # a TLS alert, or a handshake record
+            if re.match(br"[\x15\x16]\x03", got):  # a TLS alert or handshake record
                 raise Verdict("tls_port")
             if got or isinstance(error, HTTPError):
-                raise Verdict("garbage", error=str(error) if isinstance(error, BackendError) else printable(got[:60]))
+                raise Verdict("garbage", error=str(error) if isinstance(error, BackendError)
+                              else printable(got[:60]))
             if isinstance(error, TimedOut):
-                raise Verdict("timeout", step="answer to the handshake")
-            raise Verdict("tls_failed" if isinstance(error, ssl.SSLError) else "closed", error=describe_error(error))
+                raise Verdict("timeout", step="response to the handshake")
+            raise Verdict("tls_failed" if isinstance(error, ssl.SSLError) else "closed",
+                          error=describe_error(error))
 
-    def show(self, label, head, since=None):
-        """A head, line by line, without what must stay secret."""
+    def print_head(self, label, head, since=None):
+        """Print a head line by line, without secrets."""
         for line in head[:-4].split(b"\r\n"):
             name = line.partition(b":")[0]
-            shown = printable(name + b": ..." if name.lower() in REDACTED_FIELDS - SHOWN else line)
-            print_line(label, shown.replace("\\x22", '"'), since)
+            hidden = name.lower() in REDACTED_FIELDS - SHOWN_FIELDS
+            text = printable(name + b": ..." if hidden else line)
+            print_line(label, text.replace("\\x22", '"'), since)
             label, since = "", None
 
-    def judge(self):
-        """What the answer means; returns if the socket is open."""
+    def check_response(self):
+        """Return if the response opens the WebSocket; raise a Verdict otherwise."""
         fields, sent = self.response.fields, self.sent
         if self.response.status != 101:
-            self.judge_refusal(self.read_body())
+            raise self.refused(self.read_body())
         fault = fault_in_101(sent, fields, PROBE_UPGRADE)
         if len(fields.get_all(b"upgrade")) > 1:
             fault = "not_upgraded"
         chosen, offered = (each.tokens(b"sec-websocket-protocol") for each in (fields, sent))
         if fault and fault != "wrong_choice":
             raise Verdict(fault)
-        if fault or len(chosen) != min(1, len(offered)):  # browsers also refuse a 101 without a choice
-            shown = "Sec-WebSocket-Protocol: %s" % (printable(b", ".join(chosen)) or "(none)")
-            raise Verdict("wrong_choice", chosen=shown, offered=printable(b", ".join(offered)) or "none")
+        if fault or len(chosen) != min(1, len(offered)):  # browsers reject a missing choice too
+            name = printable(b", ".join(chosen)) or "(none)"
+            raise Verdict("wrong_choice", chosen="Sec-WebSocket-Protocol: " + name,
+                          offered=printable(b", ".join(offered)) or "none")
         if extensions_used(self.response) and not sent.get_all(b"sec-websocket-extensions"):
             raise Verdict("wrong_choice", chosen="Sec-WebSocket-Extensions", offered="none")
 
     def read_body(self):
-        """The text that came with a refusal, without tags: servers say there what they miss."""
+        """Return the text of a refusal without tags: servers write there what is missing."""
         scanner, body, deadline = self.response.body(b"GET", True), b"", Deadline(1)
-        with contextlib.suppress(OSError, ValueError, HTTPError):  # what there is has to do
+        with contextlib.suppress(OSError, ValueError, HTTPError):  # what was read is enough
             while True:
                 body += scanner.feed(self.stream.buffer, 0)
                 self.stream.buffer = b""
-                if scanner.done or len(body) > SMALL_READ or not self.stream.fill(deadline, quiet=True):
+                if (scanner.done or len(body) > SMALL_READ
+                        or not self.stream.fill(deadline, quiet=True)):
                     break
         return re.sub(br"(?is)<(style|script).*?</\1>|<[^>]*>|\s+", b" ", body).strip()
 
-    def judge_refusal(self, body):
-        """Any status but 101: the gate's own word if there is one, else the folklore."""
+    def refused(self, body):
+        """Print the body of a response that is not 101; return its Verdict."""
         status, fields = self.response.status, self.response.fields
         if body:
-            print_line("body", printable(re.sub(b" +", b" ", body)[:400]).replace("\\x22", '"'))
-        if status == 400 and re.search(br"(?i)HTTPS (port|server)|SSL-enabled|port speaks TLS", body):
-            raise Verdict("tls_port")
+            text = printable(re.sub(b" +", b" ", body)[:400])
+            print_line("body", text.replace("\\x22", '"'))
+        if status == 400 and re.search(br"(?i)HTTPS (port|server)|SSL-enabled|TLS port", body):
+            return Verdict("tls_port")
         reason = printable(fields.get(b"x-wsgate-reason") or b"")
         if status == 426 and not reason and fields.get_all(b"sec-websocket-version"):
-            raise Verdict("wrong_version")
-        raise refusal(status, reason)
+            return Verdict("wrong_version")
+        return refusal(status, reason)
 
     def use_frames(self):
-        """The socket is open: echoes or silence if asked for, else one ping; then an orderly Close."""
+        """Send messages or stay idle, as asked, else send one ping; then close."""
         asked = self.arguments
         self.since = time.monotonic()
         try:
             if asked.count or asked.message is not None:
-                self.echo(asked.count or 1, (asked.message or "wsgate").encode("utf-8", "surrogateescape"))
+                message = (asked.message or "wsgate").encode("utf-8", "surrogateescape")
+                self.echo(asked.count or 1, message)
             elif not asked.idle:
                 took = self.round_trip(PING, b"wsgate", Deadline(1))
-                print_line("ping", "no pong came" if took is None else "its pong came after %.1f ms" % took)
+                print_line("ping", "no pong" if took is None else "pong after %.1f ms" % took)
             if asked.idle:
-                self.idle(min(asked.idle, LONGEST_WAIT))
+                self.idle(asked.idle)
             deadline = Deadline(1)
             self.stream.write_all(close_frame(1000, "", masked=True), deadline)
-            answered = any(opcode == CLOSE for opcode, _ in read_frames(self.stream, deadline))
-            print_line("close", "its Close came back" if answered else "it ended without a Close frame")
+            closed = any(opcode == CLOSE for opcode, _ in read_frames(self.stream, deadline))
+            print_line("close", "Close received" if closed else "ended without a Close frame")
         except TimedOut:
-            print_line("close", "no Close came back")
+            print_line("close", "no Close received")
         except OSError as error:
-            raise Verdict("cut", how="the connection broke: %s" % describe_error(error))
+            raise Verdict("cut", how="connection lost: %s" % describe_error(error))
 
     def echo(self, count, payload):
-        """Round trips of one message."""
+        """Send a message count times, each after the echo of the last; print the times."""
         times = []
         while len(times) < count:
             took = self.round_trip(TEXT, payload, self.deadline)
@@ -8096,71 +8203,68 @@ class Probe:
                 break
             times.append(took)
         times.sort()
-        print_line("echo", "%d of %d came back%s" % (len(times), count, ": min %.1f, median %.1f, max %.1f ms" % (
-            times[0], times[len(times) // 2], times[-1]) if times else "; perhaps this is no echo server"))
+        text = "; is it an echo server?"
+        if times:
+            text = ": min %.1f, median %.1f, max %.1f ms" % (
+                times[0], times[len(times) // 2], times[-1])
+        print_line("echo", "%d of %d echoed%s" % (len(times), count, text))
 
     def round_trip(self, opcode, payload, deadline):
-        """Send a frame and wait for the same payload -> milliseconds, None if it does not come."""
+        """Send a frame and wait for its payload; return milliseconds, None if it does not come."""
         began = time.monotonic()
-        answers = (PONG,) if opcode == PING else (TEXT, BINARY, CONTINUATION)
+        expected = (PONG,) if opcode == PING else (TEXT, BINARY, CONTINUATION)
         try:
             self.stream.write_all(make_frame(opcode, payload, masked=True), deadline)
-            for answer, data in self.frames(deadline):
-                if answer in answers and data == payload:
+            for received, data in self.frames(deadline):
+                if received in expected and data == payload:
                     return (time.monotonic() - began) * 1000
-                if answer == PING:
+                if received == PING:
                     self.stream.write_all(make_frame(PONG, data[:125], masked=True), deadline)
         except TimedOut:
             return None
 
     def idle(self, seconds):
-        """Say and answer nothing for so long."""
+        """Send nothing for this long, not even pongs."""
         self.since = time.monotonic()
         try:
             for opcode, _ in self.frames(Deadline(seconds)):
                 if opcode == PING:
-                    print_line("idle", "a ping after %.1f s, not answered" % (time.monotonic() - self.since))
+                    print_line("idle", "ping after %.1f s, not answered"
+                               % (time.monotonic() - self.since))
         except TimedOut:
             print_line("idle", "survived %g s of silence" % seconds)
 
     def frames(self, deadline):
-        """read_frames, but a Close or the end of the connection is a Verdict."""
+        """Yield as read_frames does; raise a Verdict for a Close or the end of the connection."""
         for opcode, payload in read_frames(self.stream, deadline):
             if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
-                raise Verdict("garbage", error="opcode %d in a frame" % opcode)
+                raise Verdict("garbage", error="frame with opcode %d" % opcode)
             if opcode == CLOSE:
-                code = struct.unpack("!H", payload[:2])[0] if len(payload) > 1 else 1005
-                reason = printable(payload[2:])
+                code, reason = parse_close(payload)
+                reason = printable(reason)
                 row = reason_row(reason)
                 if row and row.status:  # reject_with = close
                     raise refusal(0, reason)
-                raise Verdict("cut", how="the other side sent Close %d %s" % (code, reason or "without a reason"))
+                raise Verdict("cut", how="Close %d %s" % (code, reason or "without a reason"))
             yield opcode, payload
-        raise Verdict("cut", how="the other side ended the connection without a Close frame (1006 in browsers)")
+        raise Verdict("cut", how="connection closed without a Close frame (1006 in browsers)")
 
-    def tell(self, verdict):
-        """The verdict, and what to do."""
+    def report(self, verdict):
+        """Print a Verdict and what to do."""
         self.word = verdict.word
         fields = self.response.fields if self.response else Headers()
         facts = {"where": self.server.name, "target": self.head.split(b" ")[1],
-                 "host": self.sent.get(b"host") or "missing", "origin": self.sent.get(b"origin") or "not sent",
+                 "host": self.sent.get(b"host") or "missing",
+                 "origin": self.sent.get(b"origin") or "not sent",
                  "location": fields.get(b"location") or "nowhere"}
         facts = {name: printable(value) for name, value in facts.items()}
-        facts.update(timeout=self.arguments.timeout, status=self.response.status if self.response else 0,
-                     seconds=time.monotonic() - self.since, **verdict.facts)
-        happened, advice = verdict.sentence
+        facts.update(timeout=self.arguments.timeout, seconds=time.monotonic() - self.since,
+                     status=self.response.status if self.response else 0, **verdict.facts)
+        happened, remedy = verdict.sentence
         print_line("verdict", "%s: %s" % (self.word, happened % facts))
-        if advice:
-            print_line("to do", advice % facts)
+        if remedy:
+            print_line("to do", remedy % facts)
         print_line("")
-
-
-def refusal(status, reason):
-    """Return the Verdict of a response that is not 101: by wsgate's reason word, else by status."""
-    row = reason_row(reason)
-    if row is None:
-        return Verdict(ANSWERS.get(status, "other_answer"))
-    return Verdict(reason, ("rejected by wsgate: " + row.meaning, row.remedy))
 
 
 if __name__ == "__main__":
