@@ -53,7 +53,6 @@ if sys.version_info < (3, 6):  # so that old Pythons can say it, the file parses
 import _thread
 import argparse
 import base64
-import binascii
 import bisect
 import collections
 import concurrent.futures
@@ -88,10 +87,9 @@ import subprocess
 import textwrap
 import threading
 import time
-import warnings
-import weakref
 import urllib.parse
 import warnings
+import weakref
 
 try:
     import fcntl
@@ -5778,8 +5776,9 @@ class Flow:
         return bool(self.pending or self.piped)
 
     def decrypted(self):
-        """Return True if TLS has bytes ready, which poll does not see."""
-        return self.source.tls and self.reading() and self.source.sock.pending() > 0
+        """Return True if TLS has bytes ready, which poll does not see: the rest of a record."""
+        return (self.bulk and self.source.tls and self.reading()
+                and self.source.sock.pending() > 0)
 
     def move(self, now):
         """Read once and pass it on. Return True if nothing else has to be looked at."""
@@ -6247,7 +6246,6 @@ class Tunnel(Relay):
         """Relay until both directions have ended, a timer expires or the gate ends the tunnel."""
         up, down = self.up, self.down
         client = up.source.fileno()
-        plain = not (up.source.tls or down.source.tls)
         monotonic, turns = time.monotonic, up.source.turns
         now = monotonic()
         up.flush(now)
@@ -6260,9 +6258,10 @@ class Tunnel(Relay):
             events = self.wait(wake - now)
             before, now = now, monotonic()
             for fd, event in events:
-                if event != POLLIN or not plain or fd == self.wakeup:
+                reader, writer = (up, down) if fd == client else (down, up)
+                if event != POLLIN or fd == self.wakeup or writer.writing():
                     self.on_event(fd, event, now)
-                elif (up if fd == client else down).move(now):
+                elif reader.move(now) and not reader.decrypted():
                     continue
                 self.settle(now)
                 wake = now
