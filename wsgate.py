@@ -3156,7 +3156,7 @@ class Exchange:
         try:
             self.stream.write_all(response, Deadline(self.config.server.send_timeout))
         except (OSError, TimedOut):  # the client does not take it
-            return CLOSE
+            return PLAIN_CLOSE
         return KEEP_ALIVE if keep else LINGERING_CLOSE
 
     def is_handshake(self):
@@ -3169,7 +3169,7 @@ class Exchange:
         try:
             self.stream.write_all(data, Deadline(5))
         except (OSError, TimedOut):  # the client does not take it
-            return CLOSE
+            return PLAIN_CLOSE
         return LINGERING_CLOSE
 
     def drop_backend(self):
