@@ -1756,6 +1756,8 @@ BAD_CONFIGURATIONS = [
     (SERVER + "max_connections = 5 # five", ":3:", "unexpected comment in '5 # five' (remove it)"),
     (SERVER + "log_format = 'json'; ; both", ":3:", "unexpected comment and semicolon and quotes in", "(remove them)"),
     (SERVER + "pid = \"wsgate.pid\"", ":3:", "unexpected quotes in"),
+    (SERVER + "keepalive_timeout = \u201c75s\u201d", ":3:", "unexpected quotes in"),
+    (SERVER + "access_log = access.log combined", ":3:", "log_format and log_level are keys of their own"),
     (SERVER + "access_log = access.log; # text", ":3:", "unexpected comment and semicolon in"),
     (SERVER + "[upstream u]\nserver =\n  a:1\n  a:2;", ":4:", "unexpected semicolon in 'a:2;'"),
     ("[server] # main\n" + PASS, "wsgate.ini:1: invalid line: [server] # main (expected [section] and nothing after it)"),
@@ -1765,6 +1767,7 @@ BAD_CONFIGURATIONS = [
      " (remove the indentation)"),
     ("[server]\npid = wsgate.pid\n\n # comment\n\tuser = root\n" + PASS, "line 5 is indented, so it continues pid of line 2"),
     ("[server]\nlisten = 1\n  [location /a]\n  return = 200", "line 3 is indented, so it continues listen of line 2"),
+    ("[server]\nlisten = 1\n  server_name = a.test\n" + PASS, "line 3 is indented, so it continues listen of line 2"),
     (SERVER + "[upstream u]\nserver =\na:1", "wsgate.ini:5: invalid line: a:1",
      "a line that continues a value is indented"),
     # Lines of another program's configuration.
@@ -1899,7 +1902,7 @@ def test_what_is_valid_but_surely_not_meant_is_a_warning(tmp_path, text, marks):
 @pytest.mark.parametrize("text", [
     "[location a.test/]\n[location a.test/chat/]\n[location /chat/]\n[location b.test/chat/]", "[location *.test/]\n",
     "[location /a]\nproxy_pass = http://127.0.0.1:9/x", "ping_interval = 25s", "idle_timeout = never\nping_interval = 1d",
-    "[location /a/]\nproxy_pass = http://127.0.0.1:9/", "proxy_ssl_verify = off", "[location /a]\nreturn = 200 a;b #5", "proxy_set_header = X-A: #fff"])
+    "[location /a/]\nproxy_pass = http://127.0.0.1:9/", "proxy_ssl_verify = off", "[location /a]\nreturn = 200 a;b #5", "[location /a]\nreturn = 200 a\n  b = c", "proxy_set_header = X-A: #fff"])
 def test_what_is_meant_is_no_warning(tmp_path, text):
     assert load_text(tmp_path, SERVER + text + "\n").warnings == []
 

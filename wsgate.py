@@ -387,6 +387,8 @@ def parse_log(text):
     if not text or text.startswith("syslog:"):
         raise ValueError("invalid log destination %r (expected a path, -, off, syslog: or"
                          " syslog:HOST:PORT)" % text)
+    if re.search(r"\.log\s", text):  # nginx: access_log PATH FORMAT, error_log PATH LEVEL
+        raise ValueError("invalid path %r (log_format and log_level are keys of their own)" % text)
     return parse_path(text)
 
 
@@ -738,8 +740,8 @@ def parse_server_line(line):
         elif word in ("backup", "down"):
             flags.add(word)
         else:
-            raise ValueError("unknown server parameter %r (expected one of: %s, backup, down)" % (
-                word, ", ".join(options)))
+            raise ValueError("unknown server parameter %r (expected one server per line, with any"
+                             " of: %s, backup, down)" % (word, ", ".join(options)))
     weight = parse_count(options["weight"])
     if not weight:
         raise ValueError("invalid weight 0 (expected at least 1; down takes a server out)")
@@ -1109,13 +1111,18 @@ def foreign(*words):
     return ""
 
 
+def known_key(name):
+    """True for a key of any section."""
+    return any(name in keys for _, keys in SECTIONS)
+
+
 def unknown_key(name, table):
     """Return what is wrong with a key that is not in the table of its section."""
     for section, keys in SECTIONS:
         if name in keys:
             return "not allowed in this section (expected in [%s])" % section
     word, space, _ = name.partition(" ")
-    if space and any(word in keys for _, keys in SECTIONS):
+    if space and known_key(word):
         return "missing = after %s" % word
     return "unknown key" + (foreign(name.replace(" ", "_"), word) or nearest(name, table))
 
@@ -1128,7 +1135,7 @@ def expected_line(line):
     if re.fullmatch(r"(?:server|location|upstream)\b[^{]*\{", line):
         return " (expected [%s])" % " ".join(words)
     name, value = words[0].rstrip(":"), line[len(words[0]):].strip(" \t:;")
-    if value and any(name in keys for _, keys in SECTIONS):
+    if value and known_key(name):
         return " (expected %s = %s)" % (name, value)
     return (foreign("_".join(words[:2]), name) or " (expected [section] or key = value; a line"
             " that continues a value is indented)")
@@ -1177,11 +1184,10 @@ INVALID = object()  # in place of a value that has an error
 
 # What is often left at the end of a value or around it: name, pattern, what remains.
 SLIPS = (("comment", r"(?m)[ \t]+[#;].*$", ""), ("semicolon", r"(?m)[ \t]*;+$", ""),
-         ("quotes", r"(?m)^([\"'])(.*)\1$", r"\2"))
+         ("quotes", r"(?m)^[\"'\u2018-\u201f](.*)[\"'\u2018-\u201f]$", r"\1"))
 
-# A line of a value that looks like a key or section of its own, with the number that split() adds.
-STRAY_LINE = re.compile(r"\n(?:(?:%s)\s*|\[(?:server|location|upstream)\b[^\0\n]*)\0([0-9]+)" % (
-    "|".join(key for _, keys in SECTIONS for key in keys)))
+# A line of a value that looks like a key or a section of its own, with the number of split().
+STRAY_LINE = re.compile(r"\n(?:([a-z_]+)\s*|\[(server|location|upstream)\b[^\0\n]*)\0([0-9]+)")
 
 
 class ConfigReader:
@@ -1348,7 +1354,7 @@ class ConfigReader:
         text = re.sub("\0[0-9]+", "", text).strip()
         if stray:
             slip = "line %s is indented, so it continues %s of line %d (remove the indentation)" % (
-                stray.group(1), name, self.lines[title, name])
+                stray.group(3), name, self.lines[title, name])
         elif text.endswith(";"):
             slip = "unexpected semicolon in %r (remove it)" % text.splitlines()[-1]
         try:
@@ -1359,7 +1365,7 @@ class ConfigReader:
                 return self.checked(title, name, parse, text)
             self.error(title, name, slip)
             return INVALID
-        if slip:
+        if slip and (not stray or stray.group(2) or known_key(stray.group(1))):
             self.warn(title, name, slip)
         return value
 
