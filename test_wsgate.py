@@ -3151,6 +3151,24 @@ def test_a_thread_that_never_waits_gives_way(tmp_path, monkeypatch, kind, line, 
     assert len(given) > turns // 10 if not lines else len(given) >= turns - 60
 
 
+def test_an_upload_in_chunks_of_one_byte_gives_way_in_small_turns(tmp_path, monkeypatch):
+    """What takes long to scan is read in smaller pieces, so that each turn stays short."""
+    given, sizes = [], []
+    monkeypatch.setattr(wsgate, "give_way", lambda: given.append(1))
+    feed = wsgate.ChunkedBody.feed
+    monkeypatch.setattr(wsgate.ChunkedBody, "feed", lambda body, data, now: (
+        sizes.append(len(data)) or feed(body, data, now)))
+    data = chunked_body(*[b"x"] * 30000)
+    head = request(b"POST", b"/", b"Transfer-Encoding: chunked")
+    with http_exchange(tmp_path, head) as (_, client, peer, _):
+        thread = sending(client, [data])
+        assert peer.read(len(data)) == data
+        thread.join()
+        peer.send(ok())
+        assert client.response().status == 200
+    assert len(given) > 5 and max(sizes) <= wsgate.SMALL_READ
+
+
 def test_a_thread_that_waits_between_its_turns_never_gives_way(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(wsgate, "give_way", lambda: given.append(1))
