@@ -2790,7 +2790,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             if not self.await_next(Deadline(self.gate.config.server.keepalive_timeout)):
                 return None
             deadline = Deadline(self.gate.config.server.client_header_timeout)
-        if not self.stream.buffer and not self.stream.fill(deadline, quiet=True):
+        if not self.stream.buffer and not self.stream.read_more(deadline):
             return None
         return deadline
 
@@ -2803,7 +2803,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             first = self.kept.deadline if self.kept and self.kept.deadline.at < deadline.at \
                 else deadline
             try:
-                if not self.stream.fill(first, wakeup, expected=False):
+                if not self.stream.wait_for_request(first, wakeup):
                     return False
             except TimedOut:
                 if first is deadline:
@@ -3206,31 +3206,36 @@ POLLIN = getattr(select, "POLLIN", 1)
 POLLOUT = getattr(select, "POLLOUT", 4)
 POLLERR = getattr(select, "POLLERR", 8)
 POLLHUP = getattr(select, "POLLHUP", 16)
-POLLRDHUP = getattr(select, "POLLRDHUP", 0)  # Linux: the peer has closed, though its bytes are still unread
+POLLRDHUP = getattr(select, "POLLRDHUP", 0)  # Linux: the peer has closed, its bytes may be unread
 
 
 class Stream:
     """A non-blocking socket, plain or TLS, and the bytes that were read too far.
 
-    Only the thread of its connection ever touches it (an SSL object knows no locks).
+    Only the thread of its connection touches it: SSL objects are not safe for threads.
     """
 
-    __slots__ = ("sock", "buffer", "tls", "read_event", "write_event", "turns")
+    __slots__ = ("sock", "buffer", "scanned", "tls", "read_event", "write_event", "turns")
 
     def __init__(self, sock):
         sock.setblocking(False)
         self.sock = sock
-        self.buffer = b""            # read, but not yet taken by anybody
+        self.buffer = b""            # read, but not taken yet
+        self.scanned = 0             # bytes of buffer in which no head ends: see take_head
         self.tls = False
-        self.read_event = POLLIN     # what to poll for before the next read: TLS may have to write first
-        self.write_event = POLLOUT   # and the reverse
+        self.read_event = POLLIN     # to poll for before the next read: TLS may have to write
+        self.write_event = POLLOUT   # and before the next write: TLS may have to read
         self.turns = Turns()         # those of its thread
 
     def fileno(self):
+        """Return the descriptor of the socket, -1 once it is closed."""
         return self.sock.fileno()
 
     def read(self, size=SMALL_READ):
-        """At most size bytes; b"" at the end of the stream, None when there is nothing now. Raises OSError."""
+        """Return at most size bytes, b"" at the end of the stream, None if there are none now.
+
+        Raise OSError.
+        """
         try:
             return self.sock.recv(size)
         except BlockingIOError:
@@ -3243,7 +3248,7 @@ class Stream:
             return None
 
     def write(self, data):
-        """-> how many bytes were taken, 0 when none can be now. Raises OSError."""
+        """Return how many bytes were written, 0 if none can be now. Raise OSError."""
         try:
             return self.sock.send(data)
         except BlockingIOError:
@@ -3256,7 +3261,7 @@ class Stream:
             return 0
 
     def wait(self, events, deadline, wakeup=None):
-        """Wait for the socket -> True, or False when the wakeup was set first. Raises TimedOut."""
+        """Wait for events of the socket. Return False if the wakeup is set first. Raise TimedOut."""
         poll = Poll()
         poll.register(self.sock, events)
         if wakeup:
@@ -3266,29 +3271,39 @@ class Stream:
             if ready:
                 return wakeup is None or ready[0][0] == self.sock.fileno() or len(ready) > 1
 
-    def fill(self, deadline, wakeup=None, quiet=False, size=SMALL_READ, expected=True):
-        """Read once, at most size bytes, into buffer -> False at the end of the stream, or when the wakeup was set.
+    def read_more(self, deadline, size=SMALL_READ):
+        """Read once, at most size bytes, into buffer. Return False at the end of the stream.
 
-        Raises TimedOut, or with quiet returns False for that too.
+        A reset ends a stream as well, and so do bytes that are not TLS. Raise TimedOut.
         """
         try:
-            while True:
-                data = self.read(size) if expected or self.tls else None
-                expected = True
-                if data is not None:
-                    self.buffer += data
-                    return bool(data)
+            data = self.read(size)
+            while data is None:
+                self.wait(self.read_event, deadline)
+                data = self.read(size)
+        except OSError:
+            return False
+        self.buffer += data
+        return bool(data)
+
+    def wait_for_request(self, deadline, wakeup):
+        """Wait for bytes, as between two requests, and read them into buffer.
+
+        Return False at the end of the stream, or if the wakeup is set first. Raise TimedOut.
+        """
+        try:
+            data = self.read() if self.tls else None  # the poll would not show what is decrypted
+            while data is None:
                 if not self.wait(self.read_event, deadline, wakeup):
                     return False
-        except TimedOut:
-            if quiet:
-                return False
-            raise
-        except OSError:  # a reset ends it as well, and so does what is no TLS record
+                data = self.read()
+        except OSError:
             return False
+        self.buffer += data
+        return bool(data)
 
     def write_all(self, data, deadline):
-        """Write all of data; raises OSError or TimedOut."""
+        """Write all of data. Raise OSError or TimedOut."""
         data = memoryview(data)
         while data:
             sent = self.write(data)
@@ -3297,7 +3312,7 @@ class Stream:
                 self.wait(self.write_event, deadline)
 
     def peek(self, deadline):
-        """The first byte, left where it is; b"" if none comes."""
+        """Return the first byte without taking it, b"" if none comes."""
         try:
             self.wait(POLLIN, deadline)
             return self.sock.recv(1, socket.MSG_PEEK)
@@ -3305,8 +3320,9 @@ class Stream:
             return b""
 
     def start_tls(self, context, deadline, server_side=False, server_hostname=None):
-        """Speak TLS from here on; raises OSError (ssl.SSLError), TimedOut becomes OSError too."""
-        self.sock = context.wrap_socket(self.sock, server_side=server_side, do_handshake_on_connect=False,
+        """Do a TLS handshake. Raise OSError, which ssl.SSLError is, also when time is up."""
+        self.sock = context.wrap_socket(self.sock, server_side=server_side,
+                                        do_handshake_on_connect=False,
                                         server_hostname=server_hostname)
         self.tls = True
         while True:
@@ -3320,17 +3336,17 @@ class Stream:
             try:
                 self.wait(event, deadline)
             except TimedOut:
-                raise OSError(errno.ETIMEDOUT, "the TLS handshake took too long")
+                raise OSError(errno.ETIMEDOUT, "TLS handshake timed out")
 
     def end(self):
-        """Send what says "no more from me": close_notify under TLS, then FIN. Reading goes on."""
+        """Half-close: send close_notify under TLS, then FIN. The peer may still send."""
         if self.tls:
-            with contextlib.suppress(OSError, ValueError):  # theirs is not there yet, or the peer is gone
-                self.sock.unwrap()  # sends ours; would like to wait for theirs
-        try:  # not SSLSocket.shutdown, which takes TLS away from the other direction as well
+            # unwrap() sends close_notify and raises if that of the peer has not come yet.
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()
+        # Not SSLSocket.shutdown, which takes TLS away from the other direction as well.
+        with contextlib.suppress(OSError):  # the peer is gone
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
-        except OSError:  # the peer is gone
-            pass
 
     def silent(self):
         """Return True if the peer has sent nothing since the last read, neither bytes nor FIN."""
@@ -3359,33 +3375,32 @@ class Stream:
         self.close()
 
     def reset(self):
-        """Close with RST, so that the peer cannot take what it got for complete."""
+        """Close with RST, so that the peer does not take what it has received as complete."""
         with contextlib.suppress(OSError):  # the peer was faster
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
     def abort(self):
-        """Close with RST; with FIN while bytes are unsent, since a reset would destroy them."""
+        """Close with RST; with FIN while bytes are unsent, since a reset would discard them."""
         if unsent(self.sock):
             self.close()
         else:
             self.reset()
 
     def close(self):
-        try:
+        """Close the socket, whatever state it is in."""
+        with contextlib.suppress(OSError):  # it is closed all the same
             self.sock.close()
-        except OSError:  # it is closed all the same
-            pass
 
 
 SIOCOUTQNSD = 0x894B      # linux/sockios.h: the size of the part of the send queue not sent yet
 
 
 def unsent(sock):
-    """Return how many written bytes the kernel has not sent yet; 0 where it does not tell."""
+    """Return how many written bytes the kernel has not sent yet; 0 if it is not Linux."""
     try:
         return struct.unpack("i", fcntl.ioctl(sock, SIOCOUTQNSD, bytes(4)))[0]
-    except (OSError, AttributeError):  # not Linux
+    except (OSError, AttributeError):
         return 0
 
 
@@ -3425,7 +3440,7 @@ def give_way():
 
 
 class Deadline:
-    """A point in time that all waits of one phase share: dripping bytes does not move it."""
+    """A point in time that all waits of one phase share: a byte now and then does not move it."""
 
     __slots__ = ("at",)
 
@@ -3433,27 +3448,29 @@ class Deadline:
         self.at = time.monotonic() + seconds
 
     def remaining(self):
-        """Seconds until it passes; raises TimedOut when it has."""
-        left = self.at - time.monotonic()
-        if left <= 0:
+        """Return the seconds until it expires, more than 0. Raise TimedOut if it has."""
+        seconds = self.at - time.monotonic()
+        if seconds <= 0:
             raise TimedOut("timed out")
-        return left
+        return seconds
 
 
 class SelectPoll:
-    """select.poll() for systems without it (Windows, where select() has no limit on descriptor numbers)."""
+    """select.poll() by select(), for Windows, where this has no limit on descriptor numbers."""
 
     def __init__(self):
         self.events = {}
 
     def register(self, fd, events):
+        """Poll a descriptor, or an object that has one, for these events."""
         self.events[fd if isinstance(fd, int) else fd.fileno()] = events
 
     def unregister(self, fd):
+        """Stop polling a descriptor, or an object that has one."""
         del self.events[fd if isinstance(fd, int) else fd.fileno()]
 
     def poll(self, milliseconds=None):
-        """-> [(descriptor, events)]"""
+        """Return [(descriptor, events)] once there are any, [] when time is up."""
         reading = [fd for fd, events in self.events.items() if events & POLLIN]
         writing = [fd for fd, events in self.events.items() if events & POLLOUT]
         if not reading and not writing:
@@ -3471,14 +3488,15 @@ class SelectPoll:
 
 Poll = getattr(select, "poll", SelectPoll)
 
-# The PROXY protocol, as HAProxy's proxy-protocol.txt has it (sections 2.1 and 2.2).
+# The PROXY protocol, as in HAProxy's proxy-protocol.txt (sections 2.1 and 2.2).
 PROXY_V2 = b"\r\n\r\n\x00\r\nQUIT\n"
 
 
 def read_proxy_header(stream, deadline):
-    """Read a PROXY header, version 1 or 2 -> (address, port), None for LOCAL and UNKNOWN. Raises ValueError.
+    """Read a PROXY header, version 1 or 2. Return (address, port), None for LOCAL and UNKNOWN.
 
-    Not a byte more is read: what follows may be a TLS handshake, which the SSL object reads by itself.
+    Not a byte after it is read: a TLS handshake may follow, which is read by the SSL object.
+    Raise ValueError for anything else.
     """
     while True:
         data = stream.buffer
@@ -3488,7 +3506,7 @@ def read_proxy_header(stream, deadline):
             if len(data) >= 16:
                 length = struct.unpack_from("!H", data, 14)[0]
                 if length > 2048:
-                    raise ValueError("it says it has %d bytes" % length)
+                    raise ValueError("header too long (%d bytes)" % length)
                 size += length
                 if len(data) >= 16 + length:
                     stream.buffer = data[16 + length:]
@@ -3499,18 +3517,18 @@ def read_proxy_header(stream, deadline):
                 stream.buffer = data[end + 2:]
                 return parse_proxy_v1(data[:end])
             if len(data) >= 107:
-                raise ValueError("its line does not end")
+                raise ValueError("header line too long")
         elif not PROXY_V2.startswith(data[:12]) and not b"PROXY ".startswith(data[:6]):
-            raise ValueError("there is none")
+            raise ValueError("missing header")
         try:
-            if not stream.fill(deadline, size=size):
-                raise ValueError("the connection ended in it")
+            if not stream.read_more(deadline, size):
+                raise ValueError("truncated header")
         except TimedOut:
-            raise ValueError("it did not arrive in time")
+            raise ValueError("header not complete in time")
 
 
 def parse_proxy_v1(line):
-    """b'PROXY TCP4 source destination port port' -> (address, port) or None."""
+    """Return (address, port) of b'PROXY TCP4 SOURCE DESTINATION PORT PORT', None for UNKNOWN."""
     words = line.decode("ascii").split(" ")
     if words[1] == "UNKNOWN":
         return None
@@ -3518,17 +3536,18 @@ def parse_proxy_v1(line):
             or not all(re.fullmatch("[0-9]{1,5}", port) for port in words[4:])):
         raise ValueError(repr(line))
     addresses = [ipaddress.ip_address(word) for word in words[2:4]]
-    if any(address.version != int(words[1][3]) for address in addresses) or max(map(int, words[4:])) > 65535:
+    versions = [address.version for address in addresses]
+    if versions != [int(words[1][3])] * 2 or max(map(int, words[4:])) > 65535:
         raise ValueError(repr(line))
     return str(addresses[0]), int(words[4])
 
 
 def parse_proxy_v2(command, family, data):
-    """The bytes behind the signature -> (address, port) or None."""
+    """Return (address, port) of the bytes after the signature, None for LOCAL and UNSPEC."""
     if command not in (0x20, 0x21):
         raise ValueError("unknown version or command 0x%02x" % command)
     size = {0x11: 4, 0x21: 16}.get(family)
-    if command == 0x20 or family in (0x00, 0x31):  # LOCAL, unspecified, unix
+    if command == 0x20 or family in (0x00, 0x31):  # LOCAL, AF_UNSPEC, AF_UNIX
         return None
     if size is None or len(data) < 2 * size + 4:
         raise ValueError("unknown family 0x%02x, or too short" % family)
@@ -3816,69 +3835,108 @@ def distinguished_name(certificate):
 
 # --------------------------------------- HTTP/1.1 messages (RFC 9110, RFC 9112)
 #
-# Refuse rather than repair: two parsers that repair differently are how requests
-# are smuggled. Every pattern is used with fullmatch, on bytes, and cannot backtrack
-# far. Lengths are ASCII digits, because int() also takes '+5', '1_0' and ' 5 '.
+# Refuse rather than repair: two parsers that repair differently are how requests are
+# smuggled. Every pattern is used with fullmatch, on bytes, and cannot backtrack far.
+# Lengths are ASCII digits, because int() also takes '+5', '1_0' and ' 5 '.
 
-TOKEN = re.compile(br"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")                     # RFC 9110 5.6.2
-REQUEST_LINE = re.compile(  # a target may have bytes above 0x7F, which browsers never send
+TOKEN = re.compile(br"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")               # RFC 9110 5.6.2
+REQUEST_LINE = re.compile(  # a target may have raw bytes above 0x7F: some clients send them
     br"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])")
-STATUS_LINE = re.compile(br"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
-FIELD_LINES = re.compile(br"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")  # RFC 9112 5
-FIELD_LINE = re.compile(br"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)\r\n")
-HOST = re.compile(br"([A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?")  # RFC 3986 3.2.2
-CHUNK_LINE = re.compile(br"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")  # RFC 9112 7.1
+STATUS_LINE = re.compile(
+    br"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
+FIELD_LINES = re.compile(                                          # RFC 9112 5
+    br"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
+HOST = re.compile(                                                 # RFC 3986 3.2.2
+    br"([A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?")
+CHUNK_LINE = re.compile(                                           # RFC 9112 7.1
+    br"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+LENGTH = re.compile(br"[0-9]{1,18}")                               # RFC 9110 8.6, within 64 bits
 BARE_LF = re.compile(br"(?<!\r)\n|\x00")
-PLAIN = re.compile(r"[ !#-\[\]-~]*")                                    # text that needs no escape in a log
-LENGTH = re.compile(br"[0-9]{1,18}")                                     # RFC 9110 8.6, within 64 bits
-REQUEST_LINE_LIMIT = 8192
-FIELD_LIMIT = 100          # fields in a head
+END_OF_RESPONSE_HEAD = re.compile(br"\n\r?\n")
+PLAIN = re.compile(r"[ !#-\[\]-~]*")                               # needs no escape in a log
 CHUNK_LINE_LIMIT = 4096
-INTERIM_LIMIT = 32         # 1xx answers before the final one
+INTERIM_LIMIT = 32         # 1xx responses before the final one
 
 
-def read_head(stream, limit, deadline):
-    """Read up to and including the empty line -> the head; what follows stays in stream.buffer.
+def read_head(stream, limit, deadline, take=None):
+    """Read a head. Return it as bytes; what follows remains in stream.buffer.
 
-    Raises HTTPError 400, 414, 431; TimedOut; EOFError.
+    take: take_head for a request, the default, or take_response_head. Raise what it raises,
+    TimedOut, or EOFError if the stream ends before the head does.
     """
+    take = take or take_head
     while True:
-        head = take_head(stream, limit)
+        head = take(stream, limit)
         if head is not None:
             return head
-        if not stream.fill(deadline):
+        if not stream.read_more(deadline):
             raise EOFError
 
 
 def take_head(stream, limit):
-    """Take a head out of stream.buffer -> bytes, or None while it is incomplete. Raises HTTPError."""
+    """Take a request head of at most limit bytes, with its empty line, out of stream.buffer.
+
+    Return None while it is incomplete. Only what is new since the last call is looked at, or a
+    head that comes byte by byte would cost the square of its length. Raise HTTPError as soon as
+    it is certain that no valid head can follow.
+    """
+    data, seen = stream.buffer, stream.scanned
+    start = 2 if data.startswith(b"\r\n") else 0  # one empty line is ignored (RFC 9112 2.2)
+    end = data.find(b"\r\n\r\n", max(start, seen - 3))
+    if 0 <= end <= start + limit - 4:
+        stream.buffer, stream.scanned = data[end + 4:], 0
+        return data[start:end + 4]
+    stream.scanned = len(data)
+    if data.startswith(b"\x16\x03", start):
+        raise HTTPError(400, "tls_on_http_port", "this port is plain HTTP: use http:// or ws://")
+    if BARE_LF.search(data, seen, end if end >= 0 else len(data)):
+        raise HTTPError(400, "bad_request", "invalid line end (expected CRLF)")
+    line_end = data.find(b"\r\n", max(start, seen - 1), start + limit)
+    if line_end >= 0 and line_end == data.find(b"\r\n", start):  # the request line is complete
+        parse_request_line(data[start:line_end])
+    if len(data) > start + limit:
+        detail = "request head over client_header_size, %d bytes" % limit
+        if data.find(b"\r\n", start, start + limit) < 0:
+            raise HTTPError(414, "uri_too_long", detail)
+        raise HTTPError(431, "header_too_large", detail)
+    return None
+
+
+def take_response_head(stream, limit):
+    """Take a response head out of stream.buffer, as take_head does for a request.
+
+    Its lines may end with a bare LF (RFC 9112 2.2), as device servers have them. Raise
+    BackendError 502.
+    """
     data = stream.buffer
-    if data.startswith(b"\r\n"):  # one empty line before a request is ignored (RFC 9112 2.2)
-        data = data[2:]
-    end, line_end = data.find(b"\r\n\r\n"), data.find(b"\r\n")
-    known = line_end if line_end >= 0 else len(data) - 1  # its CR may be there
-    too_long = known > REQUEST_LINE_LIMIT
-    if end >= 0 and end + 4 <= limit and not too_long:
-        stream.buffer = data[end + 4:]
-        return data[:end + 4]
-    if data.startswith(b"\x16\x03"):
-        raise HTTPError(400, "tls_on_http_port", "this port does not speak TLS: use http:// or ws://")
-    if BARE_LF.search(data, 0, end if end >= 0 else len(data)):
-        raise HTTPError(400, "bad_request", "a line must end with CRLF")
-    if too_long:
-        raise HTTPError(414, "uri_too_long", "the request line is longer than %d bytes" % REQUEST_LINE_LIMIT)
+    if not b"HTTP/".startswith(data[:5]):
+        raise BackendError(502, "backend_bad_response", "not HTTP: %s" % printable(data[:60]),
+                           sent=True)
+    match = END_OF_RESPONSE_HEAD.search(data, max(0, stream.scanned - 2))
+    if match and match.end() <= limit:
+        stream.buffer, stream.scanned = data[match.end():], 0
+        return data[:match.end()]
+    stream.scanned = len(data)
     if len(data) > limit:
-        raise HTTPError(431, "header_too_large", "the head is larger than client_header_size, %d bytes" % limit)
+        raise BackendError(502, "backend_bad_response",
+                           "response head over client_header_size, %d bytes" % limit, sent=True)
     return None
 
 
 class Request:
-    """A parsed request head. length: of the body, None if chunked or without one."""
+    """A parsed request head.
+
+    target: bytes for the backend. paths: see read_path; path: the first of them, for routing.
+    minor: 0 or 1. authority: Host as it came, host: its name, lower case. length: of the body,
+    None if it is chunked or there is none. id: of the access log. user: after Basic
+    authentication. identity: lines for the backend, from the response of auth_request.
+    """
 
     __slots__ = ("method", "target", "path", "paths", "minor", "fields", "host", "authority",
                  "length", "chunked", "id", "user", "identity")
 
     def has_body(self):
+        """Return True unless the body is empty."""
         return bool(self.chunked or self.length)
 
     def body(self, limit, withheld):
@@ -3888,91 +3946,106 @@ class Request:
         return LengthBody(self.length) if self.length else NoBody()
 
     def repeatable(self):
-        """Whether another server may be asked the same although one may have seen it."""
+        """Return True if it may be sent once more, though a server may have received it."""
         return self.method in (b"GET", b"HEAD", b"OPTIONS") and not self.has_body()
 
     def attempts_upgrade(self):
-        """Return whether there is any trace of an upgrade: what follows may be frames (RFC 9931)."""
+        """Return True if there is any trace of an upgrade: frames may follow (RFC 9931)."""
         return b"upgrade" in self.fields.index or b"sec-websocket-key" in self.fields.index
 
     def persistent(self):
-        """Whether the client wants to send another request (RFC 9112 9.3; HTTP/1.0 gets one)."""
+        """Return True if the client may send another request (RFC 9112 9.3; not in HTTP/1.0)."""
         return self.minor >= 1 and b"close" not in self.fields.tokens(b"connection")
 
 
 def parse_request_head(head):
-    """The bytes up to and including the empty line -> Request; raises HTTPError."""
+    """Return a head, the bytes up to and including the empty line, as Request.
+
+    Raise HTTPError.
+    """
     line, _, block = head[:-2].partition(b"\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise HTTPError(400, "bad_request", "bad request line %s" % printable(mask_query(line[:80])))
-    if match.group(3) != b"1":
-        detail = "the client speaks HTTP/2, wsgate HTTP/1.1" if line.startswith(b"PRI ") else "HTTP/1.1 is spoken here"
-        raise HTTPError(505, "bad_version", detail)
     request = Request()
-    request.method, request.target = match.group(1, 2)
-    request.minor = min(1, int(match.group(4)))  # HTTP/1.2 would be understood as 1.1 (RFC 9110 2.5)
-    request.id = ""        # of the access log
-    request.user = b""     # after Basic authentication
-    request.identity = ()  # lines for the backend, from the response of auth_request
+    request.method, target, request.minor = parse_request_line(line)
     try:
         request.fields = fields = parse_fields(block)
     except ValueError as error:
         raise HTTPError(400, "bad_request", str(error))
-    except OverflowError as error:
-        raise HTTPError(431, "header_too_large", str(error))
     if request.method == b"CONNECT":
-        raise HTTPError(405, "method_not_allowed", "this is no forward proxy",
+        raise HTTPError(405, "method_not_allowed", "CONNECT is not supported",
                         ((b"Allow", b"GET, HEAD, POST, PUT, DELETE, OPTIONS"),))
-    parse_host(request)
-    request.target, request.paths = split_target(request.method, request.target,
-                                                 request.authority)
+    request.authority, request.host = parse_host(fields, request.minor)
+    request.target, request.paths = split_target(request.method, target, request.authority)
     request.path = request.paths[0]
-    parse_request_framing(request)
+    request.length, request.chunked = request_framing(fields, request.minor)
+    request.id, request.user, request.identity = "", b"", ()
     named = PROTECTED_FIELDS.intersection(fields.tokens(b"connection"))
     if named:
-        raise HTTPError(400, "bad_request", "Connection must not name %s" % printable(min(named)))
+        raise HTTPError(400, "bad_request", "Connection must not list %s" % printable(min(named)))
     return request
 
 
-def parse_host(request):
-    """Check Host (RFC 9112 3.2) -> request.authority as it came, request.host without port."""
-    values = request.fields.get_all(b"host")
-    if not values and request.minor == 0:
-        request.authority, request.host = b"", ""
-        return
+def parse_request_line(line):
+    """Return (method, target, minor version) of a request line. Raise HTTPError 400 or 505."""
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise HTTPError(400, "bad_request",
+                        "invalid request line %s" % printable(mask_query(line[:80])))
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise HTTPError(505, "bad_version", "HTTP/%s.%s is not supported (expected HTTP/1.1)" % (
+            major.decode(), minor.decode()))
+    return method, target, min(1, int(minor))  # HTTP/1.2 is understood as 1.1 (RFC 9110 2.5)
+
+
+def parse_host(fields, minor):
+    """Return Host (RFC 9112 3.2) as (as it came, name without port in lower case: str)."""
+    values = fields.get_all(b"host")
+    if not values and minor == 0:
+        return b"", ""
     match = HOST.fullmatch(values[0]) if len(values) == 1 else None
     if not match or int(match.group(2) or 0) > 65535:
-        raise HTTPError(400, "bad_request", "exactly one good Host is needed")
-    request.authority = values[0]
-    request.host = match.group(1).decode().lower().rstrip(".")
+        raise HTTPError(400, "bad_request", "missing, duplicate or invalid Host")
+    return values[0], match.group(1).decode().lower().rstrip(".")
 
 
-def parse_request_framing(request):
-    """Where the body ends (RFC 9112 6.3) -> request.length, request.chunked."""
-    request.length, request.chunked = None, False
-    codings, lengths = request.fields.get_all(b"transfer-encoding"), request.fields.get_all(b"content-length")
-    if codings:
-        if lengths or request.minor == 0:
-            raise HTTPError(400, "bad_request", "Transfer-Encoding cannot stand here")
-        if len(codings) != 1 or codings[0].lower() != b"chunked":
-            raise HTTPError(501, "bad_transfer_encoding", "chunked is the only Transfer-Encoding here")
-        request.chunked = True
-    elif lengths:
-        request.length = parse_length(lengths)
-        if request.length is None:
-            raise HTTPError(400, "bad_request", "bad Content-Length")
+# How HTTP framing is decided (RFC 9112 6.3). Where a body ends must be certain, or what follows
+# could be taken for the next request by one side alone. A request has a body if it has a
+# Transfer-Encoding, which must be exactly `chunked`, or one Content-Length; with both, or with
+# anything else, it is refused. In a response chunked wins over Content-Length, which is then not
+# passed on; a response to HEAD, 1xx, 204 and 304 have no body whatever they say; one with neither
+# ends with the connection. Each body is framed again for the other side by its own scanner, and a
+# connection serves another request only after both bodies have ended where they should.
+
+
+def request_framing(fields, minor):
+    """Return (length, chunked) of the body of a request; raise HTTPError 400 or 501."""
+    codings = fields.get_all(b"transfer-encoding")
+    lengths = fields.get_all(b"content-length")
+    if not codings and not lengths:
+        return None, False
+    if not codings:
+        length = parse_length(lengths)
+        if length is None:
+            raise HTTPError(400, "bad_request", "duplicate or invalid Content-Length")
+        return length, False
+    if lengths or minor == 0:
+        raise HTTPError(400, "bad_request",
+                        "Transfer-Encoding with Content-Length, or in HTTP/1.0")
+    if len(codings) != 1 or codings[0].lower() != b"chunked":
+        raise HTTPError(501, "bad_transfer_encoding",
+                        "unsupported Transfer-Encoding (expected chunked)")
+    return None, True
 
 
 def parse_length(values):
-    """The values of Content-Length -> int, or None unless it is one good number."""
+    """Return the values of Content-Length as int, None unless there is exactly one number."""
     if len(values) == 1 and LENGTH.fullmatch(values[0]):
         return int(values[0])
     return None
 
 
 class Response:
-    """A parsed response head."""
+    """A parsed response head. length: of the body, None if it is chunked or not known."""
 
     __slots__ = ("status", "reason", "minor", "fields", "chunked", "length")
 
@@ -3982,7 +4055,7 @@ class Response:
                 and not (self.chunked and self.fields.get_all(b"content-length")))
 
     def body(self, method, decode):
-        """A scanner for the body; decode: take the chunks off, for an HTTP/1.0 client."""
+        """Return the scanner of the body. decode: without chunks, for an HTTP/1.0 client."""
         if method == b"HEAD" or self.status in (204, 304):
             return NoBody()
         if self.chunked:
@@ -3991,49 +4064,62 @@ class Response:
 
 
 def parse_response_head(head):
-    """The bytes up to and including the empty line -> Response; raises BackendError 502."""
+    """Return a head, the bytes up to and including the empty line, as Response.
+
+    Raise BackendError 502.
+    """
+    if head.count(b"\n") != head.count(b"\r\n"):
+        head = re.sub(br"\r?\n", b"\r\n", head)
     line, _, block = head[:-2].partition(b"\r\n")
     match = STATUS_LINE.fullmatch(line)
+    response = Response()
     try:
         if not match or match.group(1) != b"1":
-            raise ValueError("bad status line %s" % printable(line[:80]))
-        response = Response()
-        response.status = int(match.group(3))
+            raise ValueError("invalid status line %s" % printable(line[:80]))
+        response.minor, response.status = int(match.group(2)), int(match.group(3))
         response.reason = match.group(4) or b""
-        response.minor = int(match.group(2))
-        response.fields = fields = parse_fields(block)
-        codings, lengths = fields.get_all(b"transfer-encoding"), fields.get_all(b"content-length")
-        response.chunked = bool(codings)
-        response.length = parse_length(lengths) if lengths else None
-        if codings and (lengths or len(codings) != 1 or codings[0].lower() != b"chunked" or match.group(2) == b"0"):
-            raise ValueError("Transfer-Encoding that cannot be followed")
-        if lengths and response.length is None:
-            raise ValueError("bad Content-Length")
-    except (ValueError, OverflowError) as error:
+        response.fields = parse_fields(block)
+        response.length, response.chunked = response_framing(response.fields, response.minor)
+    except ValueError as error:
         raise BackendError(502, "backend_bad_response", str(error), sent=True, retry=False)
     return response
 
 
+def response_framing(fields, minor):
+    """Return (length, chunked) of the body of a response, if it has one; raise ValueError."""
+    codings = fields.get_all(b"transfer-encoding")
+    lengths = fields.get_all(b"content-length")
+    if codings:
+        if len(codings) != 1 or codings[0].lower() != b"chunked" or minor == 0:
+            raise ValueError("unsupported or ambiguous Transfer-Encoding")
+        return None, True
+    length = parse_length(lengths)
+    if lengths and length is None:
+        raise ValueError("duplicate or invalid Content-Length")
+    return length, False
+
+
 def parse_fields(block):
-    """The lines between start line and empty line -> Headers; raises ValueError, OverflowError for too many."""
+    """Return the lines between start line and empty line as Headers; raise ValueError."""
     if not FIELD_LINES.fullmatch(block):
         for line in block.split(b"\r\n"):
-            if not FIELD_LINES.fullmatch(line + b"\r\n"):
-                name = re.match(br"([^\s:]+\s*:)?", line).group()[:40]  # and no more of it: it may be a secret
-                raise ValueError("bad field line %s" % printable(name or b"without a name"))
-    fields = Headers([(name, value.strip(b" \t")) for name, value in FIELD_LINE.findall(block)])
-    if len(fields) > FIELD_LIMIT:
-        raise OverflowError("more than %d fields" % FIELD_LIMIT)
-    return fields
+            if not FIELD_LINES.fullmatch(line + b"\r\n"):  # its value may be a secret
+                name = re.match(br"([^\s:]+\s*:)?", line).group()[:40]
+                raise ValueError("invalid field line %s" % printable(name or b"without a name"))
+    return Headers([(name, value.strip(b" \t")) for name, _, value in [
+        line.partition(b":") for line in block.split(b"\r\n")[:-1]]])
 
 
 class Headers(list):
-    """Header fields as they came: (name, value) pairs of bytes in their order, found in any case."""
+    """Header fields in their order, as (name, value) pairs of bytes, found in any case.
+
+    index: {lower-case name: [value]}.
+    """
 
     def __init__(self, pairs=()):
         super().__init__(pairs)
         self.index = index = {}
-        self.lists = {}  # what tokens() has taken apart, by name
+        self.lists = {}  # what tokens() has returned, by name
         for name, value in self:
             name = name.lower()
             if name in index:
@@ -4042,21 +4128,21 @@ class Headers(list):
                 index[name] = [value]
 
     def get_all(self, name):
-        """The values of all fields of this lower-case name, in order."""
+        """Return the values of all fields of this lower-case name, in order."""
         return self.index.get(name, ())
 
     def get(self, name):
-        """The value of the only field of this lower-case name; None if there is none or more than one."""
+        """Return the value of a lower-case name; None if there is none, or more than one."""
         values = self.index.get(name, ())
         return values[0] if len(values) == 1 else None
 
     def tokens(self, name):
-        """The comma-separated elements of all fields of this name, in lower case (RFC 9110 5.6.1)."""
+        """Return the elements of a list field in lower case, in order (RFC 9110 5.6.1)."""
         if name not in self.index:
-            return []
+            return ()
         if name not in self.lists:
-            parts = [part.strip(b" \t") for part in b",".join(self.index[name]).lower().split(b",")]
-            self.lists[name] = [part for part in parts if part]
+            elements = b",".join(self.index[name]).lower().split(b",")
+            self.lists[name] = [part for part in [each.strip(b" \t") for each in elements] if part]
         return self.lists[name]
 
 
@@ -4258,7 +4344,7 @@ class ChunkedBody(Scanner):
 
 def make_response(status, reason, body=b"", fields=(), close=True, head_only=False,
                   content_type=b"text/plain"):
-    """A complete answer of the gate's own -> bytes. reason: the word of X-Wsgate-Reason, or None."""
+    """Return a response of wsgate's own as bytes. reason: word of X-Wsgate-Reason, or None."""
     lines = [b"HTTP/1.1 %d %s" % (status, reason_phrase(status).encode())]
     lines += [b"%s: %s" % pair for pair in fields]
     given = {name.lower() for name, _ in fields}  # add_header
@@ -4273,12 +4359,13 @@ def make_response(status, reason, body=b"", fields=(), close=True, head_only=Fal
             lines.append(b"Content-Type: %s; charset=utf-8" % content_type)
         lines.append(b"Content-Length: %d" % len(body))
     if close:
-        lines.append(b"Connection: close, upgrade" if status == 426 else b"Connection: close")  # RFC 9110 7.8
+        options = b"close, upgrade" if status == 426 else b"close"  # RFC 9110 7.8
+        lines.append(b"Connection: " + options)
     return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only or bodyless else body)
 
 
 def reason_phrase(status):
-    """404 -> 'Not Found'."""
+    """Return the phrase of a status: 'Not Found' for 404."""
     try:
         return http.HTTPStatus(status).phrase
     except ValueError:
@@ -4286,12 +4373,18 @@ def reason_phrase(status):
 
 
 def printable(data):
-    """Bytes or text of a peer -> text that is safe in a log line and inside its quotes."""
+    """Return bytes or text of a peer as text that is safe in a log line and within its quotes."""
     text = data.decode("latin-1") if isinstance(data, bytes) else data
     if PLAIN.fullmatch(text):
         return text
-    return "".join(char if " " <= char <= "~" and char not in '"\\' else
-                   "\\x%02x" % ord(char) if ord(char) < 256 else "\\u%04x" % ord(char) for char in text)
+    return "".join(map(escaped, text))
+
+
+def escaped(char):
+    """Return a character, or \\xNN or \\uNNNN for one that is not safe in a log."""
+    if " " <= char <= "~" and char not in '"\\':
+        return char
+    return "\\x%02x" % ord(char) if ord(char) < 256 else "\\u%04x" % ord(char)
 
 
 # ---------------------------------------------------------------------- Routing
@@ -5299,9 +5392,9 @@ def end_to_end_fields(request, location, client, withheld):
 
 
 def connection_options(fields):
-    """Return the names of fields that Connection lists, in lower case."""
-    return [each for each in fields.tokens(b"connection")
-            if each not in (b"keep-alive", b"close", b"upgrade")]
+    """Return the names of fields that Connection lists, in lower case, as a frozenset."""
+    return frozenset(fields.tokens(b"connection")).difference(
+        (b"keep-alive", b"close", b"upgrade"))
 
 
 def forwarded_fields(request, client, prefix, without):
@@ -5402,10 +5495,11 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
     if REDIRECT_FIELDS.isdisjoint(fields.index):
         rewriter = None
     bodyless = status < 200 or status == 204
+    unsized = bodyless or response.chunked
     lines = [b"HTTP/1.1 %d %s" % (status, response.reason)]
     for name, value in fields:
         lower = name.lower()
-        if lower in withheld or (bodyless and lower == b"content-length"):
+        if lower in withheld or (unsized and lower == b"content-length"):
             continue
         if listed and lower in listed and lower not in PROTECTED_FIELDS:
             continue
@@ -6060,14 +6154,7 @@ class HTTPRelay(Relay):
     def response_head(self):
         """Wait for a response head while the request body goes up; return its bytes."""
         while True:
-            buffer = self.backend.buffer
-            if not b"HTTP/".startswith(buffer[:5]):
-                raise BackendError(502, "backend_bad_response", "not HTTP: %s"
-                                   % printable(buffer[:60]), sent=True)
-            try:
-                head = take_head(self.backend, self.limit)
-            except HTTPError as error:
-                raise BackendError(502, "backend_bad_response", str(error), sent=True)
+            head = take_response_head(self.backend, self.limit)
             if head is not None:
                 return head
             self.turn()
@@ -7771,7 +7858,7 @@ def read_frames(stream, deadline):
             if data[1] & 0x80:
                 payload = apply_mask(payload, data[header - 4:header])
             yield data[0] & 0x0F, payload
-        elif not stream.fill(deadline):
+        elif not stream.read_more(deadline):
             return
 
 
@@ -8110,7 +8197,7 @@ class Probe:
             while (self.response is None
                    or (self.response.status < 200 and self.response.status != 101)):
                 self.deadline.remaining()
-                head = read_head(self.stream, BIG_READ, self.deadline)
+                head = read_head(self.stream, BIG_READ, self.deadline, take_response_head)
                 self.print_head("received", head, began)
                 self.response = parse_response_head(head)
         except (TimedOut, EOFError, HTTPError, OSError) as error:
@@ -8127,7 +8214,7 @@ class Probe:
 
     def print_head(self, label, head, since=None):
         """Print a head line by line, without secrets."""
-        for line in head[:-4].split(b"\r\n"):
+        for line in re.split(br"\r?\n", head.rstrip(b"\r\n")):
             name = line.partition(b":")[0]
             hidden = name.lower() in REDACTED_FIELDS - SHOWN_FIELDS
             text = printable(name + b": ..." if hidden else line)
@@ -8155,12 +8242,13 @@ class Probe:
     def read_body(self):
         """Return the text of a refusal without tags: servers write there what is missing."""
         scanner, body, deadline = self.response.body(b"GET", True), b"", Deadline(1)
-        with contextlib.suppress(OSError, ValueError, HTTPError):  # what was read is enough
+        # What was read is enough:
+        with contextlib.suppress(OSError, ValueError, HTTPError, TimedOut):
             while True:
                 body += scanner.feed(self.stream.buffer, 0)
                 self.stream.buffer = b""
                 if (scanner.done or len(body) > SMALL_READ
-                        or not self.stream.fill(deadline, quiet=True)):
+                        or not self.stream.read_more(deadline)):
                     break
         return re.sub(br"(?is)<(style|script).*?</\1>|<[^>]*>|\s+", b" ", body).strip()
 
