@@ -4157,8 +4157,9 @@ class CountedBytes(bytes):
     looked = 0
 
     def find(self, what, start=0, end=None):
-        CountedBytes.looked += (len(self) if end is None else end) - start
-        return bytes.find(self, what, start, len(self) if end is None else end)
+        end = len(self) if end is None else min(end, len(self))
+        CountedBytes.looked += max(0, end - start)
+        return bytes.find(self, what, start, end)
 
     def __add__(self, other):
         return CountedBytes(bytes.__add__(self, other))
