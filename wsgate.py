@@ -3113,7 +3113,7 @@ class Exchange:
 
     def added_fields(self):
         """Return add_header and the cookies of auth_request: (name, value) pairs."""
-        if self.location is None:
+        if self.location is None or not (self.location.add_header or self.cookies):
             return []
         return added_fields(self.request, self.location, self.client) + list(self.cookies)
 
@@ -4399,7 +4399,8 @@ class Location(Settings):
 
     Sets of field names, as cgi_name() makes them: replaced, by proxy_set_header; identity, of
     auth_request_headers; withheld and auth_withheld, what backend and auth_request do not get
-    from the client. response_withheld: names in lower case that the client does not get.
+    from the client. In lower case: response_withheld, what the client does not get from the
+    backend, and response_examined, what needs a closer look (see examined_value).
     """
 
     def __init__(self, values, name, place, upstreams, passwords):
@@ -4413,12 +4414,14 @@ class Location(Settings):
         withheld = HOP_BY_HOP | GENERATED_FIELDS | identity
         added = {name.lower() for name, value in self.add_header
                  if name.lower() != b"set-cookie" or not value.text}
+        response_withheld = (HOP_BY_HOP - PASSED_TO_CLIENT).union(added)
         vars(self).update(
             name=name, hosts=hosts, path=path, exact=exact, passwords=passwords,
             proxy=proxy, websocket_proxy=websocket_proxy or proxy, auth=auth,
             replaced=replaced, identity=identity, withheld=withheld | replaced,
             auth_withheld=withheld | AUTH_REQUEST_FIELDS,
-            response_withheld=(HOP_BY_HOP - PASSED_TO_CLIENT).union(added))
+            response_withheld=response_withheld,
+            response_examined=response_withheld | REDIRECT_FIELDS | {b"content-length"})
 
     def proxy_for(self, upgrade):
         """Return the ProxyPass for a request with this Upgrade (or None), None for `return`."""
@@ -5335,6 +5338,9 @@ AUTH_REQUEST_FIELDS = frozenset(  # not for auth_request, which gets no body and
     b"content-length expect sec-websocket-key sec-websocket-version sec-websocket-extensions"
     b" x-original-url x-original-uri x-original-method".split())
 
+CONNECTION_OPTIONS = frozenset(  # elements of Connection that are not names of fields
+    b"keep-alive close upgrade".split())
+
 # Field names as CGI, WSGI and PHP applications see them: without case, and one character for
 # whatever is neither letter nor digit. What a client must not set is compared in this form.
 CGI_NAME = bytes(ord(chr(each).lower()) if chr(each).isalnum() and each < 128 else ord("-")
@@ -5376,25 +5382,25 @@ def request_head_for_backend(request, location, client, server, upgrade, keep=Fa
 
 def end_to_end_fields(request, location, client, withheld):
     """Return the client's fields for a backend, as lines. withheld: names that it does not get."""
+    believed, underscores = client.trusted, location.underscores_in_headers
     listed = connection_options(request.fields)
-    underscores, believed = location.underscores_in_headers, client.trusted
     lines = []
     for name, value in request.fields:
         plain = name.translate(CGI_NAME)
         if plain in withheld or (listed and name.lower() in listed):
             continue
-        if b"_" in name and (not underscores or plain in PROTECTED_FIELDS):
-            continue  # applications may take it for a field with -
         if not believed and (plain in FORWARDED_FIELDS or plain.startswith(b"x-forwarded-")):
             continue
+        if b"_" in name and (not underscores or plain in PROTECTED_FIELDS):
+            continue  # applications may take it for a field with -
         lines.append(name + b": " + value)
     return lines
 
 
 def connection_options(fields):
-    """Return the names of fields that Connection lists, in lower case, as a frozenset."""
-    return frozenset(fields.tokens(b"connection")).difference(
-        (b"keep-alive", b"close", b"upgrade"))
+    """Return the names of fields that Connection lists, in lower case, as a set."""
+    listed = fields.tokens(b"connection")
+    return () if CONNECTION_OPTIONS.issuperset(listed) else frozenset(listed)
 
 
 def forwarded_fields(request, client, prefix, without):
@@ -5490,23 +5496,21 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
     keep: whether the connection stays. added: (name, value) of the fields of added_fields.
     """
     status, fields = response.status, response.fields
-    withheld, listed = location.response_withheld, connection_options(fields)
-    rewriter = location.proxy_for(upgrade).redirects
-    if REDIRECT_FIELDS.isdisjoint(fields.index):
-        rewriter = None
+    examined, listed = location.response_examined, connection_options(fields)
     bodyless = status < 200 or status == 204
     unsized = bodyless or response.chunked
     lines = [b"HTTP/1.1 %d %s" % (status, response.reason)]
     for name, value in fields:
         lower = name.lower()
-        if lower in withheld or (unsized and lower == b"content-length"):
+        if lower in examined:
+            value = examined_value(lower, value, location, upgrade, unsized)
+            if value is None:
+                continue
+        elif lower in listed and lower not in PROTECTED_FIELDS:
             continue
-        if listed and lower in listed and lower not in PROTECTED_FIELDS:
-            continue
-        if rewriter and lower in REDIRECT_FIELDS:
-            value = rewriter.rewrite_field(lower, value)
         lines.append(name + b": " + value)
-    lines += [name + b": " + value for name, value in added]
+    for name, value in added:
+        lines.append(name + b": " + value)
     if response.chunked and request.minor and not bodyless:
         lines.append(b"Transfer-Encoding: chunked")
     if status == 426:
@@ -5517,6 +5521,16 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
         lines.append(b"Connection: close")
     lines.append(b"\r\n")
     return b"\r\n".join(lines)
+
+
+def examined_value(name, value, location, upgrade, unsized):
+    """Return the value of a field of response_examined for the client, None to withhold it."""
+    if name in location.response_withheld or (unsized and name == b"content-length"):
+        return None
+    rewriter = location.proxy_for(upgrade).redirects
+    if rewriter and name in REDIRECT_FIELDS:
+        return rewriter.rewrite_field(name, value)
+    return value
 
 
 def added_fields(request, location, client):
@@ -5722,6 +5736,8 @@ def as_spelled(fields, name, token):
     None if there is no such element.
     """
     for value in fields.get_all(name):
+        if value.lower() == token:
+            return value
         for element in value.split(b","):
             element = element.strip(b" \t")
             if element.lower() == token:
@@ -5758,10 +5774,11 @@ def fault_in_101(sent, received, upgrade, strict=True):
     """
     if upgrade is None:
         return "unsolicited"
-    asked = {name.strip(b" \t") for name in upgrade.protocol.lower().split(b",")}
-    answered = received.tokens(b"upgrade")
-    if not answered or not asked.issuperset(answered):
-        return "not_upgraded"
+    asked, answered = upgrade.protocol.lower(), received.tokens(b"upgrade")
+    if answered != [asked]:
+        names = {name.strip(b" \t") for name in asked.split(b",")}
+        if not answered or not names.issuperset(answered):
+            return "not_upgraded"
     if strict and b"upgrade" not in received.tokens(b"connection"):
         return "not_upgraded"
     if not strict or not upgrade.websocket:
@@ -5787,10 +5804,14 @@ def switching_fields(fields):
 
     Browsers refuse a 101 with two Upgrade fields.
     """
-    elements = [name.strip(b" \t") for name in b",".join(fields.get_all(b"upgrade")).split(b",")]
-    protocols = {name.lower(): name for name in elements if name}
+    protocol = fields.get(b"upgrade")
+    if protocol is None or b"," in protocol:
+        elements = b",".join(fields.get_all(b"upgrade")).split(b",")
+        names = {name.strip(b" \t").lower(): name.strip(b" \t") for name in elements}
+        names.pop(b"", None)
+        protocol = b", ".join(names.values())
     connection = as_spelled(fields, b"connection", b"upgrade") or b"Upgrade"
-    return [b"Upgrade: " + b", ".join(protocols.values()), b"Connection: " + connection]
+    return [b"Upgrade: " + protocol, b"Connection: " + connection]
 
 
 def closing_101(request, upgrade, code, reason):
