@@ -7557,7 +7557,8 @@ def parse_arguments(argv):
     group("-c", metavar="FILE",
           help="configuration file (default: ./wsgate.ini, then wsgate.ini beside wsgate.py)")
     group("--listen", metavar="ADDRESS", help="listen on this address, in place of the file's")
-    group("--backend", metavar="URL", help="forward all requests to this backend (URL, host:port or port)")
+    group("--backend", metavar="URL",
+          help="forward all requests to this backend: a URL, host:port or port")
     group("--demo", action="store_true", help="run a gateway, an echo backend and a test page")
     group = parser.add_argument_group("control a running process").add_argument
     words = sorted(CONTROL)
@@ -7575,6 +7576,12 @@ def parse_arguments(argv):
     group("--print-unit", action="store_true", help="print a systemd unit")
     group("-v", "--version", action="version",
           version="wsgate %s, Python %s" % (VERSION, sys.version.split()[0]))
+    add_probe_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def add_probe_arguments(parser):
+    """Add the options that go with --probe to an ArgumentParser."""
     group = parser.add_argument_group("with --probe").add_argument
     group("--header", metavar="'NAME: VALUE'", action="append",
           help="add or replace a header field")
@@ -7588,7 +7595,6 @@ def parse_arguments(argv):
           help="then stay idle for this long and report who closes the connection")
     group("--timeout", metavar="TIME", type=argument(parse_timeout), default="10s",
           help="time limit of each step without --idle (default: 10s)")
-    return parser.parse_args(argv)
 
 
 def argument(parse):
