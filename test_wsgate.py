@@ -3170,6 +3170,108 @@ def test_forwarding_fields_after_a_proxy_header_are_those_of_the_client(tmp_path
             client.close()
 
 
+def test_an_idle_connection_gives_its_place_to_a_new_one(tmp_path):
+    """The one that has been idle longest; one with a request under way does not."""
+    with gate_and_backend(tmp_path, None, "max_connections = 3") as (gate, backend):
+        def served(client, number):
+            client.send(request())
+            peer = backend.peer(number)
+            peer.head()
+            peer.send(ok())
+            assert client.response().status == 200
+
+        oldest, idle, busy = gate.connect(), gate.connect(), gate.connect()
+        served(oldest, 0)
+        served(idle, 1)
+        busy.send(request())
+        peer = backend.peer(2)
+        peer.head()
+        new = gate.connect()
+        served(new, 3)
+        assert oldest.ended() and idle.silent(50 * MS)
+        peer.send(ok())
+        assert busy.response().status == 200
+        served(idle, 4)
+        for client in (oldest, idle, busy, new):
+            client.close()
+
+
+def test_a_connection_with_a_request_under_way_keeps_its_place(tmp_path):
+    with gate_and_backend(tmp_path, None, "max_connections = 1") as (gate, backend):
+        busy = gate.connect().send(request())
+        peer = backend.peer()
+        peer.head()
+        assert gate.ask(request()).status == 503
+        peer.send(ok())
+        assert busy.response().status == 200
+        busy.close()
+
+
+def test_a_client_that_is_refused_holds_no_place_while_it_reads_on(tmp_path):
+    with gate_and_backend(tmp_path, answer(ok()), "max_connections = 1",
+                          "client_max_body_size = 1") as (gate, _):
+        slow = gate.connect().send(request(b"POST", b"/", b"Content-Length: 5000000"))
+        assert slow.response().status == 413
+        assert eventually(lambda: gate.ask(request()).status == 200)
+        slow.send(bytes(1000))
+        slow.close()
+
+
+@pytest.mark.parametrize("first", [b"", request()])
+def test_max_connections_per_ip_counts_connections_from_the_start(tmp_path, first):
+    """Those that are silent or idle too; one that is refused is closed, and a place is free again."""
+    with running("[server]\nmax_connections_per_ip = 1\nreturn = 200\n", tmp_path) as gate:
+        client = gate.connect().send(first)
+        if first:
+            client.response()
+        eventually(lambda: gate.gate.connections.in_use)
+        other = gate.connect().send(request())
+        assert other.response().status == 429
+        assert other.ended()
+        other.close()
+        assert client.send(request()).response().status == 200
+        client.close()
+        eventually(lambda: gate.ask(request()).status == 200)
+
+
+def test_max_connections_per_ip_counts_clients_of_a_trusted_proxy_by_request(tmp_path):
+    """Its connections carry requests of many clients."""
+    with gate_and_backend(tmp_path, None, "max_connections_per_ip = 1",
+                          "set_real_ip_from = 127.0.0.1") as (gate, backend):
+        def asked(address):
+            client = gate.connect()
+            return client.send(request(b"GET", b"/", b"X-Forwarded-For: " + address))
+
+        busy, other = asked(b"192.0.2.7"), asked(b"192.0.2.8")
+        for number in range(2):
+            backend.peer(number).head()
+        refused = asked(b"192.0.2.7")
+        assert refused.response().status == 429
+        for number in range(2):
+            backend.peer(number).send(ok())
+        for client in (busy, other):
+            assert client.response().status == 200
+        refused.send(request(b"GET", b"/", b"X-Forwarded-For: 192.0.2.7"))
+        peer = backend.peer(2)
+        peer.head()
+        peer.send(ok())
+        assert refused.response().status == 200
+        for client in (busy, other, refused):
+            client.close()
+
+
+def test_max_connections_per_ip_counts_the_address_in_the_proxy_header(tmp_path):
+    ini = (PROXY_INI % ("", "127.0.0.1")).replace("[server]", "[server]\nmax_connections_per_ip = 1")
+    with running(ini, tmp_path) as gate:
+        clients = [gate.connect().send(b"PROXY TCP4 192.0.2.%d 127.0.0.1 1 2\r\n" % last, request())
+                   for last in (7, 8)]
+        assert [client.response().status for client in clients] == [200, 200]
+        again = b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\r\n" + request()
+        assert gate.ask(again).status == 429
+        for client in clients:
+            client.close()
+
+
 # ---------------------------------------------------------------------- Streams
 
 

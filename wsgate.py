@@ -2275,13 +2275,21 @@ def take_inherited(inherited, address):
 
 
 class Connections:
-    """All client connections that have a thread, and the limits that they count against."""
+    """All client connections that have a thread, and the limits that they count against.
+
+    max_connections limits the places. When all are taken, a new connection gets the place of the
+    one that has been idle longest (nginx: reusable connections), but only once its request is
+    there: connections that send nothing shut out nobody. Without an idle one it is refused.
+    """
 
     def __init__(self, max_connections):
         self.lock = threading.Lock()
-        # Guarded by lock; len() and list() of the set are one step each, they need none.
+        # Guarded by lock; len() and list() of a set are one step each, they need none.
         self.all = set()                            # of ClientConnection
-        self.in_use = collections.defaultdict(int)  # exchanges by ("ip" or "location", name)
+        self.admitted = set()                       # those that have a place
+        self.idle = collections.OrderedDict()       # ... and wait for their next request
+        self.expendable = collections.OrderedDict()  # those that only wait for their client to go
+        self.in_use = collections.defaultdict(int)  # by ("ip", address) and ("location", name)
         self.set_capacity(max_connections)
 
     def __len__(self):
@@ -2295,44 +2303,78 @@ class Connections:
         self.capacity, self.limited_by = capacity(max_connections)
 
     def enter(self, connection):
-        """Add a connection; return False when there are too many to serve it."""
+        """Add a connection. Return False if no place is free."""
         with self.lock:
-            full = len(self.all) >= self.capacity
             self.all.add(connection)
-        return not full
+            if len(self.admitted) >= self.capacity:
+                return False
+            self.admitted.add(connection)
+        return True
+
+    def admit(self, connection):
+        """Find a place for a connection whose request is there. Return False if there is none."""
+        with self.lock:
+            if len(self.admitted) >= self.capacity and not self.cut_first(self.idle):
+                return False
+            self.admitted.add(connection)
+        return True
 
     def leave(self, connection):
         """Remove a connection."""
         with self.lock:
             self.all.discard(connection)
+            self.admitted.discard(connection)
+            self.expendable.pop(connection, None)
+
+    def wait(self, connection):
+        """Let others have the place of a connection until resume()."""
+        with self.lock:
+            if connection in self.admitted:
+                self.idle[connection] = None
+
+    def resume(self, connection):
+        """Undo wait()."""
+        with self.lock:
+            self.idle.pop(connection, None)
+
+    def give_up_place(self, connection):
+        """Let a connection keep its thread only while nobody else needs it."""
+        with self.lock:
+            self.admitted.discard(connection)
+            self.expendable[connection] = None
+
+    def make_room(self):
+        """Close a connection without a place. Return False if there is none."""
+        with self.lock:
+            return self.cut_first(self.expendable)
+
+    def cut_first(self, connections):
+        """Have the first of idle or expendable closed (lock held). Return False if there is none."""
+        if not connections:
+            return False
+        connection, _ = connections.popitem(last=False)
+        self.admitted.discard(connection)
+        connection.cut()
+        return True
 
     def tunnels(self):
         """Return the open tunnels, a list of Tunnel."""
         return [tunnel for tunnel in [each.tunnel for each in self] if tunnel]
 
-    def acquire(self, location, address, per_address):
-        """Count an exchange against its limits; raise HTTPError when one is reached.
-
-        per_address: max_connections_per_ip.
-        """
-        place, client, in_use = ("location", location.name), ("ip", address), self.in_use
+    def acquire(self, key, limit):
+        """Count one more for a key of in_use. Return False if that reaches the limit (0: none)."""
         with self.lock:
-            if 0 < location.max_connections <= in_use[place]:
-                raise HTTPError(503, "conn_limit", "max_connections of [location %s] is reached"
-                                % location.name, retry_after())
-            if 0 < per_address <= in_use[client]:
-                raise HTTPError(429, "conn_limit_per_ip", "max_connections_per_ip is reached",
-                                retry_after())
-            in_use[place] += 1
-            in_use[client] += 1
+            if 0 < limit <= self.in_use.get(key, 0):
+                return False
+            self.in_use[key] += 1
+        return True
 
-    def release(self, location, address):
-        """Undo acquire."""
+    def release(self, key):
+        """Undo acquire()."""
         with self.lock:
-            for key in (("location", location.name), ("ip", address)):
-                self.in_use[key] -= 1
-                if not self.in_use[key]:
-                    del self.in_use[key]
+            self.in_use[key] -= 1
+            if not self.in_use[key]:
+                del self.in_use[key]
 
 
 def capacity(configured):
@@ -2545,7 +2587,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             if self.listen.status:
                 self.limit_status_connections(request)
-            elif workers.busy >= limit:
+            elif workers.busy >= limit and not self.gate.connections.make_room():
                 raise RuntimeError("over the hard connection limit")
             workers.run(self, request, client_address)
         except RuntimeError:
@@ -2711,11 +2753,16 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.tunnel = None           # the Tunnel that the connection has become
         self.kept = None             # the Backend kept for the next request (proxy_keepalive)
         self.served = 0              # requests so far
+        self.key = None              # of Connections.in_use: the address it is counted for
+        self.limited = False         # max_connections_per_ip is reached
+        self.closing = False         # no request may follow the next one
+        # Of what it waits for: the beginning and the first head, the next request, the last bytes.
         self.deadline = Deadline(self.gate.config.server.client_header_timeout)
 
     def handle(self):
-        self.admitted = self.gate.connections.enter(self)
-        end = KEEP_ALIVE
+        connections, end = self.gate.connections, KEEP_ALIVE
+        self.admitted = connections.enter(self)
+        self.closing = not self.admitted
         try:
             if not self.begin():
                 return
@@ -2724,7 +2771,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 self.served += 1
                 self.stream.turns.take(time.monotonic())
             if end is LINGERING_CLOSE:
-                self.stream.linger(Deadline(LINGERING_TIME))
+                self.deadline = Deadline(LINGERING_TIME)
+                connections.give_up_place(self)
+                self.stream.linger(self.deadline)
             elif end is RESET_CLOSE:
                 self.stream.reset()
             elif self.stream.tls and self.tunnel is None:
@@ -2732,9 +2781,25 @@ class ClientConnection(socketserver.BaseRequestHandler):
         except (ClientGone, TimedOut, OSError) as error:
             log.debug("%s: connection ended: %s", self.client_address, error)
         finally:
+            connections.leave(self)
+            if self.key:
+                connections.release(self.key)
             self.stream.close()
             self.keep_backend(None)
-            self.gate.connections.leave(self)
+
+    def take_place(self):
+        """Return True if the connection has a place, or gets one now that its request is there."""
+        if not self.admitted:
+            self.admitted = self.gate.connections.admit(self)
+            self.closing = not self.admitted
+        return self.admitted
+
+    def cut(self):
+        """Have the connection closed soon; called by another thread, while it waits."""
+        self.closing = True
+        self.deadline.at = 0.0
+        with contextlib.suppress(OSError):  # the client has gone
+            socket.socket.shutdown(self.stream.sock, socket.SHUT_RD)
 
     def begin(self):
         """Read the PROXY header and do the TLS handshake. Return False if either failed."""
@@ -2754,10 +2819,23 @@ class ClientConnection(socketserver.BaseRequestHandler):
             believed = False  # the bytes after the PROXY header are the client's own
             if source and server.real_ip_header == "proxy_protocol":
                 peer, port = source
+        if not believed:
+            self.count(peer)
         if self.listen.ssl and not self.begin_tls(peer):
             return False
         self.client = client_info(self.stream, peer, port, believed)
         return True
+
+    def count(self, address):
+        """Count the connection for max_connections_per_ip. Those of a trusted proxy are not:
+        they carry requests of many clients, each of which is counted for its own.
+        """
+        key = "ip", address
+        if self.gate.connections.acquire(key, self.gate.config.server.max_connections_per_ip):
+            self.key = key
+        else:
+            self.limited = self.closing = True
+            self.gate.connections.give_up_place(self)
 
     def begin_tls(self, peer):
         """Do the TLS handshake, under the deadline of the head. Return False if it failed."""
@@ -2779,20 +2857,24 @@ class ClientConnection(socketserver.BaseRequestHandler):
         return True
 
     def serve(self):
-        """Wait for a request and serve it. Return KEEP_ALIVE, PLAIN_CLOSE, LINGERING_CLOSE or RESET_CLOSE."""
+        """Wait for a request and serve it. Return what becomes of the connection."""
         deadline = self.await_request()
         return PLAIN_CLOSE if deadline is None else Exchange(self).run(deadline)
 
     def await_request(self):
         """Wait for the first byte of a request. Return the Deadline of its head, or None."""
-        deadline = self.deadline
         if self.served:
-            if not self.await_next(Deadline(self.gate.config.server.keepalive_timeout)):
-                return None
-            deadline = Deadline(self.gate.config.server.client_header_timeout)
-        if not self.stream.buffer and not self.stream.read_more(deadline):
+            self.deadline = Deadline(self.gate.config.server.keepalive_timeout)
+            self.gate.connections.wait(self)
+            try:
+                if not self.await_next(self.deadline):
+                    return None
+            finally:
+                self.gate.connections.resume(self)
+            self.deadline = Deadline(self.gate.config.server.client_header_timeout)
+        if not self.stream.buffer and not self.stream.read_more(self.deadline):
             return None
-        return deadline
+        return self.deadline
 
     def await_next(self, deadline):
         """Wait between two requests. Return False if there will be no other one."""
@@ -2852,7 +2934,7 @@ class Exchange:
     """
 
     __slots__ = ("connection", "gate", "stream", "config", "client", "entry", "request",
-                 "location", "upgrade", "backend", "acquired", "responded", "cookies")
+                 "location", "upgrade", "backend", "keys", "responded", "cookies")
 
     def __init__(self, connection):
         self.connection = connection
@@ -2866,7 +2948,7 @@ class Exchange:
         self.upgrade = None          # the Upgrade that the client asks for
         self.backend = None
         self.cookies = ()            # Set-Cookie fields of auth_request, for the client
-        self.acquired = False        # counted in Connections.in_use
+        self.keys = []               # of Connections.in_use: what the exchange is counted for
         self.responded = False       # a byte of the response may have been sent
 
     def run(self, deadline):
@@ -2874,11 +2956,11 @@ class Exchange:
         try:
             self.receive(deadline)
             self.admit()
-            locations = self.config.locations_of(self.request)
-            self.location = locations[0] if locations else None
+            guards = self.choose_location()
+            self.count()
             if self.connection.listen.redirect and not is_challenge(self.location):
                 return self.redirect_to_https()
-            self.enter_location(locations)
+            self.enter_location(guards)
             end = self.respond()
             tunnel = self.connection.tunnel
             if tunnel:
@@ -2915,7 +2997,7 @@ class Exchange:
     def admit(self):
         """Check what may refuse the request whatever it asks for. Find the real client's address."""
         request, gate = self.request, self.gate
-        if not self.connection.admitted:
+        if not self.connection.limited and not self.connection.take_place():
             raise HTTPError(503, "conn_limit", "max_connections is reached", retry_after())
         if gate.state == "stopping" or (gate.state == "draining"
                                         and request.fields.get_all(b"upgrade")):
@@ -2924,16 +3006,38 @@ class Exchange:
         self.client = self.client._replace(address=address)
         self.entry.client = address
 
+    def choose_location(self):
+        """Find the location and the upgrade. Return the locations that guard it, it among them."""
+        guards = self.config.locations_of(self.request)
+        if guards:
+            self.location = guards[0]
+            self.entry.location = self.location.name
+            self.upgrade = requested_upgrade(self.request, self.location)
+        return guards
+
+    def count(self):
+        """Check max_connections_per_ip: for the connection, or for a trusted proxy's request."""
+        if self.client.trusted:
+            self.acquire(("ip", self.client.address), self.config.server.max_connections_per_ip,
+                         429, "conn_limit_per_ip", "max_connections_per_ip is reached")
+        elif self.connection.limited:
+            raise HTTPError(429, "conn_limit_per_ip", "max_connections_per_ip is reached",
+                            retry_after())
+
+    def acquire(self, key, limit, status, reason, detail):
+        """Count the exchange for a key of in_use; raise HTTPError if its limit is reached."""
+        if not self.gate.connections.acquire(key, limit):
+            raise HTTPError(status, reason, detail, retry_after())
+        self.keys.append(key)
+
     def enter_location(self, guards):
         """Check everything by which the location and its other guards may refuse the request."""
         request, location, address = self.request, self.location, self.client.address
         if location is None:
             raise HTTPError(404, "no_route", "no [location] for host %s and path %s" % (
                 printable(request.host or "-"), printable(request.path[:200])))
-        self.entry.location = location.name
-        self.upgrade = requested_upgrade(request, location)
-        self.gate.connections.acquire(location, address, self.config.server.max_connections_per_ip)
-        self.acquired = True
+        self.acquire(("location", location.name), location.max_connections, 503, "conn_limit",
+                     "max_connections of [location %s] is reached" % location.name)
         for guard in guards:
             check_address(guard, address)
             check_origin(guard, request, self.client)
@@ -3134,7 +3238,7 @@ class Exchange:
     def persistent(self):
         """Return True if client, configuration and gate want the connection to stay."""
         return (self.request.persistent() and self.config.server.keepalive_timeout > 0
-                and self.gate.state == "running" and self.connection.admitted)
+                and self.gate.state == "running" and not self.connection.closing)
 
     def refuse(self, error):
         """Send the response for an HTTPError."""
@@ -3189,8 +3293,8 @@ class Exchange:
         if self.connection.tunnel:
             self.connection.tunnel.close()
         self.drop_backend()
-        if self.acquired:
-            self.gate.connections.release(self.location, self.client.address)
+        for key in self.keys:
+            self.gate.connections.release(key)
         self.entry.write()
 
 
