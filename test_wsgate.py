@@ -1858,6 +1858,7 @@ BAD_CONFIGURATIONS = [
     ("[server]\npid = wsgate.pid\n\n # comment\n\tuser = root\n" + PASS, "line 5 is indented, so it continues pid of line 2"),
     ("[server]\nlisten = 1\n  [location /a]\n  return = 200", "line 3 is indented, so it continues listen of line 2"),
     ("[server]\nlisten = 1\n  server_name = a.test\n" + PASS, "line 3 is indented, so it continues listen of line 2"),
+    (SERVER + "ssl_certificate = /no/file\n  listen 80;", ":3: [server] ssl_certificate: cannot open /no/file listen 80;"),
     (SERVER + "[upstream u]\nserver =\na:1", "wsgate.ini:5: invalid line: a:1",
      "a line that continues a value is indented"),
     # Lines of another program's configuration.

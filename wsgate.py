@@ -1245,7 +1245,7 @@ class ConfigReader:
     def error(self, title, key, message):
         """Add an error, FILE:LINE: [section] key: message."""
         line, place = self.place(title, key)
-        self.errors.append((line, "%s: %s" % (place, message)))
+        self.errors.append((line, "%s: %s" % (place, message.replace("\n", " "))))
 
     def line_error(self, number, message):
         """Add an error of a line that is in no section."""
