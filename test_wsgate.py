@@ -2872,7 +2872,7 @@ def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_ga
 def test_a_want_of_descriptors_is_503_and_no_failure_of_the_server(tmp_path):
     location = location_of(load_text(tmp_path, "[server]\nproxy_pass = http://127.0.0.1:9\n"))
     with no_descriptor_free(), pytest.raises(wsgate.HTTPError) as caught:
-        wsgate.Attempts(location.proxy.upstream, location, None, b"").connect()
+        wsgate.Attempts(location.proxy, location, "127.0.0.1", wsgate.Headers()).connect()
     assert (caught.value.status, caught.value.reason) == (503, "conn_limit")
     health = location.proxy.upstream.servers[0].health
     assert (health.fails, health.active) == (0, 0) and not health.down_until

@@ -3052,10 +3052,10 @@ class Exchange:
 
     def authorize(self, location):
         """Ask the auth_request service; whatever it does, only 2xx lets the request pass."""
-        context, upstream = location.auth.context, location.auth.upstream
+        upstream = location.auth.upstream
         try:
-            key = upstream.hash_key(self.client.address, self.request.fields)
-            backend = Attempts(upstream, location, context, key).connect()
+            backend = Attempts(location.auth, location, self.client.address,
+                               self.request.fields).connect()
             try:
                 head = auth_request_head(self.request, location, self.client)
                 relay = HTTPRelay(self.stream, backend.stream, head, NoBody(), location,
@@ -3149,8 +3149,7 @@ class Exchange:
         """
         request, location, client = self.request, self.location, self.client
         preface = proxy_line(client) if location.proxy_protocol else b""
-        key = proxy.upstream.hash_key(client.address, request.fields)
-        attempts = Attempts(proxy.upstream, location, proxy.context, key)
+        attempts = Attempts(proxy, location, client.address, request.fields)
         keep = self.keeps_backend()
         while True:
             kept = self.connection.usable_backend() if keep else None
@@ -3723,7 +3722,7 @@ class CertificateStore:
         return context
 
     def refresh(self):
-        """Load the files again if they have changed; if that fails, log it once and keep the old."""
+        """Load the files again if they have changed; if that fails, log it once, keep the old."""
         stamps = file_stamps(self.files)
         if stamps == self.stamps:
             return
@@ -4987,9 +4986,9 @@ class Upstream:
         """Return what ip_hash and cookie hash, as bytes: the cookie, else the client's address."""
         for value in fields.get_all(b"cookie") if self.cookie else ():
             for pair in value.split(b";"):
-                name, _, value = pair.strip(b" \t").partition(b"=")
-                if name == self.cookie and value:
-                    return value
+                name, _, content = pair.strip(b" \t").partition(b"=")
+                if name == self.cookie and content:
+                    return content
         return client.encode()
 
     def pick(self, tried, key, preferred=None):
@@ -5092,11 +5091,12 @@ class Attempts:
     __slots__ = ("upstream", "location", "context", "key", "tried", "server", "failures", "error",
                  "end_at")
 
-    def __init__(self, upstream, location, context, key):
-        self.upstream = upstream
+    def __init__(self, proxy, location, client, fields):
+        """proxy: a ProxyPass. client: its address. fields: the Headers of the request."""
+        self.upstream = proxy.upstream
         self.location = location
-        self.context = context       # ssl.SSLContext towards the servers, or None
-        self.key = key               # Upstream.hash_key
+        self.context = proxy.context
+        self.key = self.upstream.hash_key(client, fields)
         self.tried = set()           # Servers
         self.server = None           # the last one tried
         self.failures = 0            # how many of them failed
@@ -5186,7 +5186,7 @@ class Backend:
 class Server:
     """One server of an upstream: its address, its parameters and its Health."""
 
-    ADDRESSES = 16  # of a name, at most so many are tried
+    ADDRESSES = 16  # addresses of a name to try
 
     def __init__(self, address, weight=1, max_fails=1, fail_timeout=10.0, max_conns=0,
                  backup=False, down=False):
@@ -5335,34 +5335,39 @@ class Resolver:
         """Start a lookup as soon as a thread is free; return its Future."""
         if not self.free.acquire(timeout=min(deadline.remaining(), LONGEST_POLL)):
             raise TimedOut()
+        new = concurrent.futures.Future()
         with self.lock:
-            lookup = self.lookups.get((host, port))
-            if lookup is None:
-                lookup = self.lookups[host, port] = concurrent.futures.Future()
-                with contextlib.suppress(RuntimeError):  # no thread can be started
-                    threading.Thread(target=self.look_up, args=(host, port, lookup),
-                                     name="resolver", daemon=True).start()
-                    return lookup
-                del self.lookups[host, port]
-                lookup.set_exception(OSError(errno.EAGAIN, "cannot start a thread to resolve names"))
-        self.free.release()
+            lookup = self.lookups.setdefault((host, port), new)
+        if lookup is not new:  # another thread was faster
+            self.free.release()
+            return lookup
+        try:
+            threading.Thread(target=self.look_up, args=(host, port, lookup), name="resolver",
+                             daemon=True).start()
+        except RuntimeError:
+            self.end(host, port)
+            lookup.set_exception(OSError(errno.EAGAIN, "cannot start a thread"))
         return lookup
 
     def look_up(self, host, port, lookup):
         """Call getaddrinfo() and leave its result in lookup; runs in a thread of its own."""
+        found = error = None
         try:
             found = [(family, address) for family, _, _, _, address in socket.getaddrinfo(
                 host, port, 0, socket.SOCK_STREAM)]
-            result, error = found, None
-        except Exception as failure:  # OSError, UnicodeError; whatever it is, the waiting thread raises it
-            result, error = None, failure
-        with self.lock:
-            del self.lookups[host, port]
-        self.free.release()
+        except Exception as failure:  # raised where the result is awaited
+            error = failure
+        self.end(host, port)
         if error:
             lookup.set_exception(error)
         else:
-            lookup.set_result(result)
+            lookup.set_result(found)
+
+    def end(self, host, port):
+        """Remove a lookup and count its thread no longer."""
+        with self.lock:
+            del self.lookups[host, port]
+        self.free.release()
 
 
 resolver = Resolver()  # for all threads
@@ -8108,7 +8113,7 @@ def refusal(status, reason):
 # ------------------------------------------------------------------------ Probe
 
 PROBE_UPGRADE = Upgrade(b"websocket", b"Upgrade", True, None, None)
-# Of REDACTED_FIELDS those that are shown: they explain the result and are no secrets.
+# Those of REDACTED_FIELDS that are shown: they explain the result.
 SHOWN_FIELDS = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))
 EVERYTHING_WORKS = "\nEverything works."
 BACKENDS_FAIL = "\nStart with the backend; by itself it does not work: %s"
