@@ -2852,7 +2852,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         try:
             self.stream.start_tls(self.certificates.contexts[None], self.deadline, server_side=True)
         except (OSError, ValueError) as error:
-            log.info("%s: TLS handshake failed: %s", peer, getattr(error, "reason", None) or error)
+            log.info("%s: TLS handshake failed: %s", peer, describe_error(error))
             return False
         return True
 
@@ -7642,9 +7642,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 1 if arguments.probe else 0  # an interrupted probe has no verdict
     except (OSError, ValueError) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        file = getattr(error, "filename", None)
-        print_error("%s: %s" % (file, what) if file else what)
+        print_error(describe_error(error))
     return 1
 
 
@@ -7860,6 +7858,12 @@ ProtectKernelTunables=yes
 ProtectControlGroups=yes
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
 LogsDirectory=wsgate
+# For keys that only root can read, such as those of certbot (restart wsgate after a renewal):
+#LoadCredential=cert.pem:/etc/letsencrypt/live/NAME/fullchain.pem
+#LoadCredential=key.pem:/etc/letsencrypt/live/NAME/privkey.pem
+# and in wsgate.ini:
+#   ssl_certificate = /run/credentials/wsgate.service/cert.pem
+#   ssl_certificate_key = /run/credentials/wsgate.service/key.pem
 
 [Install]
 WantedBy=multi-user.target
