@@ -3728,7 +3728,7 @@ needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
 
 @needs_root
 def test_a_reload_works_though_user_cannot_read_the_key(tls):
-    """The certificates stay; what cannot be read is said once, and by -t."""
+    """The loaded certificates stay; a renewed file that cannot be read is logged once."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         key = write_file(folder, "key.pem", SERVER_PEM)
@@ -3816,7 +3816,7 @@ def test_an_old_version_works_with_the_remedy(tmp_path, tls):
     ("", "(set proxy_ssl_trusted_certificate to its CA, or proxy_ssl_verify = off)"),
     ("proxy_ssl_trusted_certificate = CA\nproxy_ssl_name = evil.test", "(set proxy_ssl_name to a name of its certificate,"),
 ], ids=["self-signed", "name"])
-def test_a_backend_whose_certificate_is_not_trusted_is_told_with_the_key_to_set(tmp_path, tls, lines, marks):
+def test_the_error_of_an_untrusted_backend_names_the_key_to_set(tmp_path, tls, lines, marks):
     with ScriptedBackend(echo_service, tls=tls_backend(tls)) as backend:
         ini = "[server]\nproxy_pass = https://%s\n%s\n" % (backend.where, lines.replace("CA", tls.ca))
         with running(ini, tmp_path) as gate:
@@ -3826,7 +3826,7 @@ def test_a_backend_whose_certificate_is_not_trusted_is_told_with_the_key_to_set(
             assert gate.line("reason=backend_tls", "proxy_ssl_")
 
 
-def test_a_backend_port_without_tls_is_told_as_that(tmp_path):
+def test_the_error_of_a_backend_port_without_tls_names_the_cause(tmp_path):
     with ScriptedBackend(lambda peer: peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as backend:
         with running("[server]\nproxy_pass = https://%s\n" % backend.where, tmp_path) as gate:
             assert gate.fetch(request()).reason == "backend_tls"
@@ -5442,12 +5442,12 @@ def test_a_server_that_is_down_is_one_line_and_so_is_its_return(tmp_path):
             with contextlib.closing(dead.sock.accept()[0]) as sock:
                 sock.sendall(ok())
                 assert asked.response().status == 200
-            eventually(lambda: len(told(gate, dead)) == 2)
-            assert "failed: backend_refused" in told(gate, dead)[0]
-            assert re.search(r"is up again after [0-9.]+s \(failures: 5\)", told(gate, dead)[1])
+            eventually(lambda: len(lines_about(gate, dead)) == 2)
+            assert "failed: backend_refused" in lines_about(gate, dead)[0]
+            assert re.search(r"is up again after [0-9.]+s \(failures: 5\)", lines_about(gate, dead)[1])
 
 
-def told(gate, server):
+def lines_about(gate, server):
     """The lines of the error log about a server."""
     return [line for line in gate.errors if line.startswith("backend %s " % server.where)]
 

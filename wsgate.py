@@ -27,6 +27,7 @@ The file reads from top to bottom as a connection lives:
     Routing               split_target, Location.matches, Location.rewrite
     Access control        who may pass: addresses, origins, passwords
     Upstreams             Upstream.pick and their health; Server.connect
+    Resolving, connecting Resolver.resolve has a deadline; connect_socket
     Forwarding            request_head_for_backend, response_head_for_client
     The upgrade           requested_upgrade and check_101: the handshake, both ways
     Relaying              Relay: two Flows, one each way; HTTPRelay: a request and its response
@@ -5305,6 +5306,9 @@ class Health:
         self.current_weight = 0      # of the smooth weighted round robin
         self.last_address = None     # the address that accepted last
         self.failed_addresses = {}   # address: time.monotonic() until which it is tried last
+
+
+# --------------------------------------------------------- Resolving, connecting
 
 
 class Resolver:
