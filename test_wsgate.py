@@ -7587,7 +7587,7 @@ def test_a_log_that_cannot_be_opened_leaves_the_old_ones(tmp_path):
         server = load_text(tmp_path, SERVER + "access_log = %s\n" % os.path.join(folder, "log")).server
         os.rmdir(folder)
         before = descriptors()
-        assert wsgate.open_logs(server)["access_log"].endswith("gone does not exist)")
+        assert wsgate.open_logs(server)["access_log"].endswith("(No such file or directory)")
         wsgate.access_log.info("still here")
         assert descriptors() == before
         wsgate.close_logs()

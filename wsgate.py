@@ -404,9 +404,16 @@ def parse_path(text):
 
 
 def check_directory(path):
-    """Raise ValueError unless the directory of this path exists."""
+    """Raise ValueError unless the directory of this path exists.
+
+    Where only root can look it is not checked: after a start as root, a reload is done by user.
+    """
     directory = os.path.dirname(path) or "."
-    if not os.path.isdir(directory):
+    try:
+        os.stat(os.path.join(directory, ""))
+    except PermissionError:
+        pass
+    except OSError:
         raise ValueError("no such directory: %s (expected an existing one)" % directory)
 
 
@@ -1739,13 +1746,6 @@ def fatal_for(config, key):
                                        error.strerror or error)])
 
 
-def cannot_write(path, error):
-    """Return what is wrong with a file that could not be opened for writing, one sentence."""
-    folder = os.path.dirname(os.path.abspath(path))
-    return "cannot write %s (%s)" % (path, error.strerror if os.path.isdir(folder)
-                                     else "the folder %s does not exist" % folder)
-
-
 def announce(config, gate):
     """Log what runs here, and where."""
     log.info("wsgate %s, Python %s, %s", VERSION, sys.version.split()[0],
@@ -1817,7 +1817,7 @@ class PidFile:
                     file.write("%d\n" % os.getpid())
                     give_to(user, path, file.fileno())
             except OSError as error:
-                raise OSError(error.errno, cannot_write(path, error))
+                raise OSError(error.errno, "cannot write %s (%s)" % (path, error.strerror))
         self.remove()
         self.path = path
 
@@ -7323,7 +7323,7 @@ def log_sink(where, stream, user):
     try:  # without O_NONBLOCK a named pipe that has no reader would be waited for
         descriptor = os.open(where, flags, 0o644)
     except OSError as error:
-        raise OSError(error.errno, cannot_write(where, error))
+        raise OSError(error.errno, "cannot write %s (%s)" % (where, error.strerror))
     give_to(user, where, descriptor)
     return FileSink(descriptor)
 
