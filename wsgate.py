@@ -1067,6 +1067,7 @@ FOREIGN = (
     ("expected max_connections_per_ip or max_connections", "limit_conn limit_conn_zone"),
     ("expected auth_basic_user_file", "auth_basic basic_auth basicauth"),
     ("expected auth_request", "forward_auth"),
+    ("expected auth_request_headers", "auth_request_set"),
     ("expected ssl_client_certificate",
      "ssl_verify_client ssl_trusted_certificate ssl_verify_depth"),
     ("expected ssl_certificate and ssl_certificate_key", "tls crt"),
@@ -1615,6 +1616,9 @@ def warn_of_location(reader, location):
     if target and target.uri == "/" and not location.path.endswith("/"):
         reader.warn(title, "proxy_pass", "requests for %s/x are forwarded as //x (expected"
                     " [location %s/])" % (location.path, location.path))
+    for key in ("auth_request_headers", "auth_request_login"):
+        if key in reader.sections.get(title, ()) and not location.auth:
+            reader.warn(title, key, "unused: the location has no auth_request")
     if target and "$" in (target.uri or ""):
         reader.warn(title, "proxy_pass", "no variables in %s; without a URI, the request URI is"
                     " forwarded unchanged" % target.uri)
@@ -1757,10 +1761,13 @@ def announce(config, gate):
         log.info("%s %s%s", "status page on" if listener.listen.status else "listening on",
                  listener.url(), others.get(listener.listen.address.host, ""))
     for location in config.locations:
-        target = location.proxy_pass
-        log.info("[location %s] -> %s", location.name, "%s://%s%s" % (
-            "https" if target.tls else "http", target.authority, target.uri or "") if target else
-            "return %d" % location.return_.status)
+        for key, kind in (("proxy_pass", ""), ("proxy_pass_websocket", " WebSocket")):
+            target = getattr(location, key)
+            if target:
+                log.info("[location %s]%s -> %s://%s%s", location.name, kind,
+                         "https" if target.tls else "http", target.authority, target.uri or "")
+        if location.return_:
+            log.info("[location %s] -> return %d", location.name, location.return_.status)
     log.info("up to %d connections (%s)", gate.connections.capacity, gate.connections.limited_by)
 
 
@@ -5577,8 +5584,8 @@ def auth_request_head(request, location, client):
 
 def identity_fields(location, response):
     """Return the auth_request_headers in a response of auth_request, as lines for the backend."""
-    return [name + b": " + value for name, value in response.fields
-            if cgi_name(name) in location.identity]
+    names = location.identity - location.replaced  # proxy_set_header has the last word
+    return [name + b": " + value for name, value in response.fields if cgi_name(name) in names]
 
 
 def redirect_target(template, request, client):
