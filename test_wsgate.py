@@ -4916,7 +4916,7 @@ def test_the_proxy_protocol_says_who_the_client_is(tmp_path, header, client):
 def test_a_malformed_proxy_header_closes_without_a_word(tmp_path, header):
     with running(PROXY_INI % ("", "127.0.0.1"), tmp_path) as gate:
         assert gate.connect().send(header + request()).rest() == b""
-        assert any("bad PROXY header" in line for line in gate.errors) and not gate.access
+        assert any("invalid PROXY header" in line for line in gate.errors) and not gate.access
 
 
 def test_a_proxy_header_of_a_stranger_closes(tmp_path):

@@ -2723,12 +2723,13 @@ class Workers:
 
 # --------------------------------------------------------------- One connection
 #
-# What keeps or ends a connection. Another request may follow a response only if the next
-# bytes are certain to be one: client, configuration and gate want it, the body of this
-# request was read to its end, the response has an end of its own, and no upgrade was
-# requested, because a client that expects one sends its frames next (RFC 9931). Else:
+# What keeps or ends a connection. Another request may follow a response only if the bytes that
+# come next are certain to be one: client and configuration keep the connection (HTTP/1.1, no
+# "Connection: close", keepalive_timeout), the body of this request was read to its end, the
+# response shows where it ends, and no upgrade was requested, because a client that expects
+# one sends its frames next (RFC 9931). Otherwise the connection ends by one of
 #
-#     PLAIN_CLOSE       there is nothing to be sent, or nobody to send it to
+#     PLAIN_CLOSE       no response was sent, or the client does not read it, or a tunnel has ended
 #     LINGERING_CLOSE   FIN, then read on: bytes that are unread at close() make the kernel send
 #                       a reset, which takes the response from the client (RFC 9112 9.6)
 #     RESET_CLOSE       the response is cut, and an orderly end would pass for its end
@@ -2736,15 +2737,15 @@ class Workers:
 KEEP_ALIVE, PLAIN_CLOSE = "keep-alive", "close"
 LINGERING_CLOSE, RESET_CLOSE = "lingering close", "reset"
 
-# What is known of a client; made once for a connection, and for a request whose real client
-# a trusted proxy names.
+# What is known of a client. Made once for a connection; a request that names another client,
+# through a trusted proxy, has its own copy.
 ClientInfo = collections.namedtuple("ClientInfo", (
     "peer",            # address of the peer, or of the source in its PROXY header; or "unix:"
     "address",         # of the real client: that of the peer, unless a trusted proxy names it
     "port",            # of the peer; 0 for a unix socket
     "scheme",          # b"http" or b"https"
     "subject",         # of the verified client certificate, bytes; empty if there is none
-    "trusted",         # what the peer says in forwarding fields is believed
+    "trusted",         # the peer's forwarding fields (X-Forwarded-For ...) are believed
     "server_address",  # which the client connected to; "unix:" for a unix socket
     "server_port",     # 0 for a unix socket
 ))
@@ -2817,12 +2818,13 @@ class ClientConnection(socketserver.BaseRequestHandler):
         believed = trusted(server.set_real_ip_from, peer)
         if self.listen.proxy_protocol:
             if not believed:
-                log.info("%s: closed, PROXY protocol is taken only from set_real_ip_from", peer)
+                log.info("%s: connection closed: PROXY header from a peer that is not in"
+                         " set_real_ip_from", peer)
                 return False
             try:
                 source = read_proxy_header(self.stream, self.deadline)
             except ValueError as error:
-                log.info("%s: closed, bad PROXY header: %s", peer, error)
+                log.info("%s: connection closed: invalid PROXY header: %s", peer, error)
                 return False
             believed = False  # the bytes after the PROXY header are the client's own
             if source and server.real_ip_header == "proxy_protocol":
@@ -3178,7 +3180,7 @@ class Exchange:
                 proxy.upstream.succeeded(self.backend.server)
                 return relay, response
             except BackendError as error:
-                if error.retry and reused:  # closed while it was kept, which is no failure
+                if error.retry and reused:  # closed while it was kept: not a failure
                     attempts.forget(self.backend.server)
                 elif error.retry:
                     attempts.failed(error)
@@ -3243,7 +3245,7 @@ class Exchange:
         return PLAIN_CLOSE
 
     def persistent(self):
-        """Return True if client, configuration and gate want the connection to stay."""
+        """Return True if client, configuration and the gate's state keep the connection."""
         return (self.request.persistent() and self.config.server.keepalive_timeout > 0
                 and self.gate.state == "running" and not self.connection.closing)
 
