@@ -3041,6 +3041,35 @@ def test_a_backend_connection_is_not_kept_after(tmp_path, response, status):
         client.close()
 
 
+def test_a_tls_connection_to_a_backend_is_kept_too(tmp_path, tls):
+    """For requests with the same proxy_ssl_name only."""
+    with ScriptedBackend(kept_alive, tls=tls_backend(tls)) as backend:
+        ini = ("[server]\nproxy_pass = https://%s\nproxy_ssl_trusted_certificate = %s\n"
+               "proxy_ssl_name = back.test\n%s\n[location /other/]\nproxy_ssl_name = 127.0.0.1\n"
+               % (backend.where, tls.ca, KEPT))
+        with running(ini, tmp_path) as gate:
+            client = gate.connect()
+            for number in b"123":
+                assert client.send(request()).response().body == b"%c" % number
+            assert client.send(request(b"GET", b"/other/")).response().body == b"1"
+            client.close()
+
+
+def test_a_kept_connection_with_a_proxy_line_serves_the_client_named_there_alone(tmp_path):
+    """A trusted proxy sends requests of several clients over one connection."""
+    def script(peer):
+        peer.read_until(b"\r\n")
+        kept_alive(peer)
+
+    with gate_and_backend(tmp_path, script, KEPT, "proxy_protocol = on",
+                          "set_real_ip_from = 127.0.0.1") as (gate, _):
+        client = gate.connect()
+        for last, body in ((7, b"1"), (7, b"2"), (8, b"1"), (8, b"2"), (7, b"1")):
+            client.send(request(b"GET", b"/", b"X-Forwarded-For: 192.0.2.%d" % last))
+            assert client.response().body == body
+        client.close()
+
+
 def test_a_backend_connection_is_kept_no_longer_than_proxy_keepalive(tmp_path):
     with gate_and_backend(tmp_path, None, "proxy_keepalive = " + ini_ms(200)) as (gate, backend):
         client = gate.connect().send(request())

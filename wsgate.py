@@ -2944,7 +2944,8 @@ class Exchange:
     """
 
     __slots__ = ("connection", "gate", "stream", "config", "client", "entry", "request",
-                 "location", "upgrade", "backend", "keys", "responded", "cookies")
+                 "location", "upgrade", "backend", "keepable", "keys", "responded",
+                 "cookies")
 
     def __init__(self, connection):
         self.connection = connection
@@ -2957,6 +2958,7 @@ class Exchange:
         self.location = None
         self.upgrade = None          # the Upgrade that the client asks for
         self.backend = None
+        self.keepable = False        # the backend connection may be kept: see may_keep_backend
         self.cookies = ()            # Set-Cookie fields of auth_request, for the client
         self.keys = []               # of Connections.in_use: what the exchange is counted for
         self.responded = False       # a byte of the response may have been sent
@@ -3160,7 +3162,7 @@ class Exchange:
         request, location, client = self.request, self.location, self.client
         preface = proxy_line(client) if location.proxy_protocol else b""
         attempts = Attempts(proxy, location, client.address, request.fields)
-        keep = self.keeps_backend()
+        self.keepable = keep = self.may_keep_backend()
         while True:
             kept = self.connection.usable_backend() if keep else None
             try:
@@ -3203,14 +3205,14 @@ class Exchange:
             return LINGERING_CLOSE if framed else RESET_CLOSE
         finally:
             self.entry.up, self.entry.down = (0, relay.up.bytes), (0, relay.down.bytes)
-        if (keep and self.keeps_backend() and response.persistent()
+        if (keep and self.keepable and response.persistent()
                 and not self.backend.stream.buffer):
             self.backend.keep(self.location.proxy_keepalive)
             self.connection.keep_backend(self.backend)
             self.backend = None
         return KEEP_ALIVE if keep else LINGERING_CLOSE
 
-    def keeps_backend(self):
+    def may_keep_backend(self):
         """Return True if the request may go over a kept connection, and leave one (proxy_keepalive).
 
         Only one that may be repeated: a server may close the connection at any time, and then
