@@ -6574,8 +6574,7 @@ class Tunnel(Relay):
 
     def note_end(self, side, how, reason=None):
         """Record who has ended the tunnel, how and why; the first one counts."""
-        if self.record.closed_by(side, how):
-            self.record.reason = reason or side + "_gone"
+        self.record.closed_by(side, how, reason or side + "_gone")
 
     def on_scanner(self, flow, now):
         """Act on a Close, a message too big, a pong, or bytes that are not frames."""
@@ -6584,8 +6583,7 @@ class Tunnel(Relay):
         if scanner.lost and scanner.limit:  # what cannot be counted cannot be limited
             self.finish("bad_frames", 1002, 1002, now)
         elif scanner.lost:
-            self.record.frames = "lost"
-            self.record.take_counts(self)
+            self.record.frames_lost(self)
             for each in (self.up, self.down):
                 each.release()
                 each.scanner = UntilClose()
@@ -6602,7 +6600,7 @@ class Tunnel(Relay):
         """End the tunnel: Close frames where they can be placed, FIN, and read on for a moment."""
         framed = isinstance(self.down.scanner, FrameScanner)
         self.record.closed_by("gate", to_client if framed else "fin")
-        self.record.reason = reason
+        self.record.ended(reason)
         self.deadline = min(self.deadline, now + seconds)
         self.down.end(close_frame(to_client, reason, False), now)
         self.up.end(close_frame(to_backend, reason, True), now)
@@ -6992,7 +6990,8 @@ access_log = logging.getLogger("wsgate.access")
 class AccessLogEntry:
     """What the access log reports of one exchange; filled in on the way, written once at its end.
 
-    The connection's thread alone touches it; the status page reads it while the tunnel is open.
+    The Exchange fills it in, from tunnel_begins() on the Tunnel, both in the connection's thread;
+    the status page reads what is fixed by then.
     """
 
     __slots__ = ("counters", "id", "time", "begun", "client", "host", "request", "status",
@@ -7037,16 +7036,20 @@ class AccessLogEntry:
         self.status = status or self.status
         self.note = " ".join(note.split()).replace('"', "'") if note else self.note
 
-    def closed_by(self, who, how):
-        """Record who ended the tunnel ("client", "backend" or "gate") and how.
+    def closed_by(self, who, how, reason=None):
+        """Record who ended the tunnel ("client", "backend" or "gate"), how and why.
 
-        how: a close code, or "eof", "rst", "fin". The first one counts, but what the gate has
-        done it may do again differently. Returns whether this one counts.
+        how: a close code, or "eof", "rst", "fin". The first one counts; what the gate has done
+        it may do again in another way.
         """
-        counts = self.closer is None or self.closer == who == "gate"
-        if counts:
+        if self.closer is None or self.closer == who == "gate":
             self.closer, self.how = who, how
-        return counts
+            self.reason = reason or self.reason
+
+    def frames_lost(self, tunnel):
+        """The bytes of the tunnel are not frames: messages are not counted any more."""
+        self.frames = "lost"
+        self.take_counts(tunnel)
 
     def note_refusal(self, request, response):
         """A backend refused a handshake: note what its response and the request disagree about."""
