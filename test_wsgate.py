@@ -5443,6 +5443,19 @@ def test_a_resolver_that_hangs_does_not_outlast_proxy_connect_timeout(tmp_path, 
         assert not wsgate.resolver.lookups
 
 
+def test_a_resolver_that_hangs_delays_the_start_once(tmp_path, monkeypatch):
+    """All names share one time limit; the first is warned of, the others are not known."""
+    release = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: release.wait(60) and [])
+    monkeypatch.setattr(wsgate, "RESOLVE_TIMEOUT", 20 * MS)
+    ini = "".join("[location /%d/]\nproxy_pass = http://a%d.test:9\n" % (number, number) for number in range(9))
+    warnings = load_text(tmp_path, ini).warnings
+    assert len(wsgate.resolver.lookups) == 1 and "host a0.test cannot be resolved now" in "".join(warnings)
+    assert len(warnings) == 1
+    release.set()
+    eventually(lambda: not wsgate.resolver.lookups)
+
+
 def test_lookups_are_bounded_and_a_free_thread_takes_the_next(monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: release.wait(60) and [(2, 1, 6, "", ("127.0.0.1", 9))])

@@ -1650,8 +1650,9 @@ def warn_of_hidden(reader, config):
 
 def warn_of_machine(reader, config):
     """Add the warnings that depend on this machine: host names and permissions of files."""
+    deadline = Deadline(RESOLVE_TIMEOUT)  # for all, or a resolver that hangs delays the start
     for title, key, address in reader.hosts:
-        if not resolves(address):
+        if not resolves(address, deadline):
             reader.warn(title, key, "host %s cannot be resolved now; it is resolved again at every"
                         " connect%s" % (address.host, nearest(address.host, reader.upstreams)))
     for key in ("error_log", "access_log", "pid"):
@@ -1674,11 +1675,12 @@ FILE_KEYS = ("ssl_certificate", "ssl_certificate_key", "ssl_client_certificate",
              "proxy_ssl_certificate_key", "auth_basic_user_file")
 
 
-def resolves(address):
-    """True if the host of an Address has an IP address now; may take seconds."""
+def resolves(address, deadline):
+    """False if the host of an Address has no IP address now; True if time is up before."""
+    if address.path or time.monotonic() >= deadline.at:
+        return True
     try:
-        return address.path or resolver.resolve(address.host, address.port,
-                                                Deadline(RESOLVE_TIMEOUT))
+        return bool(resolver.resolve(address.host, address.port, deadline))
     except (OSError, UnicodeError, TimedOut):
         return False
 
@@ -5386,7 +5388,7 @@ class Resolver:
 
 
 resolver = Resolver()  # for all threads
-RESOLVE_TIMEOUT = 5.0  # seconds, for the warnings at start and in -t
+RESOLVE_TIMEOUT = 5.0  # seconds for all warnings of names at start and in -t
 
 
 def fixed_address(address):
