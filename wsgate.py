@@ -5772,22 +5772,22 @@ def percent_encode(data, unsafe):
 
 # ----------------------------------------------------- The upgrade (RFC 6455 4)
 #
-# Each request is examined once, by requested_upgrade. Its result decides what the
-# backend is asked for, what the 101 is checked against, and whether a refusal may be
-# a Close frame. Whatever does not pass here is forwarded without Upgrade, so a
-# backend that switches protocols all the same answers a question that was never
-# asked: 502. Upgrade and Connection are copied in the spelling of the peer, because
-# device servers and their clients exist that compare it byte by byte.
+# Each request is examined once, by requested_upgrade. Its result determines what the
+# backend receives, what the 101 is checked against, and whether a refusal may be a
+# Close frame. Whatever does not pass is forwarded without Upgrade; a 101 to that is
+# unsolicited, and becomes 502. Upgrade and Connection are copied in the spelling of
+# the peer, because some device servers compare them byte by byte.
 
 HANDSHAKE_KEY = re.compile(br"[A-Za-z0-9+/]{22}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==)")
 VERSION_NUMBER = re.compile(br"[0-9]{1,3}")                              # RFC 6455 4.1
-# RFC 9110 7.8: protocol = token ["/" token]. HTTP/2, TLS and another HTTP inside of the
-# tunnel would bypass every rule of the location (h2c smuggling), whatever is appended
-# to their names; and what does not match the grammar may be read as one of them.
+# RFC 9110 7.8: protocol = token ["/" token]. HTTP and TLS in a tunnel would bypass every
+# rule of the locations (h2c smuggling), so no name that begins like theirs passes, nor
+# what does not match the grammar: a backend might read h2c in it.
 OTHER_PROTOCOL = re.compile(br"(?!h2|http|tls)%s(?:/%s)?" % (TOKEN.pattern, TOKEN.pattern))
 
+
 class Upgrade(collections.namedtuple("Upgrade", "protocol connection websocket key error")):
-    """What a request asks for.
+    """The upgrade that a request asks for (RFC 9110 7.8).
 
     protocol, connection: values of Upgrade and Connection, as the client spelled them.
     websocket: whether RFC 6455 applies. key: a valid Sec-WebSocket-Key, or None.
@@ -5802,22 +5802,22 @@ def requested_upgrade(request, location):
     fields, strict = request.fields, location.strict_handshake
     if location.upgrade == "none" or not location.websocket_proxy or not request.attempts_upgrade():
         return None
-    asked = fields.tokens(b"upgrade") if request.minor else []  # none in HTTP/1.0
+    names = fields.tokens(b"upgrade") if request.minor else ()  # no upgrade in HTTP/1.0
     connection = as_spelled(fields, b"connection", b"upgrade")
     if connection is None and not strict:
         connection = b"Upgrade"
-    if not asked or connection is None:
+    if not names or connection is None:
         if strict and request.method == b"GET" and fields.get_all(b"sec-websocket-key"):
             missing = HTTPError(426, "upgrade_missing", UPGRADE_MISSING, UPGRADE_TO_WEBSOCKET)
             return Upgrade(b"", b"", True, None, missing)
         return None
-    if b"websocket" in asked:
+    if b"websocket" in names:
         if request.method != b"GET":
             return None
         key = handshake_key(request)
         return Upgrade(as_spelled(fields, b"upgrade", b"websocket"), connection, True, key,
                        handshake_error(request, key, strict))
-    if location.upgrade == "any" and all(map(OTHER_PROTOCOL.fullmatch, asked)):
+    if location.upgrade == "any" and all(map(OTHER_PROTOCOL.fullmatch, names)):
         return Upgrade(b", ".join(fields.get_all(b"upgrade")), connection, False, None, None)
     return None
 
@@ -5834,8 +5834,8 @@ hop-by-hop fields, and a proxy in front of wsgate did not pass them on. nginx ne
 def handshake_key(request):
     """Return Sec-WebSocket-Key, None if it is missing or invalid.
 
-    A key is 24 characters of base64, whatever it decodes to: proxies exist that invent
-    keys of 17 bytes, and only the backend can decide.
+    Valid are 24 characters of base64, whatever they decode to: some proxies make keys of
+    17 bytes, and the backend decides.
     """
     key = request.fields.get(b"sec-websocket-key")
     return key if key and HANDSHAKE_KEY.fullmatch(key) else None
@@ -5887,7 +5887,7 @@ BAD_101 = {  # word of fault_in_101: for the log; VERDICTS has the words for --p
 
 
 def check_101(request, response, location, upgrade):
-    """Raise BackendError unless a 101 matches the request: the tunnel would be another's."""
+    """Raise BackendError unless a 101 is a valid response to this request (RFC 6455 4.1)."""
     fault = fault_in_101(request.fields, response.fields, upgrade, location.strict_handshake)
     if fault:
         raise BackendError(502, "backend_bad_101", BAD_101[fault], sent=True)
@@ -5896,14 +5896,14 @@ def check_101(request, response, location, upgrade):
 def fault_in_101(sent, received, upgrade, strict=True):
     """Return what is wrong with a 101 as a word of BAD_101, None if it is valid (RFC 6455 4.1).
 
-    sent, received: the Headers of request and response. upgrade: what was asked for, or None.
+    sent, received: Headers of request and response. upgrade: the Upgrade requested, or None.
     """
     if upgrade is None:
         return "unsolicited"
-    asked, answered = upgrade.protocol.lower(), received.tokens(b"upgrade")
-    if answered != [asked]:
-        names = {name.strip(b" \t") for name in asked.split(b",")}
-        if not answered or not names.issuperset(answered):
+    requested, accepted = upgrade.protocol.lower(), received.tokens(b"upgrade")
+    if accepted != [requested]:
+        names = {name.strip(b" \t") for name in requested.split(b",")}
+        if not accepted or not names.issuperset(accepted):
             return "not_upgraded"
     if strict and b"upgrade" not in received.tokens(b"connection"):
         return "not_upgraded"
