@@ -1532,6 +1532,8 @@ class Config:
                     exact[location.path] = location
                 else:
                     prefixes.append(location)
+        self.wildcards = sorted((host for host in self.by_host if host and host[:2] == "*."),
+                                key=len, reverse=True)
         # {(host, path without its last slash): Location}
         self.without_slash = {
             (host, each.path[:-1]): each for each in locations for host in each.hosts
@@ -1579,11 +1581,8 @@ class Config:
 
     def hosts_for(self, host):
         """Return the hosts of locations that cover this host name, the most specific first."""
-        suffixes = [name for name in self.by_host
-                    if name and name.startswith("*.") and host.endswith(name[1:])]
-        groups = sorted(suffixes, key=len, reverse=True)
-        if host in self.by_host:
-            groups.insert(0, host)
+        groups = [host] if host in self.by_host else []
+        groups += [name for name in self.wildcards if host.endswith(name[1:])]
         if None in self.by_host:
             groups.append(None)
         return groups
@@ -3017,8 +3016,9 @@ class Exchange:
                                         and request.fields.get_all(b"upgrade")):
             raise HTTPError(503, "draining", "wsgate is shutting down", retry_after())
         address = real_client(self.config.server, self.client, request.fields)
-        self.client = self.client._replace(address=address)
-        self.entry.client = address
+        if address != self.client.address:
+            self.client = self.client._replace(address=address)
+            self.entry.client = address
 
     def choose_location(self):
         """Find the location and the upgrade. Return the locations that guard it, it among them."""
@@ -4095,9 +4095,10 @@ def parse_request_head(head):
     request.path = request.paths[0]
     request.length, request.chunked = request_framing(fields, request.minor)
     request.id, request.user, request.identity = "", b"", ()
-    named = PROTECTED_FIELDS.intersection(fields.tokens(b"connection"))
-    if named:
-        raise HTTPError(400, "bad_request", "Connection must not list %s" % printable(min(named)))
+    listed = fields.tokens(b"connection")
+    if not PROTECTED_FIELDS.isdisjoint(listed):
+        name = min(PROTECTED_FIELDS.intersection(listed))
+        raise HTTPError(400, "bad_request", "Connection must not list %s" % printable(name))
     return request
 
 
@@ -4223,26 +4224,30 @@ def parse_fields(block):
             if not FIELD_LINES.fullmatch(line + b"\r\n"):  # its value may be a secret
                 name = re.match(br"([^\s:]+\s*:)?", line).group()[:40]
                 raise ValueError("invalid field line %s" % printable(name or b"without a name"))
-    return Headers([(name, value.strip(b" \t")) for name, _, value in [
-        line.partition(b":") for line in block.split(b"\r\n")[:-1]]])
+    fields = Headers()
+    index = fields.index
+    for line in block.split(b"\r\n")[:-1]:
+        name, _, value = line.partition(b":")
+        value = value.strip()
+        fields.append((name, value))
+        name = name.lower()
+        if name in index:
+            index[name].append(value)
+        else:
+            index[name] = [value]
+    return fields
 
 
 class Headers(list):
     """Header fields in their order, as (name, value) pairs of bytes, found in any case.
 
-    index: {lower-case name: [value]}.
+    index: {lower-case name: [value]}. Made by parse_fields.
     """
 
-    def __init__(self, pairs=()):
-        super().__init__(pairs)
-        self.index = index = {}
+    def __init__(self):
+        super().__init__()
+        self.index = {}
         self.lists = {}  # what tokens() has returned, by name
-        for name, value in self:
-            name = name.lower()
-            if name in index:
-                index[name].append(value)
-            else:
-                index[name] = [value]
 
     def get_all(self, name):
         """Return the values of all fields of this lower-case name, in order."""
@@ -4622,7 +4627,7 @@ def split_target(method, target, authority):
     target: bytes as they came, absolute-form without scheme and authority, which must be that of
     Host. paths: see read_path. Raise HTTPError 400 for what is not a target of this method.
     """
-    absolute = ABSOLUTE_FORM.match(target)
+    absolute = not target.startswith(b"/") and ABSOLUTE_FORM.match(target)
     if absolute:
         if absolute.group(1).lower() != authority.lower():
             raise HTTPError(400, "bad_request", "the authority of the request-target is not Host")
