@@ -2213,10 +2213,12 @@ def test_the_gate_stays_on_one_processor_unless_told_otherwise(tmp_path, value):
         assert peer.send(request()).response().status == 200
         tasks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % child.pid)]
         assert len(tasks) > 1  # the connection's thread too
-        if value == "auto":
-            assert tasks == [{sorted(allowed)[child.pid % len(allowed)]}] * len(tasks)
+        free = not getattr(sys, "_is_gil_enabled", lambda: True)()  # free-threaded: nothing to gain
+        if value == "auto" and not free:
+            expected = {sorted(allowed)[child.pid % len(allowed)]}
         else:
-            assert tasks == [allowed if value == "off" else {max(allowed)}] * len(tasks)
+            expected = {max(allowed)} if value == "number" else allowed
+        assert tasks == [expected] * len(tasks)
 
 
 @needs_signals
@@ -6429,20 +6431,20 @@ def test_what_is_left_of_an_upload_is_never_a_request_though_the_backend_resets(
 
 
 def test_a_slow_reader_is_not_buffered_for(tmp_path):
-    most = 64 << 20
+    most = 192 << 20
     with http_exchange(tmp_path, request()) as (_, client, peer, _):
         peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % most)
         sent = fill(peer, most=most)
-        assert sent < most // 3  # what the buffers of the system hold
+        assert sent < most // 2  # more than all socket buffers (tcp_rmem, tcp_wmem)
         client.head()
         assert receives(client, sent)
 
 
 def test_a_slow_backend_is_not_buffered_for(tmp_path):
-    most = 64 << 20
+    most = 192 << 20
     with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: %d" % most)) as (_, client, peer, _):
         sent = fill(client, most=most)
-        assert sent < most // 3  # what the buffers of the system hold
+        assert sent < most // 2  # more than all socket buffers (tcp_rmem, tcp_wmem)
         assert receives(peer, sent)
 
 
