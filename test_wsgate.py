@@ -1337,7 +1337,7 @@ def process(*arguments, **more):
 
     collector = threading.Thread(target=collect, daemon=True)
     collector.start()
-    child.said = child.logged = lambda text: any(text in line for line in list(child.lines))
+    child.logged = child.logged = lambda text: any(text in line for line in list(child.lines))
     try:
         yield child
     finally:
@@ -1593,38 +1593,38 @@ def map_of_the_file():
 
 
 # Names of before, for tests that are on their way; they go in the end.
-Answering = PongThread
-GOOD_HOST = HOST_LINE
-Running = RunningGate
-alive = tunnel_works
-answer = respond
-asking = custom_handshake
-asking_meanwhile = requests_meanwhile
-can_drain = receives
-cpu_in_ms = cpu_while_waiting
-drip = send_bytewise
-drip_bytes = send_slowly
-echo = echo_bytes
-every_way = all_chunkings
-exchange = send_and_receive
-ini_time = ini_ms
-is_deaf = read_nothing
-lasting = takes
-lines_of_head = head_lines
-only_lines = log_lines
-opens = upgrade_then
-over = wait_for_end
-pooled = ini_for_pool
-pour_until_stuck = fill
-probed = run_probe
-read_chunked = read_chunked_body
-refusing = refusing_port
-says = respond_status
-sending = send_in_thread
-service = echo_service
-simple = ini_for
-takes_ms = takes
-written = write_file
+PongThread = PongThread
+HOST_LINE = HOST_LINE
+RunningGate = RunningGate
+tunnel_works = tunnel_works
+respond = respond
+custom_handshake = custom_handshake
+requests_meanwhile = requests_meanwhile
+receives = receives
+cpu_while_waiting = cpu_while_waiting
+send_bytewise = send_bytewise
+send_slowly = send_slowly
+echo_bytes = echo_bytes
+all_chunkings = all_chunkings
+send_and_receive = send_and_receive
+ini_ms = ini_ms
+read_nothing = read_nothing
+takes = takes
+head_lines = head_lines
+log_lines = log_lines
+upgrade_then = upgrade_then
+wait_for_end = wait_for_end
+ini_for_pool = ini_for_pool
+fill = fill
+run_probe = run_probe
+read_chunked_body = read_chunked_body
+refusing_port = refusing_port
+respond_status = respond_status
+send_in_thread = send_in_thread
+echo_service = echo_service
+ini_for = ini_for
+takes = takes
+write_file = write_file
 RunningGate.ask = RunningGate.fetch
 ScriptedBackend.peer = ScriptedBackend.connection
 ScriptedBackend.peers = property(lambda self: self.connections)
@@ -1706,7 +1706,8 @@ def test_every_reason_word_raised_is_in_the_table():
     with open(WSGATE) as file:
         source = file.read()
     raised = set(re.findall(r'(?:HTTPError|BackendError)\(\s*[\w.]+,\s*"(\w+)"', source))
-    raised |= set(re.findall(r'(?:ClientGone\(|\.finish\(\s*|make_response\(\d+, |self\.\w+_at, )"(\w+)"', source))
+    raised |= set(re.findall(r'(?:ClientGone\(|\.finish\(\s*|make_response\(\d+, |self\.\w+_at, '
+                             r')"(\w+)"', source))
     assert len(raised) > 30 and not {word for word in raised if wsgate.reason_row(word) is None}
     assert all(row.meaning and row.remedy for row in wsgate.REASONS.values())
 
@@ -1724,11 +1725,15 @@ def test_readme_lists_every_reason_word_with_its_status():
 
 
 @pytest.mark.parametrize("key, text, value", [
-    ("client_body_timeout", "500ms", 0.5), ("client_body_timeout", "30s", 30), ("client_body_timeout", "10m", 600),
-    ("client_body_timeout", "2h", 7200), ("client_body_timeout", "1d", 86400), ("client_body_timeout", "1.5s", 1.5),
+    ("client_body_timeout", "500ms", 0.5), ("client_body_timeout", "30s", 30),
+    ("client_body_timeout", "10m", 600),
+    ("client_body_timeout", "2h", 7200), ("client_body_timeout", "1d", 86400),
+    ("client_body_timeout", "1.5s", 1.5),
     ("client_body_timeout", "45", 45), ("keepalive_timeout", "0", 0),
-    ("client_header_size", "512", 512), ("client_header_size", "16k", 16384), ("client_header_size", "1m", 1 << 20),
-    ("client_header_size", "1G", 1 << 30), ("max_connections", "auto", None), ("max_connections", "7", 7),
+    ("client_header_size", "512", 512), ("client_header_size", "16k", 16384),
+    ("client_header_size", "1m", 1 << 20),
+    ("client_header_size", "1G", 1 << 30), ("max_connections", "auto", None),
+    ("max_connections", "7", 7),
     ("set_real_ip_from", "10.0.0.0/8, ::1\n  192.0.2.1", ["10.0.0.0/8", "::1/128", "192.0.2.1/32"]),
     ("set_real_ip_from", "unix: ::1", ["unix:", "::1/128"]),
     ("status_allow", "all", ["0.0.0.0/0", "::/0", "all"]),
@@ -1736,7 +1741,8 @@ def test_readme_lists_every_reason_word_with_its_status():
     ("client_body_timeout", "3650d", 3650 * 86400), ("idle_timeout", "never", math.inf),
     ("deny", "::ffff:127.0.0.0/104, ::ffff:1.2.3.4, ::/0", ["127.0.0.0/8", "1.2.3.4/32", "::/0"]),
     ("proxy_ssl_name", "::1", "::1"), ("access_log", "syslog:", "syslog:"),
-    ("log_format", "json", "json"), ("pid", "", None), ("pid", "/run/wsgate %d.pid", "/run/wsgate %d.pid"),
+    ("log_format", "json", "json"), ("pid", "", None),
+    ("pid", "/run/wsgate %d.pid", "/run/wsgate %d.pid"),
 ])
 def test_values_of_the_server_section_mean_what_they_say(tmp_path, key, text, value):
     read = getattr(load_text(tmp_path, "[server]\n%s%s = %s\n" % (PASS, key, text)).server, key)
@@ -1745,20 +1751,25 @@ def test_values_of_the_server_section_mean_what_they_say(tmp_path, key, text, va
 
 @pytest.mark.parametrize("text, listens", [
     ("127.0.0.1:8080", [("127.0.0.1", 8080, None, "")]), ("8080", [("0.0.0.0", 8080, None, "")]),
-    (":8080", [("0.0.0.0", 8080, None, "")]), ("[::1]:80", [("::1", 80, None, "")]), ("[::]:0", [("::", 0, None, "")]),
-    ("gate.test:443 ssl", [("gate.test", 443, None, "ssl")]), ("unix:/run/a", [(None, None, "/run/a", "")]),
+    (":8080", [("0.0.0.0", 8080, None, "")]), ("[::1]:80", [("::1", 80, None, "")]),
+    ("[::]:0", [("::", 0, None, "")]),
+    ("gate.test:443 ssl", [("gate.test", 443, None, "ssl")]),
+    ("unix:/run/a", [(None, None, "/run/a", "")]),
     ("1 ssl proxy_protocol reuseport", [("0.0.0.0", 1, None, "ssl proxy_protocol reuseport")]),
-    ("1, [::1]:2 ssl\n\nunix:/a proxy_protocol", [("0.0.0.0", 1, None, ""), ("::1", 2, None, "ssl"),
-                                                  (None, None, "/a", "proxy_protocol")]),
+    ("1, [::1]:2 ssl\n\nunix:/a proxy_protocol",
+     [("0.0.0.0", 1, None, ""), ("::1", 2, None, "ssl"), (None, None, "/a", "proxy_protocol")]),
 ])
 def test_listen_takes_addresses_and_flags(text, listens):
-    assert [each.address + (" ".join(name for name in ("ssl", "proxy_protocol", "reuseport") if getattr(each, name)),)
+    assert [each.address + (
+        " ".join(name for name in ("ssl", "proxy_protocol", "reuseport") if getattr(each, name)),)
             for each in wsgate.parse_listen(text)] == listens
 
 
 @pytest.mark.parametrize("text, target", [
-    ("http://127.0.0.1:9000", (False, "127.0.0.1:9000", None)), ("https://name", (True, "name", None)),
-    ("ws://name/", (False, "name", "/")), ("wss://[::1]:443/a/b?c=%20", (True, "[::1]:443", "/a/b?c=%20")),
+    ("http://127.0.0.1:9000", (False, "127.0.0.1:9000", None)),
+    ("https://name", (True, "name", None)),
+    ("ws://name/", (False, "name", "/")), ("wss://[::1]:443/a/b?c=%20",
+                                           (True, "[::1]:443", "/a/b?c=%20")),
     ("http://unix:/run/app.sock", (False, "unix:/run/app.sock", None)),
     ("http://unix:/run/app.sock:/uri/", (False, "unix:/run/app.sock", "/uri/")),
 ])
@@ -1767,9 +1778,12 @@ def test_proxy_pass_takes_names_addresses_sockets_and_a_uri(text, target):
 
 
 @pytest.mark.parametrize("line, values", [
-    ("a.test", ("a.test:80", 1, 1, 10, 0, False, False)), ("[::1]:9001", ("[::1]:9001", 1, 1, 10, 0, False, False)),
-    ("unix:/a backup", ("unix:/a", 1, 1, 10, 0, True, False)), ("a:1 down", ("a:1", 1, 1, 10, 0, False, True)),
-    ("a:1 weight=3 max_fails=0 fail_timeout=500ms max_conns=9", ("a:1", 3, 0, 0.5, 9, False, False)),
+    ("a.test", ("a.test:80", 1, 1, 10, 0, False,
+                False)), ("[::1]:9001", ("[::1]:9001", 1, 1, 10, 0, False, False)),
+    ("unix:/a backup", ("unix:/a", 1, 1, 10, 0, True, False)),
+    ("a:1 down", ("a:1", 1, 1, 10, 0, False, True)),
+    ("a:1 weight=3 max_fails=0 fail_timeout=500ms max_conns=9",
+     ("a:1", 3, 0, 0.5, 9, False, False)),
 ])
 def test_server_lines_take_an_address_and_options(line, values):
     server, = wsgate.parse_servers("\n  %s\n" % line)
@@ -1780,13 +1794,15 @@ def test_server_lines_take_an_address_and_options(line, values):
 BAD_CONFIGURATIONS = [
     # What the file says, then marks of its only error.
     (SERVER + "worker_cpu_affinity = one", ":3:", "invalid CPU 'one'"),
-    (SERVER + "client_body_timeout = 5 s", "wsgate.ini:3: [server] client_body_timeout: invalid duration '5 s'"),
+    (SERVER + "client_body_timeout = 5 s",
+     "wsgate.ini:3: [server] client_body_timeout: invalid duration '5 s'"),
     (SERVER + "client_body_timeout = -5", ":3:", "invalid duration"),
     (SERVER + "client_body_timeout = 0", ":3:", "expected more than 0"),
     (SERVER + "client_body_timeout = \u0665s", ":3:", "invalid duration"),
     (SERVER + "client_header_size = 16kb", ":3:", "invalid size"),
     (SERVER + "max_connections_per_ip = 1_0", ":3:", "invalid number"),
-    (SERVER + "strict_handshake = yes", ":3:", "[server] strict_handshake: invalid value 'yes' (expected on or off)"),
+    (SERVER + "strict_handshake = yes", ":3:",
+     "[server] strict_handshake: invalid value 'yes' (expected on or off)"),
     (SERVER + "upgrade = h2c", ":3:", "websocket, none, any"),
     (SERVER + "listen =", ":3:", "no address"),
     (SERVER + "listen = 127.0.0.1", ":3:", "port"),
@@ -1797,13 +1813,15 @@ BAD_CONFIGURATIONS = [
     (SERVER + "listen = 127.0.0.1:0 ssl", "[server]", "ssl_certificate_key"),
     (SERVER + "status_listen = a:b:c", ":3: [server] status_listen:", "'a:b:c'"),
     (SERVER + "ssl_protocols = SSLv3", ":3:", "TLSv1.2"),
-    (SERVER + "ssl_certificate = /no/such/file", ":3: [server] ssl_certificate: cannot open /no/such/file (No such file"),
+    (SERVER + "ssl_certificate = /no/such/file",
+     ":3: [server] ssl_certificate: cannot open /no/such/file (No such file"),
     (SERVER + "allow = 10.0.0.1/8", ":3: [server] allow:", "10.0.0.1/8"),
     (SERVER + "allowed_origins = example.com", ":3:", "https://example.com"),
     (SERVER + "user = nobody_by_this_name", ":3:", "unknown user"),
     (SERVER + "proxy_set_header = X-A", ":3:", "invalid header field 'X-A' (expected Name: value)"),
     (SERVER + "proxy_set_header = X A: b", ":3:", "invalid header field 'X A: b'"),
-    (SERVER + "proxy_set_header = X-A: $hots", ":3:", "unknown variable $hots (did you mean 'host'?)"),
+    (SERVER + "proxy_set_header = X-A: $hots", ":3:",
+     "unknown variable $hots (did you mean 'host'?)"),
     (SERVER + "proxy_set_header = X-A: a\x01b", ":3:", "control character in the value of X-A"),
     (SERVER + "proxy_set_header = X-A: a\x7f", ":3:", "control character in the value of X-A"),
     (SERVER + "proxy_set_header = Connection: close", ":3:", "Connection is managed by wsgate"),
@@ -1817,7 +1835,8 @@ BAD_CONFIGURATIONS = [
     (SERVER + "[location /a]\nreturn = 99", ":4: [location /a] return:"),
     (SERVER + "proxy_pas = x", ":3: [server] proxy_pas: unknown key (did you mean 'proxy_pass'?)"),
     (SERVER + "Upgrade = any", ":3: [server] Upgrade: unknown key (did you mean 'upgrade'?)"),
-    (SERVER + "[location /a]\n\n# a comment\nlisten = 80", ":6: [location /a] listen: not allowed in this section (expected in [server])"),
+    (SERVER + "[location /a]\n\n# a comment\nlisten = 80",
+     ":6: [location /a] listen: not allowed in this section (expected in [server])"),
     (SERVER + "[locaton /]", ":3: [locaton /]", "did you mean 'location'?"),
     (SERVER + "[DEFAULT]", ":3: [DEFAULT]: unknown section"),
     (SERVER + "[ ]", ":3:", "unknown section"),
@@ -1826,54 +1845,78 @@ BAD_CONFIGURATIONS = [
     (SERVER + "[upstream]\nserver = a:1", ":3: [upstream]", "NAME"),
     (SERVER + "[server]", "wsgate.ini:3: [server]: duplicate section (first in line 1)"),
     (SERVER + PASS, "wsgate.ini:3: [server] proxy_pass: duplicate key (first in line 2)"),
-    (SERVER + "[location /a]\n[location  /a]", ":4: [location /a]: duplicate section (first in line 3)"),
-    (SERVER + "[location a.test/]\n[location A.test/]", ":4: [location A.test/]: duplicate location"),
+    (SERVER + "[location /a]\n[location  /a]",
+     ":4: [location /a]: duplicate section (first in line 3)"),
+    (SERVER + "[location a.test/]\n[location A.test/]",
+     ":4: [location A.test/]: duplicate location"),
     (SERVER + "[location = /a]\n[location =/a]", ":4: [location =/a]: duplicate location"),
     (SERVER + "[upstream u]\nbalance = ip_hash", ":3: [upstream u] server:", "no server"),
-    (SERVER + "[upstream u]\nserver =\n  a:1\n  a:2 wieght=2", ":4: [upstream u] server:", "unknown server parameter 'wieght=2'"),
+    (SERVER + "[upstream u]\nserver =\n  a:1\n  a:2 wieght=2", ":4: [upstream u] server:",
+     "unknown server parameter 'wieght=2'"),
     (SERVER + "[upstream u]\nserver = a:1 weight=0", ":4:", "invalid weight 0"),
-    (SERVER + "[upstream u]\nserver = a:1\nbalance = random", ":5: [upstream u] balance:", "least_conn"),
+    (SERVER + "[upstream u]\nserver = a:1\nbalance = random", ":5: [upstream u] balance:",
+     "least_conn"),
     ("[server]\n  " + PASS + "  proxy_pas = x", "wsgate.ini:3: [server] proxy_pas: unknown key"),
-    ("[server]\n  " + PASS + "  [location /a]\n    x = 1", "wsgate.ini:4: [location /a] x: unknown key"),
+    ("[server]\n  " + PASS + "  [location /a]\n    x = 1",
+     "wsgate.ini:4: [location /a] x: unknown key"),
     (SERVER + "\x0c\nproxy_pas = x", "wsgate.ini:4: [server] proxy_pas: unknown key"),
-    (SERVER + "# a\u2028b\x1cc\x85\nproxy_pas = x", "wsgate.ini:4: [server] proxy_pas: unknown key"),
-    ("[server]\nlisten = x\nreturn = 200 some text\n  listen = is more of it", "wsgate.ini:2: [server] listen:"),
-    ("[server]\nreturn = 200 some text\n  [location /a]\nlisten = x", "wsgate.ini:4: [server] listen:"),
+    (SERVER + "# a\u2028b\x1cc\x85\nproxy_pas = x",
+     "wsgate.ini:4: [server] proxy_pas: unknown key"),
+    ("[server]\nlisten = x\nreturn = 200 some text\n  listen = is more of it",
+     "wsgate.ini:2: [server] listen:"),
+    ("[server]\nreturn = 200 some text\n  [location /a]\nlisten = x",
+     "wsgate.ini:4: [server] listen:"),
     (PASS, "wsgate.ini:1: proxy_pass: outside of a section (expected [server] above it)"),
     (SERVER + "nonsense", "wsgate.ini:3: invalid line: nonsense"),
     ("[server]\n", "wsgate.ini: no location", "proxy_pass"),
     ("", "wsgate.ini: no location"),
     ("[location /a]\n", "wsgate.ini:1: [location /a]: missing proxy_pass or return"),
     # What is left in a value by mistake: the sentence says to remove just that.
-    (SERVER + "keepalive_timeout = 75s;", ":3: [server] keepalive_timeout: unexpected semicolon in '75s;' (remove it)"),
+    (SERVER + "keepalive_timeout = 75s;",
+     ":3: [server] keepalive_timeout: unexpected semicolon in '75s;' (remove it)"),
     (SERVER + "max_connections = 5 # five", ":3:", "unexpected comment in '5 # five' (remove it)"),
-    (SERVER + "log_format = 'json'; ; both", ":3:", "unexpected comment and semicolon and quotes in", "(remove them)"),
+    (SERVER + "log_format = 'json'; ; both", ":3:",
+     "unexpected comment and semicolon and quotes in", "(remove them)"),
     (SERVER + "pid = \"wsgate.pid\"", ":3:", "unexpected quotes in"),
     (SERVER + "keepalive_timeout = \u201c75s\u201d", ":3:", "unexpected quotes in"),
-    (SERVER + "access_log = access.log combined", ":3:", "log_format and log_level are keys of their own"),
+    (SERVER + "access_log = access.log combined", ":3:",
+     "log_format and log_level are keys of their own"),
     (SERVER + "access_log = access.log; # text", ":3:", "unexpected comment and semicolon in"),
     (SERVER + "[upstream u]\nserver =\n  a:1\n  a:2;", ":4:", "unexpected semicolon in 'a:2;'"),
-    ("[server] # main\n" + PASS, "wsgate.ini:1: invalid line: [server] # main (expected [section] and nothing after it)"),
+    ("[server] # main\n" + PASS,
+     "wsgate.ini:1: invalid line: [server] # main (expected [section] and nothing after it)"),
     (SERVER + "[location = /] ; x\nreturn = 200", "wsgate.ini:3: invalid line: [location = /] ; x"),
     # A line that is indented by mistake, or not.
-    ("[server]\nlisten = 1\n  " + PASS, ":2: [server] listen: line 3 is indented, so it continues listen of line 2"
+    ("[server]\nlisten = 1\n  " + PASS,
+     ":2: [server] listen: line 3 is indented, so it continues listen of line 2"
      " (remove the indentation)"),
-    ("[server]\npid = wsgate.pid\n\n # comment\n\tuser = root\n" + PASS, "line 5 is indented, so it continues pid of line 2"),
-    ("[server]\nlisten = 1\n  [location /a]\n  return = 200", "line 3 is indented, so it continues listen of line 2"),
-    ("[server]\nlisten = 1\n  server_name = a.test\n" + PASS, "line 3 is indented, so it continues listen of line 2"),
-    (SERVER + "ssl_certificate = /no/file\n  listen 80;", ":3: [server] ssl_certificate: cannot open /no/file listen 80;"),
+    ("[server]\npid = wsgate.pid\n\n # comment\n\tuser = root\n" + PASS,
+     "line 5 is indented, so it continues pid of line 2"),
+    ("[server]\nlisten = 1\n  [location /a]\n  return = 200",
+     "line 3 is indented, so it continues listen of line 2"),
+    ("[server]\nlisten = 1\n  server_name = a.test\n" + PASS,
+     "line 3 is indented, so it continues listen of line 2"),
+    (SERVER + "ssl_certificate = /no/file\n  listen 80;",
+     ":3: [server] ssl_certificate: cannot open /no/file listen 80;"),
     (SERVER + "[upstream u]\nserver =\na:1", "wsgate.ini:5: invalid line: a:1",
      "a line that continues a value is indented"),
     # Lines of another program's configuration.
-    ("[server]\nproxy_pass \thttp://127.0.0.1:9;", ":2: invalid line:", "(expected proxy_pass = http://127.0.0.1:9)"),
-    ("[server]\nproxy_pass: http://127.0.0.1:9", ":2: invalid line:", "(expected proxy_pass = http://127.0.0.1:9)"),
-    (SERVER + "location /ws/ {", "wsgate.ini:3: invalid line: location /ws/ { (expected [location /ws/])"),
-    (SERVER + "}", "wsgate.ini:3: invalid line: } (remove it: a section ends where the next one begins)"),
-    (SERVER + "gzip on;", "wsgate.ini:3: invalid line: gzip on; (out of scope: let the backend compress)"),
-    (SERVER + "timeout tunnel = 1h", ":3: [server] timeout tunnel: unknown key (expected idle_timeout)"),
+    ("[server]\nproxy_pass \thttp://127.0.0.1:9;", ":2: invalid line:",
+     "(expected proxy_pass = http://127.0.0.1:9)"),
+    ("[server]\nproxy_pass: http://127.0.0.1:9", ":2: invalid line:",
+     "(expected proxy_pass = http://127.0.0.1:9)"),
+    (SERVER + "location /ws/ {",
+     "wsgate.ini:3: invalid line: location /ws/ { (expected [location /ws/])"),
+    (SERVER + "}",
+     "wsgate.ini:3: invalid line: } (remove it: a section ends where the next one begins)"),
+    (SERVER + "gzip on;",
+     "wsgate.ini:3: invalid line: gzip on; (out of scope: let the backend compress)"),
+    (SERVER + "timeout tunnel = 1h",
+     ":3: [server] timeout tunnel: unknown key (expected idle_timeout)"),
     (SERVER + "[upstream u]\nserver = a:1\nserver a:2 weight=2;", ":5:", "missing = after server"),
     (SERVER + "[http]", ":3: [http]: unknown section (built in: remove it)"),
-    (SERVER + "[location ~ ^/a]", ":3: [location ~ ^/a]: regular expressions and modifiers are not supported"),
+    (SERVER + "[location ~ ^/a]",
+     ":3: [location ~ ^/a]: regular expressions and modifiers are not supported"),
     # An address, a name, a size, a path and a time are checked whole.
     (SERVER + "listen = *:80", ":3:", "invalid host '*' (expected :80 for every IPv4 address"),
     (SERVER + "listen = [::zz]:80", ":3:", "invalid host '[::zz]'"),
@@ -1884,32 +1927,41 @@ BAD_CONFIGURATIONS = [
     (SERVER + "listen = -a:80", ":3:", "invalid host '-a'"),
     (SERVER + "listen = 8080\n  8080", ":3:", "duplicate address 8080"),
     (SERVER + "listen = unix:/no/folder/s", ":3: [server] listen: no such directory: /no/folder"),
-    (SERVER + "status_listen = unix:/no/folder/s", ":3: [server] status_listen: no such directory: /no/folder"),
+    (SERVER + "status_listen = unix:/no/folder/s",
+     ":3: [server] status_listen: no such directory: /no/folder"),
     (SERVER + "pid = /no/folder/pid", ":3: [server] pid: no such directory: /no/folder"),
-    (SERVER + "error_log = /no/folder/log", ":3: [server] error_log: no such directory: /no/folder"),
+    (SERVER + "error_log = /no/folder/log",
+     ":3: [server] error_log: no such directory: /no/folder"),
     (SERVER + "access_log = /", ":3: [server] access_log: / is a directory"),
     (SERVER + "client_header_size = 0", ":3:", "invalid size '0' (expected at least 128)"),
-    (SERVER + "proxy_read_timeout = 3651d", ":3:", "duration '3651d' is too long (expected at most 3650d)"),
+    (SERVER + "proxy_read_timeout = 3651d", ":3:",
+     "duration '3651d' is too long (expected at most 3650d)"),
     (SERVER + "idle_timeout = Never", ":3:", "invalid duration 'Never'"),
     (SERVER + "proxy_ssl_name = a b", ":3:", "invalid host 'a b'"),
-    ("[server]\nproxy_pass = http://$host:3000", ":2: [server] proxy_pass: variables are not allowed in the host"),
+    ("[server]\nproxy_pass = http://$host:3000",
+     ":2: [server] proxy_pass: variables are not allowed in the host"),
     ("[server]\nproxy_pass = http://3000", ":2:", "invalid host '3000'"),
     (SERVER + "[upstream a b]\nserver = a:1", ":3: [upstream a b]: invalid name 'a b'"),
     (SERVER + "allow = ::ffff:10.0.0.1/104", ":3:", "has host bits set (expected ::ffff:"),
-    (SERVER + "allowed_origins = https://a.test/", ":3:", "invalid origin 'https://a.test/' (expected e.g."),
+    (SERVER + "allowed_origins = https://a.test/", ":3:",
+     "invalid origin 'https://a.test/' (expected e.g."),
     # Locations that no request can reach.
-    (SERVER + "[location /a%20b/]", ":3:", "/a%20b/ never matches (expected the decoded path, /a b/)"),
+    (SERVER + "[location /a%20b/]", ":3:",
+     "/a%20b/ never matches (expected the decoded path, /a b/)"),
     (SERVER + "[location /a%2Fb]", ":3:", "(expected the decoded path, /a/b)"),
     (SERVER + "[location //x/]", ":3:", "//x/ never matches (expected the decoded path, /x/)"),
     (SERVER + "[location /x/../y/]", ":3:", "never matches (expected a path without dot segments)"),
     (SERVER + "[location /x/.]", ":3:", "never matches (expected a path without dot segments)"),
     (SERVER + "[location /x?y]", ":3:", "invalid path /x?y"),
     (SERVER + "[location / {]", ":3:", "invalid path / {"),
-    (SERVER + "[location a.test:80/]", ":3:", "invalid host 'a.test:80' (expected a name without a port"),
+    (SERVER + "[location a.test:80/]", ":3:",
+     "invalid host 'a.test:80' (expected a name without a port"),
     (SERVER + "[location a.*.test/]", ":3:", "invalid host 'a.*.test'"),
     (SERVER + "[location b\u00fccher.test/]", ":3:", "in ASCII"),
-    (SERVER + "[location a.test,b.test/]\n[location b.test/]", ":4:", "duplicate location (first in line 3"),
-    (SERVER.encode() + b"pid = \xff", "wsgate.ini: not UTF-8 (invalid byte at offset %d)" % (len(SERVER) + 6)),
+    (SERVER + "[location a.test,b.test/]\n[location b.test/]", ":4:",
+     "duplicate location (first in line 3"),
+    (SERVER.encode() + b"pid = \xff", "wsgate.ini: not UTF-8 (invalid byte at offset %d)"
+     % (len(SERVER) + 6)),
 ]
 
 
@@ -1922,26 +1974,31 @@ def test_a_bad_configuration_is_one_error_that_says_where_and_what(tmp_path, cas
 
 
 @pytest.mark.parametrize("key, near", [
-    ("proxy_pas", "proxy_pass"), ("Listen", "listen"), ("idle_timout", "idle_timeout"), ("listne", "listen"),
-    ("proxy_connection_timeout", "proxy_connect_timeout"), ("ssl_protocol", "ssl_protocols"), ("alow", "allow"),
-    ("log_file", None), ("websocket", None), ("read_timeout", None), ("proxy", None), ("cert", None), ("port", None)])
+    ("proxy_pas", "proxy_pass"), ("Listen", "listen"), ("idle_timout", "idle_timeout"),
+    ("listne", "listen"), ("proxy_connection_timeout", "proxy_connect_timeout"),
+    ("ssl_protocol", "ssl_protocols"), ("alow", "allow"), ("log_file", None), ("websocket", None),
+    ("read_timeout", None), ("proxy", None), ("cert", None), ("port", None)])
 def test_only_a_key_that_is_near_is_suggested(tmp_path, key, near):
     error, = errors_of(tmp_path, SERVER + key + " = 1")
-    assert error == "wsgate.ini:3: [server] %s: unknown key%s" % (key, " (did you mean %r?)" % near if near else "")
+    assert error == "wsgate.ini:3: [server] %s: unknown key%s" % (
+        key, " (did you mean %r?)" % near if near else "")
 
 
 NGINX = (
-    "absolute_redirect alias auth_basic autoindex brotli chunked_transfer_encoding client_body_buffer_size"
-    " client_header_buffer_size daemon error_page etag events expires fastcgi_pass geo gzip gzip_types gzip_vary hash"
-    " http http2 if include index internal ip_hash keepalive keepalive_requests large_client_header_buffers least_conn"
-    " limit_conn limit_conn_zone limit_rate limit_req limit_req_zone load_module map memcached_pass merge_slashes mirror"
-    " multi_accept proxy_bind proxy_buffer_size proxy_buffering proxy_buffers proxy_busy_buffers_size proxy_cache"
-    " proxy_cache_bypass proxy_cache_path proxy_cookie_path proxy_hide_header proxy_http_version proxy_max_temp_file_size"
-    " proxy_next_upstream proxy_no_cache proxy_request_buffering proxy_socket_keepalive proxy_ssl_server_name"
-    " real_ip_recursive resolver rewrite root satisfy sendfile server_name server_tokens set ssl ssl_dhparam"
-    " ssl_prefer_server_ciphers ssl_session_cache ssl_session_tickets ssl_session_timeout ssl_stapling"
-    " ssl_trusted_certificate ssl_verify_client stub_status sub_filter tcp_nodelay tcp_nopush try_files types"
-    " underscores uwsgi_pass worker_connections worker_processes worker_rlimit_nofile zone").replace(" underscores", "")
+    "absolute_redirect alias auth_basic autoindex brotli chunked_transfer_encoding "
+    "client_body_buffer_size client_header_buffer_size daemon error_page etag events expires "
+    "fastcgi_pass geo gzip gzip_types gzip_vary hash http http2 if include index internal "
+    "ip_hash keepalive keepalive_requests large_client_header_buffers least_conn limit_conn "
+    "limit_conn_zone limit_rate limit_req limit_req_zone load_module map memcached_pass "
+    "merge_slashes mirror multi_accept proxy_bind proxy_buffer_size proxy_buffering "
+    "proxy_buffers proxy_busy_buffers_size proxy_cache proxy_cache_bypass proxy_cache_path "
+    "proxy_cookie_path proxy_hide_header proxy_http_version proxy_max_temp_file_size "
+    "proxy_next_upstream proxy_no_cache proxy_request_buffering proxy_socket_keepalive "
+    "proxy_ssl_server_name real_ip_recursive resolver rewrite root satisfy sendfile "
+    "server_name server_tokens set ssl ssl_dhparam ssl_prefer_server_ciphers "
+    "ssl_session_cache ssl_session_tickets ssl_session_timeout ssl_stapling "
+    "ssl_trusted_certificate ssl_verify_client stub_status sub_filter tcp_nodelay tcp_nopush "
+    "try_files types uwsgi_pass worker_connections worker_processes worker_rlimit_nofile zone")
 
 
 def test_a_directive_of_another_proxy_gets_a_sentence_of_its_own(tmp_path):
@@ -1951,7 +2008,8 @@ def test_a_directive_of_another_proxy_gets_a_sentence_of_its_own(tmp_path):
     errors = errors_of(tmp_path, SERVER + "".join(name + " = 1\n" for name in NGINX.split()))
     assert len(errors) == len(NGINX.split()) > 60
     for error in errors:
-        assert re.search(r": unknown key \((built in: remove it|out of scope: .+|expected .+|one process .+|set it .+)\)$",
+        assert re.search(r": unknown key \((built in: remove it|out of scope: .+|expected .+|one "
+                         r"process .+|set it .+)\)$",
                          error), error
     for advice, names in wsgate.FOREIGN:
         assert not keys & set(names.split())
@@ -1960,34 +2018,48 @@ def test_a_directive_of_another_proxy_gets_a_sentence_of_its_own(tmp_path):
 
 def test_a_location_has_several_hosts(tmp_path):
     """Its counters are those of one location, whichever host a request names."""
-    config = load_text(tmp_path, SERVER + "[location a.test, B.test,*.c.test/x]\nmax_connections = 1\n")
+    config = load_text(tmp_path,
+                       SERVER + "[location a.test, B.test,*.c.test/x]\nmax_connections = 1\n")
     location = location_of(config, "a.test, B.test,*.c.test/x")
     assert location.hosts == ("a.test", "b.test", "*.c.test")
-    assert [config.route(host, "/x/y") is location for host in ("a.test", "b.test", "d.c.test", "c.test")] == [
+    assert [config.route(host, "/x/y") is location
+            for host in ("a.test", "b.test", "d.c.test", "c.test")] == [
         True, True, True, False]
 
 
 MISTAKES = [
     # What is valid, then marks of its only warning.
-    ("[location /chat/]\n[location a.test/]", ":3: [location /chat/]: hidden by [location a.test/] for requests to"
+    ("[location /chat/]\n[location a.test/]",
+     ":3: [location /chat/]: hidden by [location a.test/] for requests to"
      " a.test (expected [location a.test/chat/] too)"),
-    ("[location *.test/chat/]\n[location a.test/]", ":3: [location *.test/chat/]: hidden by [location a.test/]"),
-    ("[location = /chat/]\n[location a.test,b.test/]", ":3:", "hidden by [location a.test,b.test/] for requests to a.test"),
-    ("ssl_certificate = CERTIFICATE", ":3: [server] ssl_certificate: unused: no listener has the option ssl"),
-    ("[location a.test/]\nssl_certificate = CERTIFICATE", ":4: [location a.test/] ssl_certificate: unused"),
-    ("[location /a]\nproxy_pass = http://127.0.0.1:9/", ":4: [location /a] proxy_pass: requests for /a/x are forwarded as //x"),
-    ("[location /a]\nproxy_pass = http://127.0.0.1:9/$request_uri", ":4:", "no variables in /$request_uri"),
-    ("[location /a]\nproxy_pass = https://127.0.0.1:9\nproxy_ssl_verify = off", ":5: [location /a] proxy_ssl_verify: off"),
+    ("[location *.test/chat/]\n[location a.test/]",
+     ":3: [location *.test/chat/]: hidden by [location a.test/]"),
+    ("[location = /chat/]\n[location a.test,b.test/]", ":3:",
+     "hidden by [location a.test,b.test/] for requests to a.test"),
+    ("ssl_certificate = CERTIFICATE",
+     ":3: [server] ssl_certificate: unused: no listener has the option ssl"),
+    ("[location a.test/]\nssl_certificate = CERTIFICATE",
+     ":4: [location a.test/] ssl_certificate: unused"),
+    ("[location /a]\nproxy_pass = http://127.0.0.1:9/",
+     ":4: [location /a] proxy_pass: requests for /a/x are forwarded as //x"),
+    ("[location /a]\nproxy_pass = http://127.0.0.1:9/$request_uri", ":4:",
+     "no variables in /$request_uri"),
+    ("[location /a]\nproxy_pass = https://127.0.0.1:9\nproxy_ssl_verify = off",
+     ":5: [location /a] proxy_ssl_verify: off"),
     ("[location /a]\nauth_request_login = /login",
      ":4: [location /a] auth_request_login: unused: the location has no auth_request"),
     ("ping_interval = 60s", ":3: [server] ping_interval: not less than idle_timeout"),
-    ("proxy_set_header = X-A: b;", ":3: [server] proxy_set_header: unexpected semicolon in 'X-A: b;' (remove it)"),
-    ("[location /a]\nreturn = 200 text\n  listen = 1", ":4:", "line 5 is indented, so it continues return of line 4"),
-    ("[location /a]\nproxy_pass = http://[fe80::1%nosuch0]:9", ":4:", "host fe80::1%nosuch0 cannot be resolved now"),
+    ("proxy_set_header = X-A: b;",
+     ":3: [server] proxy_set_header: unexpected semicolon in 'X-A: b;' (remove it)"),
+    ("[location /a]\nreturn = 200 text\n  listen = 1", ":4:",
+     "line 5 is indented, so it continues return of line 4"),
+    ("[location /a]\nproxy_pass = http://[fe80::1%nosuch0]:9", ":4:",
+     "host fe80::1%nosuch0 cannot be resolved now"),
 ]
 
 
-@pytest.mark.parametrize("text, marks", [(case[0], case[1:]) for case in MISTAKES], ids=lambda each: repr(each)[-45:])
+@pytest.mark.parametrize("text, marks", [(case[0], case[1:]) for case in MISTAKES],
+                         ids=lambda each: repr(each)[-45:])
 def test_what_is_valid_but_surely_not_meant_is_a_warning(tmp_path, text, marks):
     path = write_file(tmp_path, "server.pem", SERVER_PEM)
     warning, = load_text(tmp_path, SERVER + text.replace("CERTIFICATE", path) + "\n").warnings
@@ -1996,15 +2068,21 @@ def test_what_is_valid_but_surely_not_meant_is_a_warning(tmp_path, text, marks):
 
 
 @pytest.mark.parametrize("text", [
-    "[location a.test/]\n[location a.test/chat/]\n[location /chat/]\n[location b.test/chat/]", "[location *.test/]\n",
-    "[location /a]\nproxy_pass = http://127.0.0.1:9/x", "ping_interval = 25s", "idle_timeout = never\nping_interval = 1d",
-    "[location /a/]\nproxy_pass = http://127.0.0.1:9/", "proxy_ssl_verify = off", "[location /a]\nreturn = 200 a;b #5", "[location /a]\nreturn = 200 a\n  b = c", "proxy_set_header = X-A: #fff"])
+    "[location a.test/]\n[location a.test/chat/]\n[location /chat/]\n[location b.test/chat/]",
+    "[location *.test/]\n",
+    "[location /a]\nproxy_pass = http://127.0.0.1:9/x", "ping_interval = 25s",
+    "idle_timeout = never\nping_interval = 1d",
+    "[location /a/]\nproxy_pass = http://127.0.0.1:9/", "proxy_ssl_verify = off",
+    "[location /a]\nreturn = 200 a;b #5", "[location /a]\nreturn = 200 a\n  b = c",
+    "proxy_set_header = X-A: #fff"])
 def test_what_is_meant_is_no_warning(tmp_path, text):
     assert load_text(tmp_path, SERVER + text + "\n").warnings == []
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root gives files to others")
-@pytest.mark.parametrize("mode, folder, readable", [(0o600, 0o755, False), (0o644, 0o755, True), (0o644, 0o700, False)])
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0,
+                    reason="only root gives files to others")
+@pytest.mark.parametrize("mode, folder, readable",
+                         [(0o600, 0o755, False), (0o644, 0o755, True), (0o644, 0o700, False)])
 def test_a_key_that_the_user_cannot_read_is_a_warning(tmp_path, mode, folder, readable):
     """It is read as root at start, but neither a reload nor a renewal could read it again."""
     with tempfile.TemporaryDirectory() as parent:
@@ -2013,9 +2091,12 @@ def test_a_key_that_the_user_cannot_read_is_a_warning(tmp_path, mode, folder, re
         with open(path, "w") as file:
             file.write(SERVER_PEM)
         os.chmod(path, mode)
-        warnings = load_text(tmp_path, SERVER + "user = nobody\nlisten = 1 ssl\nssl_certificate = %s\n" % path).warnings
+        warnings = load_text(tmp_path,
+                             SERVER + "user = nobody\nlisten = 1 ssl\nssl_certificate = %s\n"
+                             % path).warnings
     assert [warning.partition("wsgate.ini")[2] for warning in warnings] == ([] if readable else [
-        ":5: [server] ssl_certificate: %s is not readable for user nobody: a renewed file could not be loaded" % path])
+        ":5: [server] ssl_certificate: %s is not readable for user nobody: a renewed file could "
+        "not be loaded" % path])
 
 
 def test_a_missing_file_is_an_error_with_its_name(tmp_path):
@@ -2025,14 +2106,17 @@ def test_a_missing_file_is_an_error_with_its_name(tmp_path):
 
 
 def test_every_error_of_a_file_is_told_once_in_the_order_of_its_lines(tmp_path):
-    errors = errors_of(tmp_path, "[server]\nlisten = a:b:c\nstatus_listen = a:b:c\nproxy_read_timeout = soon\n"
-                                 "proxy_pas = x\n[location /a]\nreturn = x\nallow = me\n[location /b]\nreturn = 200\n"
+    errors = errors_of(tmp_path, "[server]\nlisten = a:b:c\nstatus_listen = a:b:c\n"
+                                 "proxy_read_timeout = soon\n"
+                                 "proxy_pas = x\n[location /a]\nreturn = x\nallow = me\n"
+                                 "[location /b]\nreturn = 200\n"
                                  "[upsteam u]\n[upstream v]\nserver = a:1 b\n")
     assert [int(error.split(":")[1]) for error in errors] == [2, 3, 4, 5, 7, 8, 11, 13]
 
 
 def test_duplicates_are_all_reported_with_the_line_of_the_first(tmp_path):
-    errors = errors_of(tmp_path, SERVER + PASS + "[location /a]\nreturn = 200\nreturn = 201\n[server]\n[location /a]\n")
+    errors = errors_of(tmp_path, SERVER + PASS
+                       + "[location /a]\nreturn = 200\nreturn = 201\n[server]\n[location /a]\n")
     assert errors == ["wsgate.ini:3: [server] proxy_pass: duplicate key (first in line 2)",
                       "wsgate.ini:6: [location /a] return: duplicate key (first in line 5)",
                       "wsgate.ini:7: [server]: duplicate section (first in line 1)",
@@ -2040,7 +2124,8 @@ def test_duplicates_are_all_reported_with_the_line_of_the_first(tmp_path):
 
 
 def test_every_line_that_is_no_ini_is_told(tmp_path):
-    assert [error.split(":")[1] for error in errors_of(tmp_path, SERVER + "one\nreturn = 200\ntwo\n")] == ["3", "5"]
+    errors = errors_of(tmp_path, SERVER + "one\nreturn = 200\ntwo\n")
+    assert [error.split(":")[1] for error in errors] == ["3", "5"]
 
 
 @pytest.mark.parametrize("text", [SERVER, SERVER.rstrip("\n"), SERVER.replace("\n", "\r\n"),
@@ -2053,18 +2138,22 @@ def test_two_lines_are_a_complete_file_with_bom_or_crlf_too(tmp_path, text):
 
 
 def test_percent_and_comment_signs_in_a_value_stand_for_themselves(tmp_path):
-    config = load_text(tmp_path, SERVER + "proxy_set_header = X-A: 50%(of)s %d ; # it = all\n  X-B: b\n")
+    config = load_text(tmp_path,
+                       SERVER + "proxy_set_header = X-A: 50%(of)s %d ; # it = all\n  X-B: b\n")
     assert [(name, template.text) for name, template in location_of(config).proxy_set_header] == [
         (b"X-A", "50%(of)s %d ; # it = all"), (b"X-B", "b")]
 
 
 def test_a_line_of_a_list_can_be_commented_out(tmp_path):
-    config = load_text(tmp_path, "[server]\nproxy_pass = http://u\n[upstream u]\nserver =\n  127.0.0.1:1\n"
+    config = load_text(tmp_path,
+                       "[server]\nproxy_pass = http://u\n[upstream u]\nserver =\n  127.0.0.1:1\n"
                                  "  # 127.0.0.1:2\n#  127.0.0.1:3\n  127.0.0.1:4\n")
-    assert [server.name for server in location_of(config).proxy.upstream.servers] == ["127.0.0.1:1", "127.0.0.1:4"]
+    assert [server.name for server in location_of(config).proxy.upstream.servers] == [
+        "127.0.0.1:1", "127.0.0.1:4"]
 
 
-@pytest.mark.parametrize("text", ["status_listen =", "status_listen = off", "access_log = off\nerror_log = off"])
+@pytest.mark.parametrize("text", ["status_listen =", "status_listen = off",
+                                  "access_log = off\nerror_log = off"])
 def test_off_and_empty_values_start_a_gate_without_the_thing(tmp_path, text):
     with running("[server]\nlisten = 127.0.0.1:0\nreturn = 204\n" + text, tmp_path) as gate:
         assert len(gate.listeners) == 1
@@ -2079,14 +2168,17 @@ def test_settings_are_frozen(tmp_path):
 
 
 def test_a_location_inherits_from_server_and_may_say_otherwise(tmp_path):
-    config = load_text(tmp_path, SERVER + "proxy_send_timeout = 7s\nupgrade = none\nmax_connections = 5\n"
+    config = load_text(tmp_path,
+                       SERVER + "proxy_send_timeout = 7s\nupgrade = none\nmax_connections = 5\n"
                                           "[location /a]\nupgrade = any\n"
                                           "[location /b]\nproxy_pass = http://[::1]:7/x\n")
     names = ["/", "/a", "/b"]
     assert [location_of(config, name).upgrade for name in names] == ["none", "any", "none"]
     assert [location_of(config, name).proxy_send_timeout for name in names] == [7, 7, 7]
-    assert [location_of(config, name).proxy.upstream.name for name in names] == ["127.0.0.1:9", "127.0.0.1:9", "[::1]:7"]
-    assert [location_of(config, name).max_connections for name in names] == [0, 0, 0]  # that of [server] is the gate's
+    assert [location_of(config, name).proxy.upstream.name
+            for name in names] == ["127.0.0.1:9", "127.0.0.1:9", "[::1]:7"]
+    # that of [server] is the gate's
+    assert [location_of(config, name).max_connections for name in names] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("lines, seconds", [
@@ -2094,19 +2186,24 @@ def test_a_location_inherits_from_server_and_may_say_otherwise(tmp_path):
     ("proxy_read_timeout = 5s\nidle_timeout = 9s", 9)])
 def test_idle_timeout_is_proxy_read_timeout_unless_it_is_set(tmp_path, lines, seconds):
     assert location_of(load_text(tmp_path, SERVER + lines)).idle_timeout == seconds
-    assert location_of(load_text(tmp_path, SERVER + "[location /a]\n" + lines), "/a").idle_timeout == seconds
+    assert location_of(load_text(tmp_path, SERVER + "[location /a]\n" + lines),
+                       "/a").idle_timeout == seconds
 
 
-def test_return_in_a_location_stands_instead_of_the_proxy_pass_of_server_and_the_other_way(tmp_path):
+def test_return_in_a_location_stands_instead_of_the_proxy_pass_of_server_and_the_other_way(
+        tmp_path):
     config = load_text(tmp_path, SERVER + "[location /a]\nreturn = 200 hello\n")
-    assert location_of(config, "/a").return_.status == 200 and location_of(config, "/a").proxy is None
+    assert location_of(config, "/a").return_.status == 200
+    assert location_of(config, "/a").proxy is None
     config = load_text(tmp_path, "[server]\nreturn = 404\n[location /a]\n" + PASS)
     assert location_of(config, "/a").return_ is None and location_of(config).return_.status == 404
 
 
 def test_the_command_line_wins_over_the_file_and_needs_none(tmp_path):
-    config = load_text(tmp_path, SERVER + "listen = 1\n", {"listen": "127.0.0.1:0", "proxy_pass": "http://127.0.0.1:8"})
-    assert config.server.listen[0].address.port == 0 and location_of(config).proxy.upstream.name == "127.0.0.1:8"
+    config = load_text(tmp_path, SERVER + "listen = 1\n",
+                       {"listen": "127.0.0.1:0", "proxy_pass": "http://127.0.0.1:8"})
+    assert config.server.listen[0].address.port == 0
+    assert location_of(config).proxy.upstream.name == "127.0.0.1:8"
     assert wsgate.load_config(None, {"proxy_pass": "http://127.0.0.1:8"}).locations[0].path == "/"
 
 
@@ -2115,7 +2212,8 @@ def test_a_name_that_does_not_resolve_is_a_warning(tmp_path):
     assert "no-such-host.invalid cannot be resolved now" in warning
 
 
-TABLES = {"server": wsgate.SERVER_KEYS, "location /": wsgate.LOCATION_KEYS, "upstream NAME": wsgate.UPSTREAM_KEYS}
+TABLES = {"server": wsgate.SERVER_KEYS, "location /": wsgate.LOCATION_KEYS,
+          "upstream NAME": wsgate.UPSTREAM_KEYS}
 
 
 def test_the_sample_lists_every_key_once_with_its_default():
@@ -2129,7 +2227,8 @@ def test_the_sample_lists_every_key_once_with_its_default():
         elif key:
             listed.append((table, key.group(1), key.group(2).strip()))
     wanted = [(table, name, key.default) for table in TABLES for name, key in TABLES[table].items()]
-    assert [each for each in listed if each[1] != "proxy_pass"] == [each for each in wanted if each[1] != "proxy_pass"]
+    assert [each for each in listed if each[1]
+            != "proxy_pass"] == [each for each in wanted if each[1] != "proxy_pass"]
     assert ("location /", "proxy_pass", "http://127.0.0.1:9000") in listed
 
 
@@ -2137,10 +2236,12 @@ def test_the_sample_is_good_and_means_the_same_with_every_default_written_out(tm
     with open(SAMPLE) as file:
         text = file.read()
     config = load_text(tmp_path, text)
-    spelled = load_text(tmp_path, re.sub(r"(?m)^#(?=[a-z_]+ =)", "", text.partition("#[upstream")[0]))
+    spelled = load_text(tmp_path, re.sub(r"(?m)^#(?=[a-z_]+ =)", "",
+                                         text.partition("#[upstream")[0]))
     assert config.server.__dict__ == spelled.server.__dict__
     for name in wsgate.LOCATION_KEYS:
-        assert getattr(location_of(config), name, None) == getattr(location_of(spelled), name, None), name
+        assert getattr(location_of(config), name,
+                       None) == getattr(location_of(spelled), name, None), name
 
 
 @pytest.mark.parametrize("table", sorted(TABLES))
@@ -2185,7 +2286,8 @@ def test_bad_values_of_the_keys_of_forwarding(tmp_path, line, error):
 
 
 @pytest.mark.parametrize("host, text", [("0.0.0.0", "127.0.0.1 and every other IPv4 address"),
-                                        ("[::]", "[::1] and every other IPv6 address"), ("127.0.0.1", "127.0.0.1")])
+                                        ("[::]", "[::1] and every other IPv6 address"),
+                                        ("127.0.0.1", "127.0.0.1")])
 def test_the_log_names_where_the_gate_listens(tmp_path, host, text):
     load_text(tmp_path, "[server]\nreturn = 200\nlisten = %s:0\n" % host)
     with process(cwd=str(tmp_path)) as child:
@@ -2209,9 +2311,11 @@ def test_a_processor_that_is_not_there_is_an_error_with_those_that_are(tmp_path)
 def test_the_gate_stays_on_one_processor_unless_told_otherwise(tmp_path, value):
     allowed = os.sched_getaffinity(0)
     line = "worker_cpu_affinity = %s" % (max(allowed) if value == "number" else value)
-    with program(tmp_path, "return = 200", line) as child, contextlib.closing(connect(child.port)) as peer:
+    with program(tmp_path, "return = 200",
+                 line) as child, contextlib.closing(connect(child.port)) as peer:
         assert peer.send(request()).response().status == 200
-        tasks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/%d/task" % child.pid)]
+        tasks = [os.sched_getaffinity(int(task))
+                 for task in os.listdir("/proc/%d/task" % child.pid)]
         assert len(tasks) > 1  # the connection's thread too
         free = not getattr(sys, "_is_gil_enabled", lambda: True)()  # free-threaded: nothing to gain
         if value == "auto" and not free:
@@ -2224,15 +2328,18 @@ def test_the_gate_stays_on_one_processor_unless_told_otherwise(tmp_path, value):
 @needs_signals
 def test_a_reload_that_cannot_open_a_listener_changes_nothing(tmp_path):
     log, pid = [str(tmp_path / name) for name in ("access.log", "pid2")]
-    with ScriptedBackend() as other, program(tmp_path, "return = 200 old", "access_log = " + log) as child:
-        write_file(tmp_path, "gate.ini", "[server]\nreturn = 200 new\naccess_log = %s.new\npid = %s\nlisten = %s\n" % (
+    with ScriptedBackend() as other, program(tmp_path, "return = 200 old",
+                                             "access_log = " + log) as child:
+        write_file(tmp_path, "gate.ini",
+                   "[server]\nreturn = 200 new\naccess_log = %s.new\npid = %s\nlisten = %s\n" % (
             log, pid, other.where))
         os.kill(child.pid, signal.SIGHUP)
         eventually(lambda: child.logged("reload failed, keeping the current configuration"))
         with contextlib.closing(connect(child.port).send(request(b"GET", b"/after"))) as peer:
             assert peer.response().body == b"old"
         eventually(lambda: "/after " in "\n".join(lines_in(log)))
-        assert pid_in(child) == child.pid and not os.path.exists(pid) and not os.path.exists(log + ".new")
+        assert pid_in(child) == child.pid and not os.path.exists(pid)
+        assert not os.path.exists(log + ".new")
 
 
 @needs_signals
@@ -2240,11 +2347,13 @@ def test_a_reload_that_cannot_open_a_log_or_the_pid_file_keeps_them_and_does_the
     log, loop = [str(tmp_path / name) for name in ("access.log", "loop")]
     os.symlink(loop, loop)
     with program(tmp_path, "return = 200 old", "access_log = " + log) as child:
-        write_file(tmp_path, "gate.ini", "[server]\nreturn = 200 new\naccess_log = %s\npid = %s\nlisten = 127.0.0.1:%d\n" % (
+        write_file(tmp_path, "gate.ini", "[server]\nreturn = 200 new\naccess_log = %s\npid = %s\n"
+                                         "listen = 127.0.0.1:%d\n" % (
             loop, loop, child.port))
         os.kill(child.pid, signal.SIGHUP)
         eventually(lambda: child.logged("reloaded"))
-        assert child.logged("access_log: cannot write %s (Too many levels of symbolic links); keeping" % loop)
+        assert child.logged("access_log: cannot write %s (Too many levels of symbolic links); "
+                            "keeping" % loop)
         assert child.logged("pid: cannot write %s (Too many levels" % loop)
         with contextlib.closing(connect(child.port).send(request(b"GET", b"/after"))) as peer:
             assert peer.response().body == b"new"
@@ -2256,7 +2365,8 @@ def test_a_reload_that_cannot_open_a_log_or_the_pid_file_keeps_them_and_does_the
 def test_a_reload_moves_the_pid_file_and_s_finds_the_gate_by_it(tmp_path):
     with program(tmp_path, "return = 200") as child:
         old, child.pid_file = child.pid_file, str(tmp_path / "pid2")
-        write_file(tmp_path, "gate.ini", "[server]\nreturn = 200\nlisten = 127.0.0.1:%d\npid = %s\n" % (
+        write_file(tmp_path, "gate.ini", "[server]\nreturn = 200\nlisten = 127.0.0.1:%d\npid = %s\n"
+                   % (
             child.port, child.pid_file))
         os.kill(child.pid, signal.SIGHUP)
         eventually(lambda: child.logged("reloaded"))
@@ -2275,13 +2385,15 @@ def test_systemd_hands_over_a_socket_and_is_told_how_it_goes(tmp_path):
         told.settimeout(5000 * MS)
         port = listener.getsockname()[1]
         early = connect(port).send(request())  # a client that comes before the gate runs
-        path = write_file(tmp_path, "gate.ini", "[server]\nlisten = 127.0.0.1:%d\nreturn = 200 activated\n" % port)
+        path = write_file(tmp_path, "gate.ini",
+                          "[server]\nlisten = 127.0.0.1:%d\nreturn = 200 activated\n" % port)
 
         def as_systemd_does():
             os.dup2(listener.fileno(), 3)
             os.set_inheritable(3, True)
             os.execve(sys.executable, [sys.executable, WSGATE, "-c", path], dict(
-                os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", NOTIFY_SOCKET=str(tmp_path / "notify")))
+                os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS="1",
+                NOTIFY_SOCKET=str(tmp_path / "notify")))
 
         def hears(word):
             while True:
@@ -2292,7 +2404,8 @@ def test_systemd_hands_over_a_socket_and_is_told_how_it_goes(tmp_path):
         with process(before=as_systemd_does) as child:
             assert hears("READY=1")
             assert early.response().body == b"activated"
-            for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_KEEPALIVE)):
+            for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY),
+                           (socket.SOL_SOCKET, socket.SO_KEEPALIVE)):
                 assert listener.getsockopt(*option)  # the same socket: connections have what it has
             os.kill(child.pid, signal.SIGHUP)
             assert re.match(r"RELOADING=1\nMONOTONIC_USEC=\d+$", hears("RELOADING=1"))
@@ -2309,7 +2422,8 @@ def unread_program(tmp_path, *lines):
     port = free_port()
     path = write_file(tmp_path, "gate.ini", "[server]\nlisten = 127.0.0.1:%d\npid = %s\n%s\n" % (
         port, tmp_path / "pid", "\n".join(lines)))
-    child = subprocess.Popen([sys.executable, WSGATE, "-c", path], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    child = subprocess.Popen([sys.executable, WSGATE, "-c", path], stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT)
     try:
         child.port = port
@@ -2321,7 +2435,8 @@ def unread_program(tmp_path, *lines):
         child.stdout.close()
 
 
-needs_root = pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can become another user")
+needs_root = pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0,
+                                reason="only root can become another user")
 
 
 @needs_signals
@@ -2341,8 +2456,8 @@ def test_reload_reopen_and_upgrade_work_after_root_was_dropped(tmp_path):
         eventually(lambda: os.path.exists(paths[1]) and logged("up to"))
         uid = wsgate.pwd.getpwnam("nobody").pw_uid
         assert [os.stat(path).st_uid for path in paths] == [uid] * 3
-        for count, (number, text) in enumerate(((signal.SIGHUP, "reloaded"), (signal.SIGHUP, "reloaded"),
-                                                (signal.SIGUSR1, "SIGUSR1")), 1):
+        orders = [(signal.SIGHUP, "reloaded")] * 2 + [(signal.SIGUSR1, "SIGUSR1")]
+        for count, (number, text) in enumerate(orders, 1):
             os.kill(child.pid, number)
             eventually(lambda: logged(text) >= min(count, 2) - (text == "SIGUSR1"))
         if not can_run_as("nobody", sys.executable, WSGATE, "-v"):
@@ -2390,11 +2505,14 @@ def test_what_is_not_a_file_of_its_own_is_not_given_to_the_user(tmp_path):
 
 def test_the_pid_file_of_a_running_gate_is_left_alone(tmp_path):
     with program(tmp_path, "return = 200") as child:
-        other = write_file(tmp_path, "other.ini", "[server]\nreturn = 200\nlisten = 127.0.0.1:%d\npid = %s\n" % (
+        other = write_file(tmp_path, "other.ini",
+                           "[server]\nreturn = 200\nlisten = 127.0.0.1:%d\npid = %s\n" % (
             free_port(), child.pid_file))
         status, output = run_program("-c", other)
-        assert status == 1 and output == "wsgate: %s:4: [server] pid: %s belongs to the running wsgate process %d" \
-            " (expected a file of its own for each process)\n" % (other, child.pid_file, child.pid)
+        assert status == 1
+        assert output == (
+            "wsgate: %s:4: [server] pid: %s belongs to the running wsgate process %d"
+            " (expected a file of its own for each process)\n") % (other, child.pid_file, child.pid)
         assert pid_in(child) == child.pid
         control(child, "stop")
         assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
@@ -2416,8 +2534,10 @@ def test_the_pid_file_of_anything_else_is_replaced(tmp_path, text):
 
 def test_a_reload_takes_new_locations_at_once_and_tunnels_stay(tmp_path):
     with ScriptedBackend(echo_service) as backend:
-        old = ini_for(backend, "return = 200 old").replace("return = 200 old\nproxy_pass", "proxy_pass")
-        with running(old, tmp_path) as gate, contextlib.closing(gate.connect().send(handshake())) as tunnel:
+        old = ini_for(backend)
+        with running(old,
+                     tmp_path) as gate, contextlib.closing(
+                         gate.connect().send(handshake())) as tunnel:
             assert tunnel.response().status == 101
             kept = gate.connect()
             assert kept.send(request()).response().body == b"ok"
@@ -2432,9 +2552,11 @@ def test_a_reload_opens_and_closes_the_status_page(tmp_path):
     with running("[server]\nreturn = 200\n", tmp_path) as gate:
         reload(gate, "[server]\nreturn = 200\nlisten = 127.0.0.1:0\nstatus_listen = localhost:0\n")
         port = eventually(lambda: next((each.server_address[1] for each in gate.listeners
-                                        if each.listen.address.host == "localhost"), None), 500 * MS)
+                                        if each.listen.address.host == "localhost"), None),
+                          500 * MS)
         with contextlib.closing(connect(port)) as peer:
-            assert peer.send(request(b"GET", b"/healthz").replace(b"gate.test", b"localhost")).response().status == 200
+            raw = request(b"GET", b"/healthz", b"Host: localhost")
+            assert peer.send(raw).response().status == 200
         reload(gate, "[server]\nreturn = 200\n")
         eventually(lambda: not listening(port), 500 * MS)
 
@@ -2458,7 +2580,9 @@ def test_a_reload_keeps_what_is_known_of_the_servers(tmp_path):
 def test_a_bad_file_changes_nothing_and_the_log_says_why(tmp_path, broken, said):
     bcrypt = write_file(tmp_path, "users", "bob:$2y$05$bvIG6Nmid91Mu9RcmmWZfO\n")
     with ScriptedBackend() as other, running("[server]\nreturn = 200 old\n", tmp_path) as gate:
-        lines = reload(gate, broken.replace("OTHER", "127.0.0.1:0, " + other.where).replace("BCRYPT", bcrypt))
+        lines = reload(gate, broken.replace("OTHER",
+                                            "127.0.0.1:0, "
+                                            + other.where).replace("BCRYPT", bcrypt))
         assert any(line.startswith("reload: ") and said in line for line in lines), lines
         assert lines[-1] == "reload failed, keeping the current configuration"
         assert gate.fetch(request()).body == b"old" and len(gate.listeners) == 1
@@ -2467,11 +2591,13 @@ def test_a_bad_file_changes_nothing_and_the_log_says_why(tmp_path, broken, said)
 def test_quit_spreads_the_ends_of_tunnels_over_drain_timeout_quiet_ones_first(tmp_path, constants):
     constants(QUIET=100 * MS)
     window = 800 * MS
-    with gate_and_backend(tmp_path, echo_service, "drain_timeout = %dms" % (window * 1000)) as (gate, _):
+    with gate_and_backend(tmp_path, echo_service,
+                          "drain_timeout = %dms" % (window * 1000)) as (gate, _):
         clients = [gate.connect().send(handshake()) for _ in range(20)]
         for peer in clients:
             assert peer.response().status == 101
-        assert clients[-1].silent(150 * MS)  # a tunnel that was busy just now looks up a little later
+        # a tunnel that was busy just now looks up a little later
+        assert clients[-1].silent(150 * MS)
         assert tunnel_works(clients[0])
         poll, ends, begun = select.poll(), [], time.monotonic()
         waiting = {peer.sock.fileno(): peer for peer in clients}
@@ -2486,7 +2612,8 @@ def test_quit_spreads_the_ends_of_tunnels_over_drain_timeout_quiet_ones_first(tm
                 assert read_frame(last) == (8, struct.pack("!H", 1001) + b"drain")
         assert last is clients[0] and not listening(gate.port)
         assert ends[0] < 300 * MS and 600 * MS < ends[-1] < window + 400 * MS
-        assert all(sum(place * window / 4 < end for end in ends) <= 20 - 4 * place for place in (1, 2, 3)), ends
+        assert all(sum(place * window / 4 < end for end in ends) <= 20 - 4 * place
+                   for place in (1, 2, 3)), ends
         for peer in clients:
             peer.close()
         wait_for_end(gate)
@@ -2501,7 +2628,8 @@ def test_quit_finishes_plain_requests_and_lets_idle_connections_go(tmp_path):
         assert go.wait(5000 * MS)
         peer.send(ok(b"whole"))
 
-    with gate_and_backend(tmp_path, script, "[location /idle]", "return = 200", "[location /]") as (gate, backend):
+    with gate_and_backend(tmp_path, script, "[location /idle]", "return = 200",
+                          "[location /]") as (gate, backend):
         idle, fresh, late, busy = [gate.connect() for _ in range(4)]
         assert idle.send(request(b"GET", b"/idle")).response().status == 200
         busy.send(request())
@@ -2509,12 +2637,14 @@ def test_quit_finishes_plain_requests_and_lets_idle_connections_go(tmp_path):
         gate.signal("SIGQUIT")
         assert idle.ended(500 * MS) and not listening(gate.port)
         assert busy.silent(50 * MS)
-        answer_ = fresh.send(request(b"GET", b"/idle")).response()  # accepted before: nobody else will answer it
+        # accepted before: nobody else will answer it
+        answer_ = fresh.send(request(b"GET", b"/idle")).response()
         assert (answer_.status, answer_.get(b"connection")) == (200, b"close")
         assert late.send(handshake()).response().reason == "draining"
         go.set()
         answer_ = busy.response()
-        assert (answer_.status, answer_.body, answer_.get(b"connection")) == (200, b"whole", b"close")
+        assert (answer_.status, answer_.body,
+                answer_.get(b"connection")) == (200, b"whole", b"close")
         for peer in (idle, fresh, late, busy):
             peer.close()
         wait_for_end(gate)
@@ -2574,15 +2704,17 @@ def test_a_tunnel_that_is_never_quiet_is_ended_too(tmp_path, constants):
         assert client.response().status == 101
         assert tunnel_works(client)
         gate.signal("SIGTERM")
-        eventually(lambda: read_frame(client.send(frame(1, b"more", b"abcd"))) == (8, b"\x03\xe9shutdown"), 800 * MS)
+        eventually(lambda: read_frame(client.send(frame(1, b"more", b"abcd")))
+                   == (8, b"\x03\xe9shutdown"), 800 * MS)
         client.close()
         wait_for_end(gate)
 
 
 @needs_signals
 def test_a_tunnel_whose_peers_do_not_close_is_logged_before_the_drained_gate_has_gone(tmp_path):
-    with ScriptedBackend(echo_service) as backend, program(tmp_path, "proxy_pass = http://" + backend.where,
-                                                           "drain_timeout = %dms" % (200 * MS * 1000)) as child:
+    with ScriptedBackend(echo_service) as backend, program(
+            tmp_path, "proxy_pass = http://" + backend.where,
+            "drain_timeout = " + ini_ms(200)) as child:
         with contextlib.closing(connect(child.port).send(handshake())) as client:
             assert client.response().status == 101
             control(child, "quit")
@@ -2625,7 +2757,8 @@ socket.getaddrinfo = asked
 def test_a_reload_asks_no_name_server(tmp_path):
     write_file(tmp_path, "sitecustomize.py", TELL_WHO_IS_ASKED_FOR)
     # The name of an interface that is not there: no name server is really asked.
-    with program(tmp_path, "proxy_pass = http://[fe80::1%nosuch0]:9", environ={"PYTHONPATH": str(tmp_path)}) as child:
+    with program(tmp_path, "proxy_pass = http://[fe80::1%nosuch0]:9",
+                 environ={"PYTHONPATH": str(tmp_path)}) as child:
         assert child.logged("asked for fe80::1%nosuch0") and child.logged("cannot be resolved now")
         with open(child.path) as file:
             ini = file.read()
@@ -2644,11 +2777,13 @@ def test_a_second_ctrl_c_waits_for_nobody_and_one_more_on_the_way_out_prints_not
         with contextlib.suppress(OSError):  # ENXIO until then
             return os.open(child.pid_file, os.O_WRONLY | os.O_NONBLOCK)
 
-    with ScriptedBackend() as backend, program(tmp_path, "proxy_pass = http://" + backend.where) as child:
+    with ScriptedBackend() as backend, program(
+            tmp_path, "proxy_pass = http://" + backend.where) as child:
         client = connect(child.port).send(request())
         backend.connection().head()
         os.unlink(child.pid_file)
-        os.mkfifo(child.pid_file)  # looking whose it is, the gate stops on its way out until somebody has written
+        # looking whose it is, the gate stops on its way out until somebody has written
+        os.mkfifo(child.pid_file)
         child.send_signal(signal.SIGINT)
         eventually(lambda: not listening(child.port))
         with takes(0, 600):  # a backend that does not answer would hold it up for a second
@@ -2671,10 +2806,12 @@ def test_a_signal_to_a_gate_that_does_not_run_is_an_error(tmp_path, capsys):
             write_file(tmp_path, "pid", text)
         else:
             os.unlink(str(tmp_path / "pid"))
-        path = write_file(tmp_path, "gate.ini", "[server]\nreturn = 200\npid = %s\n" % (tmp_path / "pid"))
+        path = write_file(tmp_path, "gate.ini",
+                          "[server]\nreturn = 200\npid = %s\n" % (tmp_path / "pid"))
         assert wsgate.main(["-c", path, "-s", "reload"]) == 1
         said = capsys.readouterr().err
-        assert said.startswith("wsgate: ") and str(tmp_path / "pid") in said and said.count("\n") == 1
+        assert said.startswith("wsgate: ") and str(tmp_path / "pid") in said
+        assert said.count("\n") == 1
 
 
 @needs_signals
@@ -2702,14 +2839,18 @@ def test_a_broken_upgrade_leaves_the_old_process_as_it_was(tmp_path, monkeypatch
     with open(WSGATE) as file:
         copy = write_file(tmp_path, "wsgate.py", file.read())
     monkeypatch.setitem(globals(), "WSGATE", copy)  # what process() runs
-    with ScriptedBackend(echo_service) as backend, program(tmp_path, "proxy_pass = http://" + backend.where) as child:
+    with ScriptedBackend(echo_service) as backend, program(
+            tmp_path, "proxy_pass = http://" + backend.where) as child:
         tunnel = connect(child.port).send(handshake())
         assert tunnel.response().status == 101
         for text in ("this is no Python", "import sys\nsys.exit(3)\n"):
             write_file(tmp_path, "wsgate.py", text)
-            count = sum("upgrade failed, this process continues: the new process ended" in line for line in child.lines)
+            count = sum("upgrade failed, this process continues: the new process ended" in line
+                        for line in child.lines)
             control(child, "upgrade")
-            eventually(lambda: sum("upgrade failed, this process continues: the new process ended" in line for line in list(child.lines)) > count)
+            eventually(lambda: sum(
+                "upgrade failed, this process continues: the new process ended" in line
+                for line in list(child.lines)) > count)
             assert pid_in(child) == child.pid and child.poll() is None
             peer = connect(child.port).send(request())
             assert peer.response().status == 200
@@ -2730,7 +2871,8 @@ def test_a_hundred_hups_in_a_row_are_a_few_reloads(tmp_path):
 @needs_signals
 @pytest.mark.parametrize("code, words", [
     ("import time\ntime.sleep(60)", "was not ready within 0.2 s; it was killed"),
-    ("import os, time\nos.close(int(os.environ['WSGATE_READY']))\ntime.sleep(60)", "when it closed its pipe; it was killed"),
+    ("import os, time\nos.close(int(os.environ['WSGATE_READY']))\ntime.sleep(60)",
+     "when it closed its pipe; it was killed"),
     ("raise SystemExit(3)", "ended with status 3")])
 def test_an_upgrade_to_a_file_that_hangs_or_fails_is_given_up(tmp_path, monkeypatch, code, words):
     monkeypatch.setattr(wsgate, "__file__", write_file(tmp_path, "broken.py", code))
@@ -2743,7 +2885,8 @@ def test_an_upgrade_to_a_file_that_hangs_or_fails_is_given_up(tmp_path, monkeypa
 
 
 @needs_unix
-@pytest.mark.parametrize("option, mode", [("", 0o666), (" mode=0660", 0o660), (" mode=600 proxy_protocol", 0o600)])
+@pytest.mark.parametrize("option, mode", [("", 0o666), (" mode=0660", 0o660),
+                                          (" mode=600 proxy_protocol", 0o600)])
 def test_the_mode_of_a_unix_socket_is_an_option_of_listen(tmp_path, option, mode):
     path = str(tmp_path / "socket")
     with running("[server]\nlisten = unix:%s%s\nreturn = 200\n" % (path, option), tmp_path):
@@ -2773,12 +2916,14 @@ def test_a_reload_opens_and_closes_listeners_and_those_that_stay_never_refuse(tm
     assert set(results) == {200}
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat") or wsgate.resource is None, reason="this system has no /proc")
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat") or wsgate.resource is None,
+                    reason="this system has no /proc")
 def test_without_descriptors_the_gate_refuses_does_not_spin_and_recovers(tmp_path):
     def few_descriptors():
         wsgate.resource.setrlimit(wsgate.resource.RLIMIT_NOFILE, (64, 64))
 
-    with program(tmp_path, "max_connections = 1000", "return = 200", before=few_descriptors) as child:
+    with program(tmp_path, "max_connections = 1000", "return = 200",
+                 before=few_descriptors) as child:
         clients = [connect(child.port) for _ in range(100)]
         eventually(lambda: child.logged("accept() failed"))
         before = processor_seconds(child.pid)
@@ -2801,15 +2946,16 @@ def test_without_descriptors_the_gate_refuses_does_not_spin_and_recovers(tmp_pat
 
 
 FUZZ_REQUESTS = (
-    request(), request(b"POST", body=b"hello"), CHUNKED_POST + CHUNKED_IN, handshake(), request() + request(),
-    b"\r\n\r\n", handshake() + frame(1, b"hi", b"abcd"), request(b"HEAD", b"http://gate.test/a%20b?c"),
-    b"GET / HTTP/1.0\r\n\r\n", request(b"POST", b"/", b"Expect: 100-continue", b"Content-Length: 2"),
-    b"Transfer-Encoding: chunked\r\n",
-    b"Content-Length: 5\r\n", b"Connection: host\r\n")
+    request(), request(b"POST", body=b"hello"), CHUNKED_POST + CHUNKED_IN, handshake(),
+    request() + request(), b"\r\n\r\n", handshake() + frame(1, b"hi", b"abcd"),
+    request(b"HEAD", b"http://gate.test/a%20b?c"), b"GET / HTTP/1.0\r\n\r\n",
+    request(b"POST", b"/", b"Expect: 100-continue", b"Content-Length: 2"),
+    b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n", b"Connection: host\r\n")
 
 FUZZ_ANSWERS = (
-    ok(), ok(BODY_300K[:70000]), switching(), switching() + frame(1, b"hi") + frame(8, b"\x03\xe8"), OK + b"\r\nhello",
-    OK + CHUNKED + CHUNKED_IN, b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n" + ok(),
+    ok(), ok(BODY_300K[:70000]), switching(), switching() + frame(1, b"hi") + frame(8, b"\x03\xe8"),
+    OK + b"\r\nhello", OK + CHUNKED + CHUNKED_IN, b"HTTP/1.1 204 No Content\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\n" + ok(),
     b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n")
 
 
@@ -2837,7 +2983,8 @@ def test_no_bytes_of_either_side_confuse_the_gate(tmp_path):
             client = gate.connect()
             data = fuzzed(rng, FUZZ_REQUESTS)
             try:
-                for piece in (data,) if rng.random() < 0.7 else (data[:len(data) // 2], data[len(data) // 2:]):
+                half = len(data) // 2 if rng.random() < 0.3 else len(data)
+                for piece in (data[:half], data[half:]):
                     client.send(piece)
                 if rng.random() < 0.7:
                     client.finish()
@@ -2850,28 +2997,35 @@ def test_no_bytes_of_either_side_confuse_the_gate(tmp_path):
             client.reset() if rng.random() < 0.3 else client.close()
 
     with nothing_left():
-        with gate_and_backend(tmp_path, fuzzing, "idle_timeout = 300ms", *TIMES_200MS) as (gate, backend):
+        with gate_and_backend(tmp_path, fuzzing, "idle_timeout = 300ms",
+                              *TIMES_200MS) as (gate, backend):
             end = time.monotonic() + seconds
-            fuzzers = [threading.Thread(target=fuzz, args=(random.Random(seed + number), gate)) for number in range(3)]
+            fuzzers = [threading.Thread(target=fuzz, args=(random.Random(seed + number), gate))
+                       for number in range(3)]
             for fuzzer in fuzzers:
                 fuzzer.start()
             for fuzzer in fuzzers:
                 fuzzer.join()
             assert not wrong and min(counts) > 20 * min(seconds, 1)
             eventually(lambda: not gate.connections)
-            assert not gate.connections.in_use and not [line for line in gate.errors if "internal error" in line]
+            assert not gate.connections.in_use
+            assert not [line for line in gate.errors if "internal error" in line]
             backend.script = respond(ok(b"alive"))
             assert gate.fetch(request()).body == b"alive"
 
 
-def test_a_flood_of_silent_connections_leaves_descriptors_for_the_backends_of_those_admitted(tmp_path):
-    with ScriptedBackend(respond(ok())) as backend, flooded(tmp_path, backend, 60) as (child, client):
-        eventually(lambda: child.logged("conn_limit") or child.logged("cannot accept") or len(os.listdir("/proc/%d/fd" % child.pid)) > 20)
+def test_a_flood_of_silent_connections_leaves_descriptors_for_the_backends_of_those_admitted(
+        tmp_path):
+    with ScriptedBackend(respond(ok())) as backend, flooded(
+            tmp_path, backend, 60) as (child, client):
+        eventually(lambda: child.logged("conn_limit") or child.logged("cannot accept")
+                   or len(os.listdir("/proc/%d/fd" % child.pid)) > 20)
         assert client.send(request()).response().status == 200
         assert not child.logged("cannot accept")
 
 
-def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_gate(tmp_path, monkeypatch):
+def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_gate(
+        tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
@@ -2907,7 +3061,8 @@ def test_a_client_of_a_unix_socket_that_has_a_name_is_nobody_else(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     path = str(tmp_path / "gate.sock")
     with ScriptedBackend(respond(ok())) as backend:
-        with running(ini_for(backend, "listen = 127.0.0.1:0, unix:%s" % path, "proxy_protocol = on"), tmp_path):
+        with running(ini_for(backend, "listen = 127.0.0.1:0, unix:%s" % path,
+                             "proxy_protocol = on"), tmp_path):
             sock = socket.socket(socket.AF_UNIX)
             sock.bind(name + ("%d" % os.getpid() if name == "\0peer" else ""))
             sock.connect(path)
@@ -2921,7 +3076,8 @@ def test_a_client_of_a_unix_socket_that_has_a_name_is_nobody_else(tmp_path, monk
 def test_deny_all_holds_for_unix_sockets_too(tmp_path):
     path = str(tmp_path / "gate.sock")
     with ScriptedBackend(respond(ok())) as backend:
-        with running(ini_for(backend, "listen = 127.0.0.1:0, unix:%s" % path, "deny = all"), tmp_path):
+        with running(ini_for(backend, "listen = 127.0.0.1:0, unix:%s" % path, "deny = all"),
+                     tmp_path):
             sock = socket.socket(socket.AF_UNIX)
             sock.connect(path)
             client = Peer(sock).send(request())
@@ -3021,10 +3177,10 @@ def test_a_kept_connection_that_the_backend_closes_is_replaced_silently(tmp_path
 
 
 @pytest.mark.parametrize("response, status", [
-    (ok(b"ok", b"Connection: close"), 200), (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", 200),
-    (ok() + b"more", 200), (ok() + ok(), 200), (OK + b"\r\nuntil close", 200),
-    (OK + b"Content-Length: 9\r\n\r\ncut", 200), (b"nonsense\r\n\r\n", 502),
-    (switching(), 502)])
+    (ok(b"ok", b"Connection: close"), 200),
+    (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", 200), (ok() + b"more", 200),
+    (ok() + ok(), 200), (OK + b"\r\nuntil close", 200), (OK + b"Content-Length: 9\r\n\r\ncut", 200),
+    (b"nonsense\r\n\r\n", 502), (switching(), 502)])
 def test_a_backend_connection_is_not_kept_after(tmp_path, response, status):
     """Close, HTTP/1.0, more bytes than the response has, a response that is cut or none."""
     with gate_and_backend(tmp_path, None, KEPT) as (gate, backend):
@@ -3113,7 +3269,7 @@ def test_a_client_that_sends_all_before_it_reads_gets_an_early_response(tmp_path
 
 @pytest.mark.parametrize("drips", [True, False])
 def test_reading_on_after_a_refusal_has_an_end(tmp_path, constants, drips):
-    """LINGERING_TIME for a client that goes on sending, LINGERING_TIMEOUT for one that is silent."""
+    """LINGERING_TIME while a client keeps sending, LINGERING_TIMEOUT once it is silent."""
     constants(LINGERING_TIME=(400 if drips else 100000) * MS)
     constants(LINGERING_TIMEOUT=(100000 if drips else 300) * MS)
     with gate_and_backend(tmp_path, None, "client_max_body_size = 1") as (gate, _):
@@ -3201,7 +3357,8 @@ def test_forwarding_fields_after_a_proxy_header_are_those_of_the_client(tmp_path
         with running(ini, tmp_path) as gate:
             client = gate.connect().send(b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\r\n" + request(
                 b"GET", b"/", b"X-Forwarded-For: 10.1.1.1", b"X-Forwarded-User: root",
-                b"X-Forwarded-Proto: https", b"X-Forwarded-Host: a.test", b"Forwarded: for=10.1.1.1"))
+                b"X-Forwarded-Proto: https", b"X-Forwarded-Host: a.test",
+                b"Forwarded: for=10.1.1.1"))
             head = backend.connection().head()
             assert field(head, b"x-forwarded-for") == [b"192.0.2.7"]
             assert field(head, b"x-forwarded-proto") == [b"http"]
@@ -3215,7 +3372,7 @@ def test_an_idle_connection_gives_its_place_to_a_new_one(tmp_path):
     with gate_and_backend(tmp_path, None, "max_connections = 3") as (gate, backend):
         def served(client, number):
             client.send(request())
-            peer = backend.peer(number)
+            peer = backend.connection(number)
             peer.head()
             peer.send(ok())
             assert client.response().status == 200
@@ -3224,7 +3381,7 @@ def test_an_idle_connection_gives_its_place_to_a_new_one(tmp_path):
         served(oldest, 0)
         served(idle, 1)
         busy.send(request())
-        peer = backend.peer(2)
+        peer = backend.connection(2)
         peer.head()
         new = gate.connect()
         served(new, 3)
@@ -3239,39 +3396,39 @@ def test_an_idle_connection_gives_its_place_to_a_new_one(tmp_path):
 def test_a_connection_with_a_request_under_way_keeps_its_place(tmp_path):
     with gate_and_backend(tmp_path, None, "max_connections = 1") as (gate, backend):
         busy = gate.connect().send(request())
-        peer = backend.peer()
+        peer = backend.connection()
         peer.head()
-        assert gate.ask(request()).status == 503
+        assert gate.fetch(request()).status == 503
         peer.send(ok())
         assert busy.response().status == 200
         busy.close()
 
 
 def test_a_client_that_is_refused_holds_no_place_while_it_reads_on(tmp_path):
-    with gate_and_backend(tmp_path, answer(ok()), "max_connections = 1",
+    with gate_and_backend(tmp_path, respond(ok()), "max_connections = 1",
                           "client_max_body_size = 1") as (gate, _):
         slow = gate.connect().send(request(b"POST", b"/", b"Content-Length: 5000000"))
         assert slow.response().status == 413
-        assert eventually(lambda: gate.ask(request()).status == 200)
+        assert eventually(lambda: gate.fetch(request()).status == 200)
         slow.send(bytes(1000))
         slow.close()
 
 
 @pytest.mark.parametrize("first", [b"", request()])
 def test_max_connections_per_ip_counts_connections_from_the_start(tmp_path, first):
-    """Those that are silent or idle too; one that is refused is closed, and a place is free again."""
+    """Silent and idle ones count too; a refused one is closed and does not count."""
     with running("[server]\nmax_connections_per_ip = 1\nreturn = 200\n", tmp_path) as gate:
         client = gate.connect().send(first)
         if first:
             client.response()
-        eventually(lambda: gate.gate.connections.in_use)
+        eventually(lambda: gate.connections.in_use)
         other = gate.connect().send(request())
         assert other.response().status == 429
         assert other.ended()
         other.close()
         assert client.send(request()).response().status == 200
         client.close()
-        eventually(lambda: gate.ask(request()).status == 200)
+        eventually(lambda: gate.fetch(request()).status == 200)
 
 
 def test_max_connections_per_ip_counts_clients_of_a_trusted_proxy_by_request(tmp_path):
@@ -3284,15 +3441,15 @@ def test_max_connections_per_ip_counts_clients_of_a_trusted_proxy_by_request(tmp
 
         busy, other = asked(b"192.0.2.7"), asked(b"192.0.2.8")
         for number in range(2):
-            backend.peer(number).head()
+            backend.connection(number).head()
         refused = asked(b"192.0.2.7")
         assert refused.response().status == 429
         for number in range(2):
-            backend.peer(number).send(ok())
+            backend.connection(number).send(ok())
         for client in (busy, other):
             assert client.response().status == 200
         refused.send(request(b"GET", b"/", b"X-Forwarded-For: 192.0.2.7"))
-        peer = backend.peer(2)
+        peer = backend.connection(2)
         peer.head()
         peer.send(ok())
         assert refused.response().status == 200
@@ -3301,13 +3458,14 @@ def test_max_connections_per_ip_counts_clients_of_a_trusted_proxy_by_request(tmp
 
 
 def test_max_connections_per_ip_counts_the_address_in_the_proxy_header(tmp_path):
-    ini = (PROXY_INI % ("", "127.0.0.1")).replace("[server]", "[server]\nmax_connections_per_ip = 1")
+    ini = PROXY_INI % ("", "127.0.0.1")
+    ini = ini.replace("[server]", "[server]\nmax_connections_per_ip = 1")
     with running(ini, tmp_path) as gate:
         clients = [gate.connect().send(b"PROXY TCP4 192.0.2.%d 127.0.0.1 1 2\r\n" % last, request())
                    for last in (7, 8)]
         assert [client.response().status for client in clients] == [200, 200]
         again = b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\r\n" + request()
-        assert gate.ask(again).status == 429
+        assert gate.fetch(again).status == 429
         for client in clients:
             client.close()
 
@@ -3333,16 +3491,19 @@ def test_read_head_waits_for_more_until_the_deadline_or_the_end():
         with pytest.raises(wsgate.TimedOut):
             wsgate.read_head(stream, 1024, wsgate.Deadline(30 * MS))
         there.sendall(b"TP/1.1\r\n\r\ntail")
-        assert wsgate.read_head(stream, 1024, wsgate.Deadline(5000 * MS)) == b"GET / HTTP/1.1\r\n\r\n"
+        assert wsgate.read_head(stream, 1024,
+                                wsgate.Deadline(5000 * MS)) == b"GET / HTTP/1.1\r\n\r\n"
         there.close()
         with pytest.raises(EOFError):
             wsgate.read_head(stream, 1024, wsgate.Deadline(5000 * MS))
         assert stream.buffer == b"tail"
 
 
-@pytest.mark.parametrize("line", [b"PROXY TCP6 fe80::1%a\nX-Evil:1 ::1 1 2\r\n", b"PROXY TCP6 fe80::1%eth0 ::1 1 2\r\n"])
+@pytest.mark.parametrize("line", [b"PROXY TCP6 fe80::1%a\nX-Evil:1 ::1 1 2\r\n",
+                                  b"PROXY TCP6 fe80::1%eth0 ::1 1 2\r\n"])
 def test_a_proxy_header_with_a_scope_in_its_address_is_refused(tmp_path, line):
-    lines = "listen = 127.0.0.1:0 proxy_protocol", "set_real_ip_from = 127.0.0.1", "real_ip_header = proxy_protocol"
+    lines = ("listen = 127.0.0.1:0 proxy_protocol", "set_real_ip_from = 127.0.0.1",
+             "real_ip_header = proxy_protocol")
     with gate_and_backend(tmp_path, respond(ok()), *lines) as (gate, backend):
         client = gate.connect().send(line, request())
         assert client.rest() == b""
@@ -3350,16 +3511,18 @@ def test_a_proxy_header_with_a_scope_in_its_address_is_refused(tmp_path, line):
 
 
 def greedy_kinds():
-    """What a client can send that the gate never has to wait for: (name, [server] lines, bytes, turns)."""
+    """Yield what keeps a thread busy without a wait: (name, [server] lines, bytes, turns)."""
     one = request(b"GET", b"/")
     return [
         ("pipelined", "return = 200 ok", one * 300, 300),
         ("flood of pings", "", frame(9, b"", b"abcd") * 30000, 100),
-        ("tiny frames", "", b"".join(frame(1, b"x" * (size % 7), b"abcd") for size in range(30000)), 100),
+        ("tiny frames", "", b"".join(frame(1, b"x" * (size % 7), b"abcd") for size in range(30000)),
+         100),
     ]
 
 
-@pytest.mark.parametrize("kind, line, data, turns", greedy_kinds(), ids=[row[0] for row in greedy_kinds()])
+@pytest.mark.parametrize("kind, line, data, turns", greedy_kinds(),
+                         ids=[row[0] for row in greedy_kinds()])
 def test_a_thread_that_never_waits_gives_way(tmp_path, monkeypatch, kind, line, data, turns):
     """Counted, not timed: after a few turns that are free it gives way in nearly every one."""
     given = []
@@ -3432,12 +3595,16 @@ def test_turns_come_back_with_time(monkeypatch):
     assert len(given) == before
 
 
-@pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3,), reason="older versions of OpenSSL have ciphers for TLS 1.0")
+@pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3,),
+                    reason="older versions of OpenSSL have ciphers for TLS 1.0")
 @pytest.mark.parametrize("version", ["TLSv1", "TLSv1.1"])
 def test_a_version_that_openssl_refuses_is_an_error_with_the_remedy(tmp_path, tls, version):
-    error, = errors_of(tmp_path, "[server]\nreturn = 200\nlisten = 127.0.0.1:0 ssl\nssl_certificate = %s\n"
-                                 "ssl_client_certificate = %s\nssl_protocols = %s TLSv1.2\n" % (tls.server, tls.ca, version))
-    assert error.startswith("wsgate.ini:6: [server] ssl_protocols: %s is refused by OpenSSL 3" % version)
+    error, = errors_of(tmp_path,
+                       "[server]\nreturn = 200\nlisten = 127.0.0.1:0 ssl\nssl_certificate = %s\n"
+                                 "ssl_client_certificate = %s\nssl_protocols = %s TLSv1.2\n"
+                       % (tls.server, tls.ca, version))
+    assert error.startswith("wsgate.ini:6: [server] ssl_protocols: %s is refused by OpenSSL 3"
+                            % version)
     assert error.endswith("(remove it, or set ssl_ciphers = DEFAULT@SECLEVEL=0)")
 
 
@@ -3446,7 +3613,8 @@ def test_a_version_that_openssl_refuses_is_an_error_with_the_remedy(tmp_path, tl
 
 @pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
 def test_clients_are_served_by_tls(tmp_path, tls, version):
-    if version == "TLSv1.3" and not (getattr(ssl, "HAS_TLSv1_3", False) and hasattr(ssl, "TLSVersion")):
+    if version == "TLSv1.3" and not (getattr(ssl, "HAS_TLSv1_3", False)
+                                     and hasattr(ssl, "TLSVersion")):
         pytest.skip("this Python has no TLS 1.3")
     with ScriptedBackend(echo_service) as backend:
         with running(tls_ini(tls, "proxy_pass = http://" + backend.where), tmp_path) as gate:
@@ -3490,7 +3658,8 @@ def test_rubbish_behind_a_tls_handshake_ends_the_connection(tmp_path, tls, asked
 
 
 def test_a_tls_connection_that_is_kept_alive_ends_with_close_notify(tmp_path, tls):
-    with running(tls_ini(tls, "return = 200", "keepalive_timeout = " + ini_ms(200)), tmp_path) as gate:
+    with running(tls_ini(tls, "return = 200", "keepalive_timeout = " + ini_ms(200)),
+                 tmp_path) as gate:
         with contextlib.closing(tls_connect(gate, tls)) as peer:
             assert peer.send(request()).response().status == 200
             with takes(150, 1000):
@@ -3498,9 +3667,11 @@ def test_a_tls_connection_that_is_kept_alive_ends_with_close_notify(tmp_path, tl
 
 
 def test_a_stalled_tls_handshake_is_cut_in_time_and_delays_nobody(tmp_path, tls):
-    with running(tls_ini(tls, "return = 200", "client_header_timeout = %dms" % (400 * MS * 1000)), tmp_path) as gate:
+    with running(tls_ini(tls, "return = 200", "client_header_timeout = %dms" % (400 * MS * 1000)),
+                 tmp_path) as gate:
         begun = time.monotonic()
-        stalled = [gate.connect(), gate.connect().send(b"\x16"), gate.connect().send(b"\x16\x03\x01\x02\x00\x01")]
+        stalled = [gate.connect(), gate.connect().send(b"\x16"),
+                   gate.connect().send(b"\x16\x03\x01\x02\x00\x01")]
         peer = tls_connect(gate, tls)
         assert peer.send(request()).response().status == 200
         assert time.monotonic() - begun < 300 * MS
@@ -3528,15 +3699,19 @@ def test_a_client_certificate_is_asked_for_and_its_subject_cannot_be_forged(tmp_
                 tls_connect(gate, tls).send(request()).response()
         with running(tls_ini(tls, proxy), tmp_path) as gate:
             assert tls_connect(gate, tls).send(forged).response().status == 200
-    assert [field(head, b"x-ssl-client-s-dn") for head in heads] == [[b"CN=client,O=Test\\, Inc"], []]
+    assert [field(head, b"x-ssl-client-s-dn")
+            for head in heads] == [[b"CN=client,O=Test\\, Inc"], []]
     assert not any(b"root" in head for head in heads)
 
 
 def test_the_certificate_is_chosen_by_the_name_that_the_client_asks_for(tmp_path, tls):
-    ini = tls_ini(tls, "return = 200") + "[location OTHER.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
+    ini = tls_ini(tls,
+                  "return = 200")
+    ini += "[location OTHER.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
     with running(ini, tmp_path) as gate:
-        for asked, shown in (("gate.test", "localhost"), ("other.test", "other.test"), ("Other.Test", "other.test"),
-                             ("x.test", "localhost"), (None, "localhost")):
+        for asked, shown in (("gate.test", "localhost"), ("other.test", "other.test"),
+                             ("Other.Test", "other.test"), ("x.test", "localhost"),
+                             (None, "localhost")):
             assert certificate_shown(gate, tls, asked) == shown
 
 
@@ -3556,7 +3731,8 @@ def test_a_changed_certificate_is_taken_and_a_broken_one_is_not(tmp_path, tls):
         old.close()
 
 
-def test_a_connection_from_before_a_reload_that_took_tls_away_is_served_by_tls_or_closed(tmp_path, tls):
+def test_a_connection_from_before_a_reload_that_took_tls_away_is_served_by_tls_or_closed(
+        tmp_path, tls):
     with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
         sock = socket.create_connection(("127.0.0.1", gate.port), 5000 * MS)
         eventually(lambda: gate.connections)
@@ -3568,13 +3744,17 @@ def test_a_connection_from_before_a_reload_that_took_tls_away_is_served_by_tls_o
         reload(gate, "[server]\nreturn = 200 new\n")
         assert gate.fetch(request()).body == b"new"
         context = ssl.create_default_context(cafile=tls.ca)
-        with contextlib.closing(Peer(context.wrap_socket(sock, server_hostname="gate.test"))) as peer:
+        with contextlib.closing(
+                Peer(context.wrap_socket(sock, server_hostname="gate.test"))) as peer:
             assert peer.send(request()).response().body == b"new"
 
 
-@pytest.mark.skipif(not hasattr(ssl, "OP_NO_RENEGOTIATION"), reason="this Python has no such option")
+@pytest.mark.skipif(not hasattr(ssl, "OP_NO_RENEGOTIATION"),
+                    reason="this Python has no such option")
 def test_no_client_of_a_tls_port_may_negotiate_again(tmp_path, tls):
-    ini = tls_ini(tls, "return = 200") + "[location other.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
+    ini = tls_ini(tls,
+                  "return = 200")
+    ini += "[location other.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
     with running(ini, tmp_path) as gate, contextlib.closing(tls_connect(gate, tls)) as peer:
         assert peer.send(request()).response().status == 200
         connection, = gate.connections
@@ -3584,7 +3764,8 @@ def test_no_client_of_a_tls_port_may_negotiate_again(tmp_path, tls):
 
 
 def test_a_key_of_another_certificate_is_a_configuration_error(tmp_path, tls):
-    error, = errors_of(tmp_path, tls_ini(tls, "return = 200", "ssl_certificate_key = " + tls.client))
+    error, = errors_of(tmp_path, tls_ini(tls, "return = 200",
+                                         "ssl_certificate_key = " + tls.client))
     assert "ssl_certificate" in error and "is not the private key of" in error
     error, = errors_of(tmp_path, "[server]\nlisten = 127.0.0.1:0 ssl\nreturn = 200\n")
     assert "needs ssl_certificate" in error
@@ -3594,7 +3775,8 @@ def test_the_proxy_header_and_the_tls_handshake_may_come_in_one_piece(tmp_path, 
     ini = PROXY_INI % (" ssl", "127.0.0.1") + "ssl_certificate = %s\n" % tls.server
     with running(ini, tmp_path) as gate:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        client = ssl.create_default_context(cafile=tls.ca).wrap_bio(incoming, outgoing, server_hostname="gate.test")
+        context = ssl.create_default_context(cafile=tls.ca)
+        client = context.wrap_bio(incoming, outgoing, server_hostname="gate.test")
         peer = gate.connect()
         peer.sock.settimeout(1000 * MS)
         header = b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n"
@@ -3621,11 +3803,14 @@ def test_the_proxy_header_and_the_tls_handshake_may_come_in_one_piece(tmp_path, 
 
 
 @pytest.mark.parametrize("trust, name, works", [
-    ("proxy_ssl_trusted_certificate = CA", None, True), ("proxy_ssl_trusted_certificate = CA", "back.test", True),
+    ("proxy_ssl_trusted_certificate = CA", None, True),
+    ("proxy_ssl_trusted_certificate = CA", "back.test", True),
     ("proxy_ssl_trusted_certificate = CA", "evil.test", False), ("", "back.test", False),
-    ("proxy_ssl_verify = off", "evil.test", True)], ids=["address", "name", "wrong name", "wrong CA", "unchecked"])
+    ("proxy_ssl_verify = off", "evil.test", True)],
+    ids=["address", "name", "wrong name", "wrong CA", "unchecked"])
 @BOTH_WAYS
-def test_the_certificate_of_a_backend_is_checked_before_a_byte_is_sent(tmp_path, tls, raw, trust, name, works):
+def test_the_certificate_of_a_backend_is_checked_before_a_byte_is_sent(
+        tmp_path, tls, raw, trust, name, works):
     heads, names = [], []
 
     def script(peer):
@@ -3650,7 +3835,8 @@ def test_the_certificate_of_a_backend_is_checked_before_a_byte_is_sent(tmp_path,
 
 
 def test_unchecked_backend_certificates_are_warned_of(tmp_path, capsys):
-    path = write_file(tmp_path, "x.ini", "[server]\nproxy_pass = https://127.0.0.1:9\nproxy_ssl_verify = off\n")
+    path = write_file(tmp_path, "x.ini",
+                      "[server]\nproxy_pass = https://127.0.0.1:9\nproxy_ssl_verify = off\n")
     assert wsgate.main(["-t", "-c", path]) == 0
     assert "warning" in capsys.readouterr().err and wsgate.load_config(path).warnings
 
@@ -3659,11 +3845,13 @@ def test_the_gate_shows_its_certificate_to_a_backend_that_wants_one(tmp_path, tl
     subjects = []
 
     def script(peer):
-        subjects.append(dict(pair for group in peer.sock.getpeercert()["subject"] for pair in group))
+        subjects.append(dict(pair for group in peer.sock.getpeercert()["subject"]
+                             for pair in group))
         echo_service(peer)
 
     with ScriptedBackend(script, tls=tls_backend(tls, clients=True)) as backend:
-        ini = "[server]\nproxy_pass = https://%s\nproxy_ssl_trusted_certificate = %s\n" % (backend.where, tls.ca)
+        ini = "[server]\nproxy_pass = https://%s\nproxy_ssl_trusted_certificate = %s\n" % (
+            backend.where, tls.ca)
         with running(ini + "proxy_ssl_certificate = %s\n" % tls.client, tmp_path) as gate:
             assert gate.fetch(request()).status == 200
         assert subjects == [{"organizationName": "Test, Inc", "commonName": "client"}]
@@ -3671,12 +3859,14 @@ def test_the_gate_shows_its_certificate_to_a_backend_that_wants_one(tmp_path, tl
             assert gate.fetch(request()).status == 502 and len(subjects) == 1
 
 
-@pytest.mark.parametrize("front, back", [(True, False), (False, True), (True, True)], ids=["client", "backend", "both"])
+@pytest.mark.parametrize("front, back", [(True, False), (False, True), (True, True)],
+                         ids=["client", "backend", "both"])
 def test_a_tunnel_over_tls_changes_no_byte_though_both_sides_stall(tmp_path, tls, front, back):
     rng = random.Random(7)
     sizes = [0, 1, 125, 126, 65535, 65536, 1000000] + [rng.randint(0, 40000) for _ in range(40)]
     noise = bytes(rng.getrandbits(8) for _ in range(4099)) * 250
-    up, down = (b"".join(frame(2, noise[size % 4099:][:size], mask) for size in sizes) for mask in (b"k3y!", None))
+    up, down = (b"".join(frame(2, noise[size % 4099:][:size], mask) for size in sizes)
+                for mask in (b"k3y!", None))
     received = []
 
     def script(peer):
@@ -3687,7 +3877,8 @@ def test_a_tunnel_over_tls_changes_no_byte_though_both_sides_stall(tmp_path, tls
 
     with ScriptedBackend(script, tls=tls_backend(tls) if back else None) as backend:
         ini = (tls_ini(tls) if front else "[server]\n") + "proxy_pass = %s://%s\n" % (
-            "https" if back else "http", backend.where) + "proxy_ssl_trusted_certificate = %s\n" % tls.ca
+            "https" if back else "http",
+            backend.where) + "proxy_ssl_trusted_certificate = %s\n" % tls.ca
         with running(ini, tmp_path) as gate:
             peer = (tls_connect(gate, tls) if front else gate.connect()).send(handshake())
             assert peer.head().startswith(b"HTTP/1.1 101")
@@ -3699,13 +3890,16 @@ def test_a_tunnel_over_tls_changes_no_byte_though_both_sides_stall(tmp_path, tls
             assert "up=%d/" % len(sizes) in line and "down=%d/" % len(sizes) in line
 
 
-def test_what_tls_has_decrypted_and_nobody_has_read_is_not_left_until_more_comes(tmp_path, tls, constants):
+def test_what_tls_has_decrypted_and_nobody_has_read_is_not_left_until_more_comes(
+        tmp_path, tls, constants):
     """Smaller reads than TLS records: poll() says nothing of the rest of a record."""
     constants(SMALL_READ=1000)
     constants(BIG_READ=2000)
     with ScriptedBackend(echo_service, tls=tls_backend(tls)) as backend:
-        ini = tls_ini(tls, "proxy_pass = https://" + backend.where, "proxy_ssl_trusted_certificate = " + tls.ca)
-        with running(ini, tmp_path) as gate, contextlib.closing(tls_connect(gate, tls).send(handshake())) as client:
+        ini = tls_ini(tls, "proxy_pass = https://" + backend.where,
+                      "proxy_ssl_trusted_certificate = " + tls.ca)
+        with running(ini, tmp_path) as gate, contextlib.closing(
+                tls_connect(gate, tls).send(handshake())) as client:
             assert client.response().status == 101
             for size in (900, 9000, 1000):  # one record each
                 client.send(frame(2, b"x" * size, b"abcd"))
@@ -3723,7 +3917,8 @@ def test_a_tunnel_over_tls_ends_with_close_notify_on_both_sides(tmp_path, tls):
         seen.append(peer.sock.recv(1))
 
     with ScriptedBackend(script, tls=tls_backend(tls)) as backend:
-        ini = tls_ini(tls, "proxy_pass = https://" + backend.where, "proxy_ssl_trusted_certificate = " + tls.ca)
+        ini = tls_ini(tls, "proxy_pass = https://" + backend.where,
+                      "proxy_ssl_trusted_certificate = " + tls.ca)
         with running(ini + "idle_timeout = %dms\n" % (200 * MS * 1000), tmp_path) as gate:
             begun = time.monotonic()
             peer = tls_connect(gate, tls).send(handshake())
@@ -3744,11 +3939,13 @@ def test_a_subject_cannot_end_its_field():
 def test_locations_with_the_same_tls_keys_share_one_context(tmp_path, tls):
     """A reload keeps it too, until a key or file changes."""
     path = write_file(tmp_path, "many.ini", "".join(
-        "[location /%d/]\nproxy_pass = https://127.0.0.1:9\nproxy_ssl_trusted_certificate = %s\nproxy_ssl_verify = %s\n"
+        "[location /%d/]\nproxy_pass = https://127.0.0.1:9\nproxy_ssl_trusted_certificate = %s\n"
+        "proxy_ssl_verify = %s\n"
         % (number, tls.ca, "off" if number == 7 else "on") for number in range(20)))
     configs = [wsgate.load_config(path), wsgate.reload_config(path)]
     contexts = {location.proxy.context for config in configs for location in config.locations}
-    assert len(contexts) == 2 and [context.verify_mode for context in contexts].count(ssl.CERT_NONE) == 1
+    assert len(contexts) == 2
+    assert [context.verify_mode for context in contexts].count(ssl.CERT_NONE) == 1
     write_file(tmp_path, "ca.pem", pem(CA) * 2)
     assert wsgate.reload_config(path).locations[0].proxy.context not in contexts
     del configs, contexts
@@ -3757,12 +3954,14 @@ def test_locations_with_the_same_tls_keys_share_one_context(tmp_path, tls):
 
 
 def test_one_certificate_of_many_names_is_one_context(tmp_path, tls):
-    lines = ["[location %s.test/]\nreturn = 200\nssl_certificate = %s" % (name, tls.client) for name in "abc"]
+    lines = ["[location %s.test/]\nreturn = 200\nssl_certificate = %s" % (name, tls.client)
+             for name in "abc"]
     store = load_text(tmp_path, tls_ini(tls, "return = 200", *lines)).certificates
     assert len(store.contexts) == 4 and len(set(store.contexts.values())) == 2
 
 
-needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can drop privileges")
+needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
+                                reason="only root can drop privileges")
 
 
 @needs_root
@@ -3772,9 +3971,10 @@ def test_a_reload_works_though_user_cannot_read_the_key(tls):
         os.chmod(folder, 0o755)
         key = write_file(folder, "key.pem", SERVER_PEM)
         os.chmod(key, 0o600)
-        ini = ["[server]", "listen = 127.0.0.1:%d ssl" % free_port(), "ssl_certificate = " + key, "user = nobody",
-               "proxy_pass = https://127.0.0.1:9", "proxy_ssl_certificate = " + key,
-               "[location gate.test/]", "return = 200 one", "ssl_certificate = " + key]
+        ini = ["[server]", "listen = 127.0.0.1:%d ssl" % free_port(), "ssl_certificate = " + key,
+               "user = nobody", "proxy_pass = https://127.0.0.1:9",
+               "proxy_ssl_certificate = " + key, "[location gate.test/]", "return = 200 one",
+               "ssl_certificate = " + key]
         path = write_file(folder, "gate.ini", "\n".join(ini))
         with process("-c", path) as child:
             eventually(lambda: child.logged("up to"))
@@ -3789,7 +3989,8 @@ def test_a_reload_works_though_user_cannot_read_the_key(tls):
             write_file(folder, "key.pem", SERVER_PEM + "\n")
             for count in (1, 2):
                 child.send_signal(signal.SIGHUP)
-                eventually(lambda: len([line for line in child.lines if "reloaded" in line]) == count + 1)
+                eventually(lambda: len([line for line in child.lines if "reloaded" in line])
+                           == count + 1)
             said = [line for line in child.lines if "new certificate not loaded" in line]
             assert len(said) == 1 and key + ": Permission denied" in said[0], child.lines
             with contextlib.closing(tls_connect(child, tls)) as peer:
@@ -3797,7 +3998,7 @@ def test_a_reload_works_though_user_cannot_read_the_key(tls):
 
 
 def test_a_file_that_cannot_be_looked_at_is_one_line(tmp_path, tls):
-    """As after `user` took effect, where the folder is closed; once it is open again the files are loaded."""
+    """As for `user`, whose key only root can read; they are loaded once they can be read."""
     with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
         store, away = gate.config.certificates, str(tmp_path / "away.pem")
         os.rename(tls.server, away)
@@ -3810,13 +4011,16 @@ def test_a_file_that_cannot_be_looked_at_is_one_line(tmp_path, tls):
 
 
 def test_ciphers_of_a_listener_are_the_ones_offered(tmp_path, tls):
-    lines = ("return = 200", "ssl_protocols = TLSv1.2", "ssl_ciphers = ECDHE-ECDSA-AES128-GCM-SHA256")
-    with running(tls_ini(tls, *lines), tmp_path) as gate, contextlib.closing(tls_connect(gate, tls)) as peer:
+    lines = ("return = 200", "ssl_protocols = TLSv1.2",
+             "ssl_ciphers = ECDHE-ECDSA-AES128-GCM-SHA256")
+    with running(tls_ini(tls, *lines),
+                 tmp_path) as gate, contextlib.closing(tls_connect(gate, tls)) as peer:
         assert peer.sock.cipher()[0] in lines[2]
 
 
 @pytest.mark.parametrize("line, version", [("proxy_ssl_protocols = TLSv1.2", "TLSv1.2"), (
-    "proxy_ssl_protocols = TLSv1.2\nproxy_ssl_ciphers = ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE-ECDSA-AES128-GCM-SHA256")])
+    "proxy_ssl_protocols = TLSv1.2\nproxy_ssl_ciphers = ECDHE-ECDSA-AES128-GCM-SHA256",
+    "ECDHE-ECDSA-AES128-GCM-SHA256")])
 def test_protocols_and_ciphers_towards_a_backend(tmp_path, tls, line, version):
     shown = []
 
@@ -3825,7 +4029,8 @@ def test_protocols_and_ciphers_towards_a_backend(tmp_path, tls, line, version):
         echo_service(peer)
 
     with ScriptedBackend(script, tls=tls_backend(tls)) as backend:
-        with running("[server]\nproxy_pass = https://%s\nproxy_ssl_verify = off\n%s\n" % (backend.where, line),
+        with running("[server]\nproxy_pass = https://%s\nproxy_ssl_verify = off\n%s\n"
+                     % (backend.where, line),
                      tmp_path) as gate:
             assert gate.fetch(request()).status == 200 and version in shown
 
@@ -3853,11 +4058,13 @@ def test_an_old_version_works_with_the_remedy(tmp_path, tls):
 
 @pytest.mark.parametrize("lines, marks", [
     ("", "(set proxy_ssl_trusted_certificate to its CA, or proxy_ssl_verify = off)"),
-    ("proxy_ssl_trusted_certificate = CA\nproxy_ssl_name = evil.test", "(set proxy_ssl_name to a name of its certificate,"),
+    ("proxy_ssl_trusted_certificate = CA\nproxy_ssl_name = evil.test",
+     "(set proxy_ssl_name to a name of its certificate,"),
 ], ids=["self-signed", "name"])
 def test_the_error_of_an_untrusted_backend_names_the_key_to_set(tmp_path, tls, lines, marks):
     with ScriptedBackend(echo_service, tls=tls_backend(tls)) as backend:
-        ini = "[server]\nproxy_pass = https://%s\n%s\n" % (backend.where, lines.replace("CA", tls.ca))
+        lines = lines.replace("CA", tls.ca)
+        ini = "[server]\nproxy_pass = https://%s\n%s\n" % (backend.where, lines)
         with running(ini, tmp_path) as gate:
             assert gate.fetch(request()).reason == "backend_tls"
             line = eventually(lambda: next(line for line in gate.errors if "backend_tls" in line))
@@ -3875,9 +4082,11 @@ def test_the_error_of_a_backend_port_without_tls_names_the_cause(tmp_path):
 @pytest.mark.parametrize("side", ["client", "backend"])
 def test_a_tunnel_through_tls_survives_its_pings(tmp_path, tls, side):
     """A pong that is not passed on leaves nothing to write, and nothing must not be written."""
-    with ScriptedBackend(echo_service, tls=tls_backend(tls) if side == "backend" else None) as backend:
+    with ScriptedBackend(echo_service, tls=tls_backend(tls) if side
+                         == "backend" else None) as backend:
         ini = tls_ini(tls, PINGING) if side == "client" else "[server]\n%s\n" % PINGING
-        ini += "proxy_pass = %s://%s\nproxy_ssl_trusted_certificate = %s\nproxy_ssl_name = gate.test\n" % (
+        ini += "proxy_ssl_name = gate.test\n"
+        ini += "proxy_pass = %s://%s\nproxy_ssl_trusted_certificate = %s\n" % (
             "https" if side == "backend" else "http", backend.where, tls.ca)
         with running(ini, tmp_path) as gate:
             client = tls_connect(gate, tls) if side == "client" else gate.connect()
@@ -4014,8 +4223,10 @@ BAD_REQUEST_FIELDS = (
     (b"Transfer-Encoding: chunked\x00", "coding, NUL in the value"),
     (b"Transfer-Encoding:\x0bchunked", "coding, vertical tab"),
     (b"Transfer-Encoding:\x0cchunked", "coding, form feed"),
-    (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", "coding twice", "501 bad_transfer_encoding"),
-    (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x", "two codings", "501 bad_transfer_encoding"),
+    (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", "coding twice",
+     "501 bad_transfer_encoding"),
+    (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x", "two codings",
+     "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: chunked, chunked", "chunked twice", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: gzip, chunked", "another coding before", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: chunked, identity", "another coding behind", "501 bad_transfer_encoding"),
@@ -4027,7 +4238,8 @@ BAD_REQUEST_FIELDS = (
     (b"Transfer-Encoding: ,chunked", "empty element before", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: chunked,", "empty element behind", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: chunked x", "word behind chunked", "501 bad_transfer_encoding"),
-    (b"Transfer-Encoding: c\xc5\xbfunked", "letter that folds to another", "501 bad_transfer_encoding"),
+    (b"Transfer-Encoding: c\xc5\xbfunked", "letter that folds to another",
+     "501 bad_transfer_encoding"),
     (b"Transfer-Encoding:", "empty coding", "501 bad_transfer_encoding"),
     (b"X", "no colon"),
     (b": y", "no name"),
@@ -4055,15 +4267,16 @@ BAD_REQUEST_FIELDS = (
     (b"X: " + b"y" * 16384, "field over 16k", "431 header_too_large"))
 
 # A value of Host in a GET / HTTP/1.1.
-BAD_HOSTS = (b"", b" ", b":80", b"a b", b"a/b", b"a?b", b"a#b", b"a\\b", b"user@a", b"<a>", b"a\"", b"a\x00",
-             b"\xc3\xa4", b"a:b", b"a:-1", b"a:+80", b"a:80:80", b"a:65536", b"a:999999", b"http://a",
-             b"::1", b"[::1", b"::1]", b"[::1]a", b"[zz]", b"[::1%25lo]")
+BAD_HOSTS = (b"", b" ", b":80", b"a b", b"a/b", b"a?b", b"a#b", b"a\\b", b"user@a", b"<a>", b"a\"",
+             b"a\x00", b"\xc3\xa4", b"a:b", b"a:-1", b"a:+80", b"a:80:80", b"a:65536", b"a:999999",
+             b"http://a", b"::1", b"[::1", b"::1]", b"[::1]a", b"[zz]", b"[::1%25lo]")
 
 # Everything a client sends.
 BAD_OPENINGS = (
     (b"GET / HTTP/1.1\r\n\r\n", "no Host"),
     (b"GET http://gate.test/ HTTP/1.1\r\n\r\n", "absolute-form without Host"),
-    (b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "chunked in HTTP/1.0"),
+    (b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+     "chunked in HTTP/1.0"),
     (b"GET / HTTP/1.1\nHost: a\n\n", "bare LF everywhere"),
     (b"GET / HTTP/1.1\nHost: a\r\n\r\n", "bare LF behind the request line"),
     (b"GET / HTTP/1.1\r\nHost: a\n\r\n", "bare LF behind a field"),
@@ -4074,15 +4287,18 @@ BAD_OPENINGS = (
     (b"\x00GET / HTTP/1.1\r\nHost: a\r\n\r\n", "NUL before"),
     (b"\r\n" * 4, "nothing but empty lines"),
     (b"HTTP/1.1 200 OK\r\n\r\n", "an answer"),
-    (b"PROXY TCP4 1.2.3.4 1.2.3.5 1 2\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", "PROXY header that is not expected"),
+    (b"PROXY TCP4 1.2.3.4 1.2.3.5 1 2\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+     "PROXY header that is not expected"),
     (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2 preface, whole", "505 bad_version"),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "TLS on a plain port", "400 tls_on_http_port"),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "TLS on a plain port",
+     "400 tls_on_http_port"),
     (b"GET /" + b"a" * 16400, "line that does not end", "414 uri_too_long"),
     (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 3000, "head that does not end", "431 header_too_large"))
 
 BAD_REQUESTS = table_rows((b"", BAD_REQUEST_LINES, HOST_LINE + b"\r\n"), (b"", BAD_OPENINGS, b""),
                     (b"POST / HTTP/1.1" + HOST_LINE, BAD_REQUEST_FIELDS, b"\r\n\r\n"),
-                    (b"GET / HTTP/1.1\r\nHost:", [(host, "Host: %r" % host) for host in BAD_HOSTS], b"\r\n\r\n"))
+                    (b"GET / HTTP/1.1\r\nHost:", [(host, "Host: %r" % host) for host in BAD_HOSTS],
+                     b"\r\n\r\n"))
 
 
 @pytest.mark.parametrize("raw, verdict", table_params(BAD_REQUESTS))
@@ -4096,7 +4312,8 @@ def test_no_backend_ever_hears_of_a_malformed_request_and_the_client_reads_why(t
             client = gate.connect().send(raw)
             response = client.response()
             assert (why, "%d %s" % (response.status, response.reason)) == (why, verdict)
-            assert response.body.startswith(b"%d " % response.status) and verdict[4:].encode() in response.body
+            assert response.body.startswith(b"%d " % response.status)
+            assert verdict[4:].encode() in response.body
             assert response.get(b"connection") == b"close" and client.ended(), why
             client.close()
         assert not backend.connections
@@ -4164,7 +4381,8 @@ def test_no_backend_gets_a_malformed_chunked_body_to_its_end(tmp_path):
         assert not complete
 
 
-# What a backend answers; the client gets 502 backend_bad_response where a row does not say otherwise.
+# What a backend answers; the client gets 502 backend_bad_response where a row does not say
+# otherwise.
 BAD_ANSWER_HEADS = (
     (b"hello\r\n\r\n", "no HTTP"),
     (b"SSH-2.0-OpenSSH_9.6\r\n", "SSH"),
@@ -4192,9 +4410,11 @@ BAD_ANSWER_HEADS = (
     (b"HTTP/2 200 OK\r\n\r\n", "version 2"),
     (b"HTTP/2.0 200 OK\r\n\r\n", "version 2.0"),
     (b"HTTP/1.10 200 OK\r\n\r\n", "version 1.10"),
-    (b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "chunked in an answer of HTTP/1.0"),
+    (b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+     "chunked in an answer of HTTP/1.0"),
     (b"HTTP/1.1 103 Early Hints\r\n\r\n" * 33 + b"HTTP/1.1 200 OK\r\n\r\n", "33 interim answers"),
-    (b"HTTP/1.1 101 OK\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "101 unasked for", "502 backend_bad_101"),
+    (b"HTTP/1.1 101 OK\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "101 unasked for",
+     "502 backend_bad_101"),
     (b"", "nothing", "502 backend_closed"))
 
 # Behind `HTTP/1.1 200 OK`.
@@ -4221,7 +4441,8 @@ BAD_ANSWER_FIELDS = (
     (b"Transfer-Encoding: gzip\r\n\r\nok", "gzip"),
     (b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", "gzip and chunked"),
     (b"Transfer-Encoding: identity\r\n\r\nok", "identity"),
-    (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "chunked in two fields"))
+    (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+     "chunked in two fields"))
 
 # Only its body shows that an answer is bad: the client's connection is reset.
 BAD_ANSWER_BODIES = (
@@ -4234,14 +4455,17 @@ BAD_ANSWER_BODIES = (
     (CHUNKED + b"5\nhello\n0\n\n", "bare LF in chunks", "backend_bad_response"),
     (CHUNKED + b"-5\r\nhello\r\n0\r\n\r\n", "negative chunk", "backend_bad_response"),
     (CHUNKED + b"5\r\nhello!\r\n0\r\n\r\n", "chunk longer than said", "backend_bad_response"),
-    (CHUNKED + b"10000000000000005\r\nhello\r\n0\r\n\r\n", "chunk beyond 64 bits", "backend_bad_response"),
-    (CHUNKED + b"5;" + b"a" * 9000 + b"\r\nhello\r\n0\r\n\r\n", "9000 bytes of extension", "backend_bad_response"),
+    (CHUNKED + b"10000000000000005\r\nhello\r\n0\r\n\r\n", "chunk beyond 64 bits",
+     "backend_bad_response"),
+    (CHUNKED + b"5;" + b"a" * 9000 + b"\r\nhello\r\n0\r\n\r\n", "9000 bytes of extension",
+     "backend_bad_response"),
     (CHUNKED + b"0\r\nX y: z\r\n\r\n", "bad trailer", "backend_bad_response"))
 
 
 @pytest.mark.parametrize("how", [b"whole", b"drip"])
 def test_a_malformed_answer_of_a_backend_is_502(tmp_path, how):
-    table = table_rows((b"", BAD_ANSWER_HEADS, b""), (OK, BAD_ANSWER_FIELDS, b""), default="502 backend_bad_response")
+    table = table_rows((b"", BAD_ANSWER_HEADS, b""), (OK, BAD_ANSWER_FIELDS, b""),
+                       default="502 backend_bad_response")
     with gate_and_backend(tmp_path, respond_by_row(table)) as (gate, _):
         for number, (_, why, verdict) in enumerate(table):
             response = gate.fetch(request(b"GET", b"/%d/%s" % (number, how)))
@@ -4266,9 +4490,12 @@ GOOD_REQUESTS = (
     b"GET / HTTP/1.1\r\nhOST: \t gate.test \t\r\n\r\n",
     b"get.it!#$%&'*+-^_`|~ / HTTP/1.1\r\nHost: a\r\n\r\n",
     b"GET /|\"<>{}^`'()*;=:@!$&,~%2F%c3%a4?\\/.. HTTP/1.1\r\nHost: a\r\n\r\n",
-    b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /.../..a/a../.well-known HTTP/1.1\r\nHost: a\r\n\r\n",
-    b"GET http://A:80/b HTTP/1.1\r\nHost: a:80\r\n\r\n", b"GET HTTPS://a HTTP/1.1\r\nHost: a\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: [2001:db8::1]:8080\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a_b.test.:\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET /.../..a/a../.well-known HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET http://A:80/b HTTP/1.1\r\nHost: a:80\r\n\r\n",
+    b"GET HTTPS://a HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: [2001:db8::1]:8080\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a_b.test.:\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: a\r\nX:\r\nX: \r\n!#$%&'*+-.^_`|~09Az: \t\xe4\xff \"\\\t;\r\n\r\n",
     b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 000000000000000000\r\n\r\n",
     b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: \tChunked \r\n\r\n",
@@ -4290,7 +4517,8 @@ def test_what_is_unusual_but_right_is_taken(raw):
     (b"http://gate.test:8080//a", b"gate.test:8080", b"//a", "/a"),
     (b"/%61%2Fb%20", b"gate.test", b"/%61%2Fb%20", "/a/b "),
     (b"/a?b/../c", b"gate.test", b"/a?b/../c", "/a")])
-def test_the_target_for_the_backend_is_what_came_and_the_path_is_decoded_for_routing(line, host, target, path):
+def test_the_target_for_the_backend_is_what_came_and_the_path_is_decoded_for_routing(
+        line, host, target, path):
     parsed = wsgate.parse_request_head(b"GET %s HTTP/1.1\r\nHost: %s\r\n\r\n" % (line, host))
     assert (parsed.target, parsed.path, parsed.authority) == (target, path, host)
     assert parsed.host == "gate.test"
@@ -4301,7 +4529,8 @@ def test_fields_are_found_in_any_case_and_kept_as_they_came():
     fields = wsgate.parse_request_head(raw).fields
     assert fields == [(b"Host", b"gate.test"), (b"X-a", b"1"), (b"x-A", b"2"),
                       (b"Connection", b"Close ,x-a,"), (b"connection", b"y")]
-    assert fields.get_all(b"x-a") == [b"1", b"2"] and fields.get(b"x-a") is None and fields.get(b"host") == b"gate.test"
+    assert fields.get_all(b"x-a") == [b"1", b"2"] and fields.get(b"x-a") is None
+    assert fields.get(b"host") == b"gate.test"
     assert fields.tokens(b"connection") == [b"close", b"x-a", b"y"]
     assert not fields.get_all(b"z") and fields.get(b"z") is None
 
@@ -4310,10 +4539,12 @@ def test_fields_are_found_in_any_case_and_kept_as_they_came():
     (b"HTTP/1.1 200 OK\r\n\r\n", 200, b"OK", None, False),
     (b"HTTP/1.0 404 \r\nContent-Length: 007\r\n\r\n", 404, b"", 7, False),
     (b"HTTP/1.1 599\r\nTransfer-Encoding: CHUNKED\r\n\r\n", 599, b"", None, True),
-    (b"HTTP/1.1 200 Tr\xc3\xa8s bien\r\ncontent-length: 0\r\n\r\n", 200, b"Tr\xc3\xa8s bien", 0, False)])
+    (b"HTTP/1.1 200 Tr\xc3\xa8s bien\r\ncontent-length: 0\r\n\r\n", 200, b"Tr\xc3\xa8s bien", 0,
+     False)])
 def test_a_response_head_is_taken_apart(raw, status, reason, length, is_chunked):
     response = wsgate.parse_response_head(raw)
-    assert (response.status, response.reason, response.length, response.chunked) == (status, reason, length, is_chunked)
+    assert (response.status, response.reason, response.length,
+            response.chunked) == (status, reason, length, is_chunked)
 
 
 @pytest.mark.parametrize("tail", [b"GET / HTTP/1.1\r\n", b"\r\n", b"0\r\n\r\n"])
@@ -4321,12 +4552,15 @@ def test_a_body_ends_where_its_framing_says_whatever_follows(tail):
     assert body_through(lambda: wsgate.LengthBody(5), b"hello", tail) == b"hello"
     assert body_through(wsgate.ChunkedBody, b"0\r\n\r\n", tail) == b"0\r\n\r\n"
     assert body_through(wsgate.ChunkedBody, CHUNKED_IN, tail) == CHUNKED_OUT
-    assert body_through(lambda: wsgate.ChunkedBody(decode=True), CHUNKED_IN, tail) == b"hello, world0123456789"
+    assert body_through(lambda: wsgate.ChunkedBody(decode=True), CHUNKED_IN,
+                        tail) == b"hello, world0123456789"
     assert body_through(wsgate.UntilClose, b"hello" + tail) == b"hello" + tail
 
 
-@pytest.mark.parametrize("body, cut", [(wsgate.LengthBody(5), b"hell"), (wsgate.ChunkedBody(), b"5\r\nhello\r\n"),
-                                       (wsgate.ChunkedBody(), b"0\r\n"), (wsgate.UntilClose(), b"hell")])
+@pytest.mark.parametrize("body, cut", [(wsgate.LengthBody(5), b"hell"),
+                                       (wsgate.ChunkedBody(), b"5\r\nhello\r\n"),
+                                       (wsgate.ChunkedBody(), b"0\r\n"),
+                                       (wsgate.UntilClose(), b"hell")])
 def test_only_a_body_without_framing_may_end_with_the_stream(body, cut):
     body.feed(cut, 0)
     assert not body.done and body.at_end() == isinstance(body, wsgate.UntilClose)
@@ -4341,7 +4575,8 @@ def test_a_chunked_body_is_limited_by_what_it_says_before_it_comes():
 
 
 @pytest.mark.parametrize("line, status", [
-    (b"GET /x", 400), (b"GET /x HTTP/3.0", 505), (b"GET /x HTTP/1.1 ", 400), (b"", 400), (b"\x00", 400), (b"GET x\n", 400)])
+    (b"GET /x", 400), (b"GET /x HTTP/3.0", 505), (b"GET /x HTTP/1.1 ", 400), (b"", 400),
+    (b"\x00", 400), (b"GET x\n", 400)])
 def test_a_wrong_request_line_is_refused_once_it_is_complete(tmp_path, line, status):
     """Not after client_header_timeout, as if the rest of the head could mend it."""
     with gate_and_backend(tmp_path, None) as (gate, _):
@@ -4368,7 +4603,7 @@ class CountedBytes(bytes):
 
 
 def test_a_head_that_comes_byte_by_byte_is_looked_at_once():
-    """Else a client that drips makes each byte of its head cost as much as the whole head so far."""
+    """Otherwise each byte of a slow client costs as much as its whole head so far."""
     here, there = socket.socketpair()
     with here, there:
         stream, CountedBytes.looked = wsgate.Stream(here), 0
@@ -4384,17 +4619,21 @@ def test_a_head_that_comes_byte_by_byte_is_looked_at_once():
 @pytest.mark.parametrize("size", [20000, 60000])
 def test_client_header_size_is_the_only_limit_of_a_head(tmp_path, size):
     """Of a request line, of a field, of a number of fields; and of the head of a response."""
-    head = b"HTTP/1.1 200 OK\r\n" + b"X-%d: y\r\n" * 2000 % tuple(range(2000)) + b"Content-Length: 0\r\n\r\n"
+    head = b"HTTP/1.1 200 OK\r\n" + b"X-%d: y\r\n" * 2000 % tuple(
+        range(2000)) + b"Content-Length: 0\r\n\r\n"
     with ScriptedBackend(respond(head)) as backend:
-        ini = "[server]\nclient_header_size = 64k\n[location /]\nproxy_pass = http://%s\n" % backend.where
+        ini = ini_for(backend, "client_header_size = 64k")
         with running(ini, tmp_path) as gate:
-            for raw in (request(b"GET", b"/" + b"a" * size), request(b"GET", b"/", b"X: " + b"y" * size),
-                        request(b"GET", b"/", *[b"X-%d: y" % number for number in range(size // 12)])):
+            for raw in (request(b"GET", b"/" + b"a" * size),
+                        request(b"GET", b"/", b"X: " + b"y" * size),
+                        request(b"GET", b"/",
+                                *[b"X-%d: y" % number for number in range(size // 12)])):
                 assert gate.fetch(raw).status == 200
 
 
 @pytest.mark.parametrize("head", [
-    b"HTTP/1.0 200 OK\nContent-Length: 2\nX-A: 1\n\n", b"HTTP/1.1 200 OK\r\nContent-Length: 2\nX-A: 1\r\n\n",
+    b"HTTP/1.0 200 OK\nContent-Length: 2\nX-A: 1\n\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\nX-A: 1\r\n\n",
     b"HTTP/1.1 200 OK\nContent-Length: 2\r\nX-A: 1\n\r\n"])
 def test_lines_of_a_response_head_may_end_with_lf(tmp_path, head):
     """Device servers write them so; the client gets CRLF."""
@@ -4417,13 +4656,16 @@ def test_chunked_wins_over_content_length_in_a_response(tmp_path, length):
     with gate_and_backend(tmp_path, respond(raw)) as (gate, _):
         response = gate.fetch(request())
         assert (response.status, response.body) == (200, b"ok")
-        assert not response.get(b"content-length") and response.get(b"transfer-encoding") == b"chunked"
+        assert not response.get(b"content-length")
+        assert response.get(b"transfer-encoding") == b"chunked"
         assert gate.fetch(request().replace(b"HTTP/1.1", b"HTTP/1.0")).body == b"ok"
 
 
 @pytest.mark.parametrize("name, line", [
-    (b"X-Real-Ip", ""), (b"X-Forwarded-Anything", ""), (b"Authorization", ""), (b"X-Listed", ""), (b"X_Underscored", ""),
-    (b"X-Set", "proxy_set_header = X-Set: 1"), (b"X-Identity", "auth_request = http://BACKEND\nauth_request_headers = X-Identity")])
+    (b"X-Real-Ip", ""), (b"X-Forwarded-Anything", ""), (b"Authorization", ""), (b"X-Listed", ""),
+    (b"X_Underscored", ""),
+    (b"X-Set", "proxy_set_header = X-Set: 1"),
+    (b"X-Identity", "auth_request = http://BACKEND\nauth_request_headers = X-Identity")])
 def test_a_trailer_that_would_be_trusted_is_dropped(tmp_path, name, line):
     bodies = []
 
@@ -4434,7 +4676,8 @@ def test_a_trailer_that_would_be_trusted_is_dropped(tmp_path, name, line):
         peer.send(ok())
 
     with ScriptedBackend(script) as backend:
-        with running(("[server]\n[location /]\nproxy_pass = http://BACKEND\n" + line).replace("BACKEND", backend.where),
+        with running(("[server]\n[location /]\nproxy_pass = http://BACKEND\n"
+                      + line).replace("BACKEND", backend.where),
                      tmp_path) as gate:
             raw = request(b"POST", b"/", b"Transfer-Encoding: chunked", b"Connection: X-Listed")
             assert gate.fetch(raw + b"0\r\n" + name + b": me\r\nX-Sum: 7\r\n\r\n").status == 200
@@ -4444,23 +4687,26 @@ def test_a_trailer_that_would_be_trusted_is_dropped(tmp_path, name, line):
 # ---------------------------------------------------------------------- Routing
 
 
-ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "host.test/chat/", "= host.test/exact",
-          "*.test/", "*.sub.test/", "[::1]/v6", "/caf\u00e9/", "/a+b/"]
+ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "host.test/chat/",
+          "= host.test/exact", "*.test/", "*.sub.test/", "[::1]/v6", "/caf\u00e9/", "/a+b/"]
 
 
 @pytest.mark.parametrize("host, path, name", [
-    ("any", "/", "/"), ("any", "/chatter", "/"), ("any", "/chat", "/chat"), ("any", "/chat/", "/chat"),
-    ("any", "/chat/x", "/chat"), ("any", "/chat/deep", "/chat"), ("any", "/chat;x=1", "/chat"), ("any", "/chat/deep/x", "/chat/deep/"),
-    ("any", "/exact", "= /exact"), ("any", "/exact/", "/exact/"), ("any", "/exactly", "/"), ("any", "/CHAT", "/"),
-    ("host.test", "/", "host.test/"), ("host.test", "/chat", "host.test/"), ("host.test", "/chat/", "host.test/chat/"),
-    ("host.test", "/exact", "= host.test/exact"), ("HOST.test.", "/", "host.test/"),
-    ("a.test", "/", "*.test/"), ("b.a.test", "/", "*.test/"), ("a.sub.test", "/", "*.sub.test/"),
-    ("sub.test", "/", "*.test/"), ("test", "/", "/"), ("attest", "/chat", "/chat"), ("a.test:80", "/", "*.test/"),
-    ("any", "/%63hat/x", "/chat"), ("any", "//chat///x", "/chat"), ("any", "/chat%2Fdeep%2Fx", "/chat/deep/"),
-    ("any", "/%2fchat%2fdeep%2f", "/chat/deep/"), ("any", "/chat%3Bx", "/chat"), ("any", "/chat%5Cx", "/"), ("any", "/chat/%64eep//x", "/chat/deep/"), ("any", "/chat?/chat/deep/", "/chat"),
-    ("any", "/caf%C3%A9/x", "/caf\u00e9/"), ("any", "/caf%E9/x", "/"), ("any", "/a%2Bb/", "/a+b/"),
-    ("[::1]", "/v6", "[::1]/v6"), ("[::1]:80", "/v6/x", "[::1]/v6"), ("[::1]", "/v", "/"),
-    ("any", "/x/y/", "/"),
+    ("any", "/", "/"), ("any", "/chatter", "/"), ("any", "/chat", "/chat"),
+    ("any", "/chat/", "/chat"), ("any", "/chat/x", "/chat"), ("any", "/chat/deep", "/chat"),
+    ("any", "/chat;x=1", "/chat"), ("any", "/chat/deep/x", "/chat/deep/"),
+    ("any", "/exact", "= /exact"), ("any", "/exact/", "/exact/"), ("any", "/exactly", "/"),
+    ("any", "/CHAT", "/"), ("host.test", "/", "host.test/"), ("host.test", "/chat", "host.test/"),
+    ("host.test", "/chat/", "host.test/chat/"), ("host.test", "/exact", "= host.test/exact"),
+    ("HOST.test.", "/", "host.test/"), ("a.test", "/", "*.test/"), ("b.a.test", "/", "*.test/"),
+    ("a.sub.test", "/", "*.sub.test/"), ("sub.test", "/", "*.test/"), ("test", "/", "/"),
+    ("attest", "/chat", "/chat"), ("a.test:80", "/", "*.test/"), ("any", "/%63hat/x", "/chat"),
+    ("any", "//chat///x", "/chat"), ("any", "/chat%2Fdeep%2Fx", "/chat/deep/"),
+    ("any", "/%2fchat%2fdeep%2f", "/chat/deep/"), ("any", "/chat%3Bx", "/chat"),
+    ("any", "/chat%5Cx", "/"), ("any", "/chat/%64eep//x", "/chat/deep/"),
+    ("any", "/chat?/chat/deep/", "/chat"), ("any", "/caf%C3%A9/x", "/caf\u00e9/"),
+    ("any", "/caf%E9/x", "/"), ("any", "/a%2Bb/", "/a+b/"), ("[::1]", "/v6", "[::1]/v6"),
+    ("[::1]:80", "/v6/x", "[::1]/v6"), ("[::1]", "/v", "/"), ("any", "/x/y/", "/"),
 ])
 def test_the_most_special_location_takes_a_request(tmp_path, host, path, name):
     config = load_text(tmp_path, SERVER + "".join(
@@ -4489,9 +4735,10 @@ def test_an_exact_root_leaves_the_rest_to_the_backend_of_server(tmp_path):
 
 
 REFUSED_TARGETS = [
-    b"/..", b"/a/../b", b"/a/.", b"/./a", b"/%2e%2e/a", b"/a/%2E", b"/a/.%2e/", b"//../a", b"/a/..%2Fb", b"/a%2f..%2fb",
-    b"/a%2F../b", b"/a/..?x", b"/a\\b", b"/a%5C..%5Cb", b"/.%5C", b"/a/.%FF./b", b"/a%00", b"/a%0d%0aX:y", b"/a%7F", b"/a%", b"/a%2", b"/a%zz/b",
-    b"/a%u0041", b"/a#b", b"/a?b#c", b"a", b"?a", b"*", b"a:80", b"ftp://gate.test/", b"http://other.test/",
+    b"/..", b"/a/../b", b"/a/.", b"/./a", b"/%2e%2e/a", b"/a/%2E", b"/a/.%2e/", b"//../a",
+    b"/a/..%2Fb", b"/a%2f..%2fb", b"/a%2F../b", b"/a/..?x", b"/a\\b", b"/a%5C..%5Cb", b"/.%5C",
+    b"/a/.%FF./b", b"/a%00", b"/a%0d%0aX:y", b"/a%7F", b"/a%", b"/a%2", b"/a%zz/b", b"/a%u0041",
+    b"/a#b", b"/a?b#c", b"a", b"?a", b"*", b"a:80", b"ftp://gate.test/", b"http://other.test/",
     b"http:///a", b"http://gate.test:81/", b"http://gate.test/a/../b", b"http://me@gate.test/",
 ]
 
@@ -4505,7 +4752,8 @@ def test_a_target_that_two_programs_could_read_differently_is_400(target):
 
 def test_a_refused_target_reaches_no_backend_and_an_unknown_path_is_404(tmp_path):
     with ScriptedBackend(respond(ok())) as backend:
-        with running("[server]\n[location /a/]\nproxy_pass = http://%s\n" % backend.where, tmp_path) as gate:
+        with running("[server]\n[location /a/]\nproxy_pass = http://%s\n" % backend.where,
+                     tmp_path) as gate:
             response = gate.fetch(request(b"GET", b"/a/%2e%2e/b"))
             assert (response.status, response.reason) == (400, "bad_request")
             response = gate.fetch(request(b"GET", b"/b"))
@@ -4516,24 +4764,30 @@ def test_a_refused_target_reaches_no_backend_and_an_unknown_path_is_404(tmp_path
 
 
 def test_the_bytes_of_a_target_reach_the_backend_unchanged(tmp_path):
-    targets = [b"/", b"//a///b", b"/%7Euser/%c3%A9", b"/a%2Fb", b"/a%5Cb", b"/caf\xe9\xff?\x80", b"/a?", b"/a?b=%zz&../..\\\"<>|^", b"/a;b=c/...x/..y",
-               b"/a?x=/../y", b"/a%252e", b"/a?b?c", b"/" + b"x" * 4000]
+    targets = [b"/", b"//a///b", b"/%7Euser/%c3%A9", b"/a%2Fb", b"/a%5Cb", b"/caf\xe9\xff?\x80",
+               b"/a?", b"/a?b=%zz&../..\\\"<>|^", b"/a;b=c/...x/..y", b"/a?x=/../y", b"/a%252e",
+               b"/a?b?c", b"/" + b"x" * 4000]
     assert targets_at_backend(tmp_path, "[server]\nproxy_pass = http://BACKEND\n",
                               [request(b"GET", target) for target in targets]) == targets
 
 
 def test_absolute_form_goes_on_in_origin_form_and_the_star_of_options_stays(tmp_path):
-    absolute = {b"ws://gate.test/a": b"/a", b"WSS://gate.test?b": b"/?b", b"http://gate.test": b"/", b"http://gate.test/": b"/", b"HTTP://Gate.test/a//b?c//d": b"/a//b?c//d",
-                b"https://gate.test?a=b": b"/?a=b", b"http://gate.test?back=/home/x": b"/?back=/home/x"}
+    absolute = {b"ws://gate.test/a": b"/a", b"WSS://gate.test?b": b"/?b", b"http://gate.test": b"/",
+                b"http://gate.test/": b"/", b"HTTP://Gate.test/a//b?c//d": b"/a//b?c//d",
+                b"https://gate.test?a=b": b"/?a=b",
+                b"http://gate.test?back=/home/x": b"/?back=/home/x"}
     options = {b"*": b"*", b"/": b"/", b"http://gate.test": b"*", b"http://gate.test/": b"/",
                b"http://gate.test?a": b"/?a"}
-    raw = [request(b"GET", target) for target in absolute] + [request(b"OPTIONS", target) for target in options]
+    raw = [request(b"GET", target) for target in absolute] + [
+        request(b"OPTIONS", target) for target in options]
     ini = "[server]\n[location /]\nproxy_pass = http://BACKEND\n"
-    assert targets_at_backend(tmp_path, ini, raw) == list(absolute.values()) + list(options.values())
+    assert targets_at_backend(tmp_path, ini,
+                              raw) == list(absolute.values()) + list(options.values())
 
 
 @pytest.mark.parametrize("location, uri, targets", [
-    ("/chat/", "/", {b"/chat/": b"/", b"/chat/a/b?c": b"/a/b?c", b"/%63hat/%41": b"/%41", b"//chat//a": b"/a"}),
+    ("/chat/", "/", {b"/chat/": b"/", b"/chat/a/b?c": b"/a/b?c", b"/%63hat/%41": b"/%41",
+                     b"//chat//a": b"/a"}),
     ("/chat/", "/v2/x", {b"/chat/a": b"/v2/xa", b"/chat/": b"/v2/x"}),
     ("/chat", "/app", {b"/chat": b"/app", b"/chat/a": b"/app/a", b"/chat?a=b": b"/app?a=b",
                        b"/ch%61t/%2Fa": b"/app/%2Fa"}),
@@ -4542,7 +4796,8 @@ def test_absolute_form_goes_on_in_origin_form_and_the_star_of_options_stays(tmp_
     ("= /one", "/other", {b"/one": b"/other", b"/one?a": b"/other?a", b"/%6fne": b"/other"}),
 ])
 def test_a_uri_in_proxy_pass_replaces_the_matched_prefix(tmp_path, location, uri, targets):
-    config = load_text(tmp_path, "[location %s]\nproxy_pass = http://127.0.0.1:9%s\n" % (location, uri))
+    config = load_text(tmp_path, "[location %s]\nproxy_pass = http://127.0.0.1:9%s\n"
+                       % (location, uri))
     for target, wanted in targets.items():
         message = wsgate.parse_request_head(request(b"GET", target))
         location = config.route("any", message.path)
@@ -4552,7 +4807,8 @@ def test_a_uri_in_proxy_pass_replaces_the_matched_prefix(tmp_path, location, uri
 def test_a_backend_on_a_unix_socket_is_asked_with_the_uri_behind_it(tmp_path):
     path = os.path.join(str(tmp_path), "app.sock")
     with ScriptedBackend(respond(ok(b"by unix")), path=path) as backend:
-        with running("[location /a/]\nproxy_pass = http://%s:/b/\n[server]\n" % backend.where, tmp_path) as gate:
+        with running("[location /a/]\nproxy_pass = http://%s:/b/\n[server]\n" % backend.where,
+                     tmp_path) as gate:
             assert gate.fetch(request(b"GET", b"/a/x")).body == b"by unix"
             assert " unix:%s " % path in gate.line("/a/x")
 
@@ -4581,28 +4837,36 @@ def test_return_answers_without_a_backend(tmp_path):
 def test_proxy_set_header_sets_and_removes_fields(tmp_path):
     lines = ["proxy_set_header =", "X-Host: $host", "X-Client: $remote_addr", "X-Scheme: $scheme",
              "X-Uri: $request_uri", "X-Port: $server_port", "X-Chain: $proxy_add_x_forwarded_for",
-             "X-Agent: <${http_user_agent}>", "Host: inner.test", "Accept-Encoding:", "X-Absent: $http_absent",
-             "X-Real-IP: 192.0.2.9", "Origin: http://$host"]
+             "X-Agent: <${http_user_agent}>", "Host: inner.test", "Accept-Encoding:",
+             "X-Absent: $http_absent", "X-Real-IP: 192.0.2.9", "Origin: http://$host"]
     with gate_and_backend(tmp_path, respond(ok()), "\n  ".join(lines)) as (gate, backend):
         heads = []
         backend.script = lambda peer: (heads.append(peer.head()), peer.send(ok()))
-        gate.fetch(request(b"GET", b"/a%20b?c", b"Host: Gate.test:123", b"User-Agent: me", b"accept-encoding: br",
-                           b"X-HOST: lie", b"Origin: http://evil.test", b"X-Forwarded-For: 192.0.2.1"))
-    wanted = {b"X-Host": b"gate.test", b"X-Client": b"127.0.0.1", b"X-Scheme": b"http", b"X-Uri": b"/a%20b?c",
-              b"X-Port": b"%d" % gate.port, b"X-Chain": b"127.0.0.1", b"X-Agent": b"<me>", b"Host": b"inner.test",
+        gate.fetch(request(b"GET", b"/a%20b?c", b"Host: Gate.test:123", b"User-Agent: me",
+                           b"accept-encoding: br",
+                           b"X-HOST: lie", b"Origin: http://evil.test",
+                           b"X-Forwarded-For: 192.0.2.1"))
+    wanted = {b"X-Host": b"gate.test", b"X-Client": b"127.0.0.1", b"X-Scheme": b"http",
+              b"X-Uri": b"/a%20b?c",
+              b"X-Port": b"%d" % gate.port, b"X-Chain": b"127.0.0.1", b"X-Agent": b"<me>",
+              b"Host": b"inner.test",
               b"X-Real-IP": b"192.0.2.9", b"Origin": b"http://gate.test"}
-    assert {name: field(heads[0], name) for name in wanted} == {name: [value] for name, value in wanted.items()}
+    for name, value in wanted.items():
+        assert field(heads[0], name) == [value]
     assert not field(heads[0], b"accept-encoding") and not field(heads[0], b"x-absent")
 
 
-GUARDED = "[server]\n[location /]\nproxy_pass = http://%s\n[location /admin/]\nproxy_pass = http://%s\n%s\n"
+GUARDED = ("[server]\n[location /]\nproxy_pass = http://%s\n"
+           "[location /admin/]\nproxy_pass = http://%s\n%s\n")
 WAYS_TO_ADMIN = [
-    b"/admin/", b"/admin/x", b"/admin", b"/admin?x", b"/admin%2Fx", b"/%2fadmin/x", b"/%2Fadmin%2fx", b"/admin%2f",
-    b"//admin/x", b"///admin///x", b"/%2f%2Fadmin/x", b"/%61dmin/x", b"/%61%64%6D%69%6e/x", b"http://gate.test/admin%2Fx",
-    b"ws://gate.test//admin/x", b"//x/admin/x", b"///x/admin/x", b"//me@x:80/admin", b"//x/%61dmin/", b"//x%2Fy/admin/x",
-    b"/%2Fx/admin/x", b"//x%2Fadmin/x", b"http://gate.test//x/admin/x", b"/admin;a=b", b"/admin;a=b/x", b"/;a/admin/x",
-    b"/;a%2Fb/admin/x", b"/admin/;a", b"/admin%5Cx", b"/%5Cadmin/x", b"/%5Cadmin%5Cx", b"/adm%FFin/x", b"/admin\xff/x",
-    b"/%C0%AFadmin/x", b"//x;y/admin/x"]
+    b"/admin/", b"/admin/x", b"/admin", b"/admin?x", b"/admin%2Fx", b"/%2fadmin/x",
+    b"/%2Fadmin%2fx", b"/admin%2f", b"//admin/x", b"///admin///x", b"/%2f%2Fadmin/x", b"/%61dmin/x",
+    b"/%61%64%6D%69%6e/x", b"http://gate.test/admin%2Fx", b"ws://gate.test//admin/x",
+    b"//x/admin/x", b"///x/admin/x", b"//me@x:80/admin", b"//x/%61dmin/", b"//x%2Fy/admin/x",
+    b"/%2Fx/admin/x", b"//x%2Fadmin/x", b"http://gate.test//x/admin/x", b"/admin;a=b",
+    b"/admin;a=b/x", b"/;a/admin/x", b"/;a%2Fb/admin/x", b"/admin/;a", b"/admin%5Cx",
+    b"/%5Cadmin/x", b"/%5Cadmin%5Cx", b"/adm%FFin/x", b"/admin\xff/x", b"/%C0%AFadmin/x",
+    b"//x;y/admin/x"]
 
 
 @pytest.mark.parametrize("target", WAYS_TO_ADMIN)
@@ -4610,11 +4874,13 @@ def test_a_guard_holds_for_every_spelling_by_which_a_backend_may_get_behind_it(t
     with ScriptedBackend(respond(ok())) as backend:
         with running(GUARDED % (backend.where, backend.where, "deny = all"), tmp_path) as gate:
             response = gate.fetch(request(b"GET", target))
-            assert (response.status, response.reason) == (403, "access_denied") and not backend.connections
+            assert (response.status, response.reason) == (403, "access_denied")
+            assert not backend.connections
 
 
-@pytest.mark.parametrize("target", [b"/administrator", b"/x/admin/", b"/%252Fadmin/", b"/admin%252Fx", b"/x?/admin/",
-                                    b"/x//admin/", b"/x;/admin/", b"/ADMIN/x"])
+@pytest.mark.parametrize("target", [b"/administrator", b"/x/admin/", b"/%252Fadmin/",
+                                    b"/admin%252Fx", b"/x?/admin/", b"/x//admin/", b"/x;/admin/",
+                                    b"/ADMIN/x"])
 def test_a_guard_leaves_other_paths_alone(tmp_path, target):
     with ScriptedBackend(respond(ok())) as backend:
         with running(GUARDED % (backend.where, backend.where, "deny = all"), tmp_path) as gate:
@@ -4624,13 +4890,16 @@ def test_a_guard_leaves_other_paths_alone(tmp_path, target):
 
 def test_a_target_of_two_readings_passes_both_guards_and_the_first_serves_it(tmp_path):
     users = write_file(tmp_path, "users", sha1_line("ann", b"one"))
-    with ScriptedBackend(respond(ok(b"root"))) as root, ScriptedBackend(respond(ok(b"admin"))) as admin:
+    with ScriptedBackend(
+            respond(ok(b"root"))) as root, ScriptedBackend(respond(ok(b"admin"))) as admin:
         ini = GUARDED % (root.where, admin.where, "auth_basic_user_file = " + users)
         with running(ini, tmp_path) as gate:
             assert gate.fetch(request(b"GET", b"//x/admin/y")).status == 401
-            assert gate.fetch(request(b"GET", b"//x/admin/y", basic(b"ann", b"one"))).body == b"root"
+            assert gate.fetch(request(b"GET", b"//x/admin/y",
+                                      basic(b"ann", b"one"))).body == b"root"
             assert gate.fetch(request(b"GET", b"//x/other")).body == b"root"
-        with running(GUARDED % (root.where, admin.where, "[location /admin/x/]\nreturn = 403"), tmp_path) as gate:
+        with running(GUARDED % (root.where, admin.where, "[location /admin/x/]\nreturn = 403"),
+                     tmp_path) as gate:
             assert gate.fetch(request(b"GET", b"//x/admin/x")).status == 403
             assert gate.fetch(request(b"GET", b"/admin/x")).status == 403
             assert gate.fetch(request(b"GET", b"//admin/y")).body == b"admin"
@@ -4638,27 +4907,35 @@ def test_a_target_of_two_readings_passes_both_guards_and_the_first_serves_it(tmp
 
 def test_a_path_without_its_slash_is_served_by_the_location_unless_another_takes_it(tmp_path):
     """It is forwarded as it came, without a redirect: some backends redirect the other way."""
-    ini = ("[server]\n[location /app/]\nproxy_pass = http://BACKEND\n[location /both/]\nreturn = 204\n"
-           "[location /both]\nproxy_pass = http://BACKEND\n[location /only/]\nproxy_pass = http://BACKEND\n"
-           "[location = /only]\nproxy_pass = http://BACKEND/exact\n[location a.test/]\nproxy_pass = http://BACKEND\n"
+    ini = ("[server]\n[location /app/]\nproxy_pass = http://BACKEND\n[location /both/]\n"
+           "return = 204\n"
+           "[location /both]\nproxy_pass = http://BACKEND\n[location /only/]\n"
+           "proxy_pass = http://BACKEND\n"
+           "[location = /only]\nproxy_pass = http://BACKEND/exact\n[location a.test/]\n"
+           "proxy_pass = http://BACKEND\n"
            "[location a.test/x/]\nproxy_pass = http://127.0.0.1:1\n")
     assert targets_at_backend(tmp_path, ini, [request(b"GET", target) for target in (
-        b"/app", b"/app?a=b", b"/%61pp", b"/both", b"/only")] + [request(b"GET", b"/x", b"Host: a.test")]) == [
+        b"/app", b"/app?a=b", b"/%61pp", b"/both",
+        b"/only")] + [request(b"GET", b"/x", b"Host: a.test")]) == [
             b"/app", b"/app?a=b", b"/%61pp", b"/both", b"/exact", b"/x"]
 
 
 @pytest.mark.parametrize("target, location", [
-    (b"/caf\xc3\xa9", b"/caf%C3%A9/"), (b"/caf%c3%a9?", b"/caf%C3%A9/?"), (b"//caf%c3%a9", b"/caf%C3%A9/"),
-    (b"http://gate.test/caf%c3%a9?next=//evil.test/%0d%0a&x=\xe9", b"/caf%C3%A9/?next=//evil.test/%0d%0a&x=%E9")])
+    (b"/caf\xc3\xa9", b"/caf%C3%A9/"), (b"/caf%c3%a9?", b"/caf%C3%A9/?"),
+    (b"//caf%c3%a9", b"/caf%C3%A9/"),
+    (b"http://gate.test/caf%c3%a9?next=//evil.test/%0d%0a&x=\xe9",
+     b"/caf%C3%A9/?next=//evil.test/%0d%0a&x=%E9")])
 def test_a_replaced_prefix_without_its_slash_is_redirected(tmp_path, target, location):
-    ini = "[server]\n[location /caf\u00e9/]\nproxy_pass = http://127.0.0.1:1/\n[location /]\nreturn = 204\n"
+    ini = ("[server]\n[location /caf\u00e9/]\nproxy_pass = http://127.0.0.1:1/\n"
+           "[location /]\nreturn = 204\n")
     with running(ini, tmp_path) as gate:
         response = gate.fetch(request(b"GET", target))
         assert (response.status, response.get(b"location")) == (301, location)
         assert gate.line(" 301 done ")
 
 
-@pytest.mark.parametrize("target", [b"/public/..;/admin", b"/public/..;x=1/admin", b"/public/..%3b/admin", b"/.;/admin"])
+@pytest.mark.parametrize("target", [b"/public/..;/admin", b"/public/..;x=1/admin",
+                                    b"/public/..%3b/admin", b"/.;/admin"])
 def test_a_dot_segment_with_a_parameter_is_one_too(tmp_path, target):
     with gate_and_backend(tmp_path, respond(ok())) as (gate, backend):
         assert gate.fetch(request(b"GET", target)).status == 400
@@ -4688,18 +4965,21 @@ def test_refusals_come_in_one_order_and_leave_the_backend_alone(tmp_path, raw):
                 assert (answer.status, answer.reason) == (status, reason)
                 assert len(backend.connections) == 1
             reload(gate, plain)
-            with contextlib.closing(gate.connect().send(raw(b"/in/", b"Origin: https://evil.test"))):
+            with contextlib.closing(
+                    gate.connect().send(raw(b"/in/", b"Origin: https://evil.test"))):
                 assert backend.connection(1).head()
             for peer in backend.connections + [inside]:
                 peer.close()
 
 
 @pytest.mark.parametrize("address, networks, expected", [
-    ("127.0.0.1", "127.0.0.0/8", True), ("128.0.0.1", "127.0.0.0/8", False), ("10.0.0.7", "10.0.0.7", True),
-    ("::ffff:127.0.0.1", "127.0.0.0/8", True), ("::ffff:128.0.0.1", "127.0.0.0/8", False),
-    ("2001:db8::1", "2001:db8::/32 10.0.0.0/8", True), ("2001:db9::1", "2001:db8::/32", False),
-    ("fe80::1%eth0", "fe80::/10", True), ("10.1.1.1", "all", True), ("::1", "all", True), ("::1", "", False),
-    ("unix:", "all", True), ("nonsense", "all", False), ("::ffff:10.0.0.9", "::ffff:10.0.0.0/104", True), ("10.0.0.9", "::ffff:10.0.0.9", True), ("unix:", "10.0.0.1 unix:", True),
+    ("127.0.0.1", "127.0.0.0/8", True), ("128.0.0.1", "127.0.0.0/8", False),
+    ("10.0.0.7", "10.0.0.7", True), ("::ffff:127.0.0.1", "127.0.0.0/8", True),
+    ("::ffff:128.0.0.1", "127.0.0.0/8", False), ("2001:db8::1", "2001:db8::/32 10.0.0.0/8", True),
+    ("2001:db9::1", "2001:db8::/32", False), ("fe80::1%eth0", "fe80::/10", True),
+    ("10.1.1.1", "all", True), ("::1", "all", True), ("::1", "", False), ("unix:", "all", True),
+    ("nonsense", "all", False), ("::ffff:10.0.0.9", "::ffff:10.0.0.0/104", True),
+    ("10.0.0.9", "::ffff:10.0.0.9", True), ("unix:", "10.0.0.1 unix:", True),
     ("unix:", "10.0.0.1", False), ("nonsense", "unix:", False), ("10.0.0.1", "unix:", False),
     ("10.0.0.1", "unix: 10.0.0.1", True)])
 def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
@@ -4707,19 +4987,23 @@ def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
 
 
 @pytest.mark.parametrize("allow, deny, address, passes", [
-    ("", "", "10.0.0.1", True), ("10.0.0.0/8", "", "10.0.0.1", True), ("10.0.0.0/8", "", "11.0.0.1", False),
-    ("10.0.0.0/8", "10.0.0.1", "10.0.0.1", False), ("", "10.0.0.1", "10.0.0.2", True),
-    ("", "10.0.0.1", "::ffff:10.0.0.1", False), ("10.0.0.0/8", "", "::ffff:10.0.0.1", True), ("", "all", "::1", False),
+    ("", "", "10.0.0.1", True), ("10.0.0.0/8", "", "10.0.0.1", True),
+    ("10.0.0.0/8", "", "11.0.0.1", False), ("10.0.0.0/8", "10.0.0.1", "10.0.0.1", False),
+    ("", "10.0.0.1", "10.0.0.2", True), ("", "10.0.0.1", "::ffff:10.0.0.1", False),
+    ("10.0.0.0/8", "", "::ffff:10.0.0.1", True), ("", "all", "::1", False),
     ("unix:", "", "unix:", True), ("all", "", "unix:", True), ("10.0.0.0/8", "", "unix:", False),
     ("", "", "unix:", True), ("", "all", "unix:", False), ("all", "unix:", "unix:", False),
     ("", "::ffff:127.0.0.0/104", "127.0.0.1", False), ("::ffff:10.0.0.0/104", "", "10.0.0.1", True),
-    ("10.0.0.0/8", "all", "10.0.0.1", True), ("10.0.0.0/8", "all", "11.0.0.1", False), ("10.0.0.0/8", "all", "::1", False),
-    ("all", "10.0.0.0/8", "10.0.0.1", False), ("all", "10.0.0.0/8", "11.0.0.1", True), ("10.0.0.1", "10.0.0.1", "10.0.0.1", False),
-    ("10.0.0.0/8 10.1.1.1", "10.1.0.0/16", "10.1.1.1", True), ("10.0.0.0/8 10.1.1.1", "10.1.0.0/16", "10.1.1.2", False),
-    ("unix:", "all", "unix:", True), ("unix:", "all", "10.0.0.1", False), ("all", "all", "unix:", False),
+    ("10.0.0.0/8", "all", "10.0.0.1", True), ("10.0.0.0/8", "all", "11.0.0.1", False),
+    ("10.0.0.0/8", "all", "::1", False), ("all", "10.0.0.0/8", "10.0.0.1", False),
+    ("all", "10.0.0.0/8", "11.0.0.1", True), ("10.0.0.1", "10.0.0.1", "10.0.0.1", False),
+    ("10.0.0.0/8 10.1.1.1", "10.1.0.0/16", "10.1.1.1", True),
+    ("10.0.0.0/8 10.1.1.1", "10.1.0.0/16", "10.1.1.2", False), ("unix:", "all", "unix:", True),
+    ("unix:", "all", "10.0.0.1", False), ("all", "all", "unix:", False),
     ("::ffff:10.0.0.0/104", "all", "10.0.0.1", True)])
 def test_the_narrowest_network_decides_and_allow_refuses_all_others(allow, deny, address, passes):
-    rules = wsgate.Settings({"allow": wsgate.parse_networks(allow), "deny": wsgate.parse_networks(deny)})
+    rules = wsgate.Settings({"allow": wsgate.parse_networks(allow),
+                             "deny": wsgate.parse_networks(deny)})
     with contextlib.ExitStack() as stack:
         caught = None if passes else stack.enter_context(pytest.raises(wsgate.HTTPError))
         wsgate.check_address(rules, address)
@@ -4786,8 +5070,10 @@ def test_an_origin_is_compared_in_linear_time():
     assert Counted.looked == 20
 
 
-@pytest.mark.parametrize("believed, public, private", [("127.0.0.1", 101, 403), ("10.0.0.1", 403, 101)])
-def test_same_origin_behind_a_trusted_proxy_is_that_of_x_forwarded_host(tmp_path, believed, public, private):
+@pytest.mark.parametrize("believed, public, private",
+                         [("127.0.0.1", 101, 403), ("10.0.0.1", 403, 101)])
+def test_same_origin_behind_a_trusted_proxy_is_that_of_x_forwarded_host(
+        tmp_path, believed, public, private):
     lines = "allowed_origins = same", "set_real_ip_from = " + believed
     with gate_and_backend(tmp_path, echo_service, *lines) as (gate, _):
         assert gate.fetch(handshake(b"/", b"Origin: https://public.test:8443",
@@ -4806,14 +5092,19 @@ def test_a_denied_origin_is_logged_with_the_host_it_was_compared_to(tmp_path):
 @pytest.mark.skipif(not hasattr(hashlib, "scrypt"), reason="this Python has no scrypt")
 def test_passwords_of_every_scheme_are_checked(tmp_path):
     salt = b"0123456789abcdef"
-    scrypt = base64.b64encode(salt + hashlib.scrypt(b"three", salt=salt, n=1 << 14, r=8, p=1)).decode()
-    users = write_file(tmp_path, "users", "# people\n" + sha1_line("ann", b"one") + sha1_line("bob", b"two", b"salt")
+    digest = hashlib.scrypt(b"three", salt=salt, n=1 << 14, r=8, p=1)
+    scrypt = base64.b64encode(salt + digest).decode()
+    users = write_file(tmp_path, "users",
+                       "# people\n" + sha1_line("ann", b"one") + sha1_line("bob", b"two", b"salt")
                        + "eve:{SCRYPT}%s\n" % scrypt)
-    with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users, tmp_path) as gate:
-        for user, password in ((b"ann", b"one"), (b"bob", b"two"), (b"eve", b"three"), (b"eve", b"three")):
+    with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users,
+                 tmp_path) as gate:
+        for user, password in ((b"ann", b"one"), (b"bob", b"two"), (b"eve", b"three"),
+                               (b"eve", b"three")):
             assert gate.fetch(request(b"GET", b"/", basic(user, password))).status == 200
-        for line in (basic(b"ann", b"two"), basic(b"bob", b"one"), basic(b"eve", b"one"), basic(b"zoe", b"one"),
-                     basic(b"", b""), b"X-None: 1", b"Authorization: Basic ?", b"Authorization: Bearer one"):
+        for line in (basic(b"ann", b"two"), basic(b"bob", b"one"), basic(b"eve", b"one"),
+                     basic(b"zoe", b"one"), basic(b"", b""), b"X-None: 1",
+                     b"Authorization: Basic ?", b"Authorization: Bearer one"):
             answer = gate.fetch(request(b"GET", b"/", line))
             assert (answer.status, answer.reason) == (401, "auth_required"), line
             assert answer.get(b"www-authenticate").startswith(b'Basic realm="')
@@ -4821,7 +5112,8 @@ def test_passwords_of_every_scheme_are_checked(tmp_path):
 
 def test_a_changed_password_file_is_read_again_and_a_broken_one_is_not_taken(tmp_path):
     users = write_file(tmp_path, "users", sha1_line("ann", b"old"))
-    with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users, tmp_path) as gate:
+    with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users,
+                 tmp_path) as gate:
         def status(password):
             return gate.fetch(request(b"GET", b"/", basic(b"ann", password))).status
         assert (status(b"old"), status(b"newer")) == (200, 401)
@@ -4835,30 +5127,38 @@ def test_a_changed_password_file_is_read_again_and_a_broken_one_is_not_taken(tmp
 
 
 def test_a_bcrypt_line_is_a_configuration_error_that_says_what_to_do(tmp_path):
-    users = write_file(tmp_path, "users", sha1_line("ann", b"one") + "bob:$2y$05$bvIG6Nmid91Mu9RcmmWZfO\n")
-    error, = errors_of(tmp_path, "[server]\nproxy_pass = http://127.0.0.1:1\nauth_basic_user_file = %s\n" % users)
+    users = write_file(tmp_path, "users",
+                       sha1_line("ann", b"one") + "bob:$2y$05$bvIG6Nmid91Mu9RcmmWZfO\n")
+    error, = errors_of(tmp_path,
+                       "[server]\nproxy_pass = http://127.0.0.1:1\nauth_basic_user_file = %s\n"
+                       % users)
     assert "users:2" in error and "--hash-password" in error
 
 
 @pytest.mark.parametrize("said, status, reason", [
     (ok(), 200, ""),
     (b"HTTP/1.1 204 No Content\r\n\r\n", 200, ""),
-    (b"HTTP/1.1 401 No\r\nWWW-Authenticate: Bearer\r\nSet-Cookie: a=1\r\nX-Other: 1\r\n\r\n", 401, "auth_denied"),
+    (b"HTTP/1.1 401 No\r\nWWW-Authenticate: Bearer\r\nSet-Cookie: a=1\r\nX-Other: 1\r\n\r\n", 401,
+     "auth_denied"),
     (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", 403, "auth_denied"),
-    (b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n", 502, "auth_unavailable"),
+    (b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n", 502,
+     "auth_unavailable"),
     (b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", 502, "auth_unavailable"),
     (b"", 502, "auth_unavailable"),
-    (b"rubbish\r\n\r\n", 502, "auth_unavailable")], ids=["200", "204", "401", "403", "302", "500", "closed", "rubbish"])
+    (b"rubbish\r\n\r\n", 502, "auth_unavailable")],
+    ids=["200", "204", "401", "403", "302", "500", "closed", "rubbish"])
 @BOTH_WAYS
 def test_the_auth_service_decides_and_failure_is_closed(tmp_path, raw, said, status, reason):
     with ScriptedBackend(respond(said)) as asked:
-        with gate_and_backend(tmp_path, echo_service, "auth_request = http://" + asked.where) as (gate, backend):
+        with gate_and_backend(tmp_path, echo_service,
+                              "auth_request = http://" + asked.where) as (gate, backend):
             answer_ = gate.fetch(raw(b"/"))
             passed = 101 if raw is handshake else 200
             assert (answer_.status, answer_.reason) == (passed if status == 200 else status, reason)
             assert len(backend.connections) == (status == 200) and len(asked.peers) == 1
             if b"Bearer" in said:
-                assert (answer_.get(b"www-authenticate"), answer_.get(b"set-cookie")) == (b"Bearer", b"a=1")
+                assert (answer_.get(b"www-authenticate"),
+                        answer_.get(b"set-cookie")) == (b"Bearer", b"a=1")
                 assert answer_.get(b"x-other") is None
 
 
@@ -4871,48 +5171,59 @@ def test_the_auth_service_is_asked_without_handshake_and_body(tmp_path):
         peer.send(ok())
 
     with ScriptedBackend(yes) as asked:
-        with gate_and_backend(tmp_path, echo_service, "auth_request = http://%s/check" % asked.where) as (gate, _):
+        with gate_and_backend(tmp_path, echo_service,
+                              "auth_request = http://%s/check" % asked.where) as (gate, _):
             assert gate.fetch(handshake(b"/chat?a=1", b"Cookie: id=7", b"Origin: https://a.test",
                                         b"X-Original-URI: /forged")).status == 101
-            assert gate.fetch(request(b"POST", b"/form", b"Content-Type: text/plain", body=b"12345")).status == 200
+            assert gate.fetch(request(b"POST", b"/form", b"Content-Type: text/plain",
+                                      body=b"12345")).status == 200
     for head, uri in zip(heads, (b"/chat?a=1", b"/form")):
         assert head.startswith(b"GET /check HTTP/1.1\r\n")
         assert field(head, b"x-original-uri") == [uri] and field(head, b"connection") == [b"close"]
-        for name in (b"upgrade", b"sec-websocket-key", b"content-length", b"transfer-encoding", b"expect"):
+        for name in (b"upgrade", b"sec-websocket-key", b"content-length", b"transfer-encoding",
+                     b"expect"):
             assert not field(head, name), name
-    assert field(heads[0], b"cookie") == [b"id=7"] and field(heads[0], b"origin") == [b"https://a.test"]
+    assert field(heads[0], b"cookie") == [b"id=7"]
+    assert field(heads[0], b"origin") == [b"https://a.test"]
     assert field(heads[1], b"x-original-method") == [b"POST"]
 
 
 @pytest.mark.parametrize("header, believed, fields, client", [
     ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: 203.0.113.9"], b"203.0.113.9"),
     ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9"], b"203.0.113.9"),
-    ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1", [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9, 10.0.0.1"], b"203.0.113.9"),
+    ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1",
+     [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9, 10.0.0.1"], b"203.0.113.9"),
     ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1",
      [b"X-Forwarded-For: 6.6.6.6, 203.0.113.9", b"X-Forwarded-For: 10.0.0.1"], b"203.0.113.9"),
-    ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1", [b"X-Forwarded-For: 6.6.6.6, rubbish, 10.0.0.1"], b"10.0.0.1"),
+    ("X-Forwarded-For", "127.0.0.0/8 10.0.0.1", [b"X-Forwarded-For: 6.6.6.6, rubbish, 10.0.0.1"],
+     b"10.0.0.1"),
     ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: rubbish"], b"127.0.0.1"),
     ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: 203.0.113.9:51234"], b"203.0.113.9"),
     ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: [2001:db8::7]:443"], b"2001:db8::7"),
     ("X-Forwarded-For", "127.0.0.1", [b"X-Forwarded-For: [2001:db8::7]"], b"2001:db8::7"),
-    ("X-Forwarded-For", "127.0.0.1 10.0.0.1", [b"X-Forwarded-For: 203.0.113.9:1, 10.0.0.1:2"], b"203.0.113.9"),
+    ("X-Forwarded-For", "127.0.0.1 10.0.0.1", [b"X-Forwarded-For: 203.0.113.9:1, 10.0.0.1:2"],
+     b"203.0.113.9"),
     ("X-Forwarded-For", "127.0.0.1", [b"X-Real-IP: 6.6.6.6"], b"127.0.0.1"),
     ("X-Forwarded-For", "10.0.0.0/8", [b"X-Forwarded-For: 6.6.6.6"], b"127.0.0.1"),
     ("X-Forwarded-For", "", [b"X-Forwarded-For: 6.6.6.6", b"X-Real-IP: 6.6.6.6"], b"127.0.0.1"),
-    ("X-Real-IP", "127.0.0.1", [b"X-Real-IP: 2001:db8::7", b"X-Forwarded-For: 6.6.6.6"], b"2001:db8::7"),
+    ("X-Real-IP", "127.0.0.1", [b"X-Real-IP: 2001:db8::7", b"X-Forwarded-For: 6.6.6.6"],
+     b"2001:db8::7"),
     ("X-Real-IP", "10.0.0.0/8", [b"X-Real-IP: 6.6.6.6"], b"127.0.0.1")])
 def test_only_trusted_proxies_say_who_the_client_is(tmp_path, header, believed, fields, client):
-    ini = "[server]\nset_real_ip_from = %s\nreal_ip_header = %s\nreturn = 200 $remote_addr\n" % (believed, header)
+    ini = "[server]\nset_real_ip_from = %s\nreal_ip_header = %s\nreturn = 200 $remote_addr\n" % (
+        believed, header)
     with running(ini, tmp_path) as gate:
         assert gate.fetch(request(b"GET", b"/", *fields)).body == client
         assert gate.line(" %s gate.test " % client.decode())
 
 
-@pytest.mark.parametrize("named", [b"203.0.113.9", b"203.0.113.9:51234", b"[2001:db8::7]:443", b"[2001:db8::7]"])
+@pytest.mark.parametrize("named", [b"203.0.113.9", b"203.0.113.9:51234", b"[2001:db8::7]:443",
+                                   b"[2001:db8::7]"])
 def test_who_is_named_with_a_port_is_not_taken_for_the_proxy_that_is_allowed(tmp_path, named):
     lines = "set_real_ip_from = 127.0.0.1", "allow = 127.0.0.1"
     with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
-        assert gate.fetch(request(b"GET", b"/", b"X-Forwarded-For: " + named)).reason == "access_denied"
+        assert gate.fetch(request(b"GET", b"/",
+                                  b"X-Forwarded-For: " + named)).reason == "access_denied"
         assert not backend.connections
 
 
@@ -4924,7 +5235,8 @@ V2_TCP6 = bytes.fromhex("20010db8000000000000000000000009") * 2 + struct.pack("!
     (b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", b"203.0.113.9"),
     (b"PROXY TCP6 2001:db8::9 ::1 4711 80\r\n", b"2001:db8::9"),
     (b"PROXY UNKNOWN\r\n", b"127.0.0.1"), (b"PROXY UNKNOWN rest of the line\r\n", b"127.0.0.1"),
-    (proxy_v2(0x21, 0x11, V2_TCP4), b"203.0.113.9"), (proxy_v2(0x21, 0x11, V2_TCP4 + b"\x04\0\x01x"), b"203.0.113.9"),
+    (proxy_v2(0x21, 0x11, V2_TCP4), b"203.0.113.9"),
+    (proxy_v2(0x21, 0x11, V2_TCP4 + b"\x04\0\x01x"), b"203.0.113.9"),
     (proxy_v2(0x21, 0x21, V2_TCP6), b"2001:db8::9"), (proxy_v2(0x20, 0x00, b""), b"127.0.0.1"),
     (proxy_v2(0x20, 0x11, V2_TCP4), b"127.0.0.1"), (proxy_v2(0x21, 0x00, b""), b"127.0.0.1")])
 def test_the_proxy_protocol_says_who_the_client_is(tmp_path, header, client):
@@ -4942,8 +5254,9 @@ def test_the_proxy_protocol_says_who_the_client_is(tmp_path, header, client):
     b"", b"PROXY \r\n", b"PROXY TCP4 1.2.3.4 1.2.3.4 1\r\n", b"PROXY TCP4 ::1 ::1 1 2\r\n",
     b"PROXY TCP4 1.2.3.4 1.2.3.4 1 65536\r\n", b"PROXY TCP4 1.2.3.4 1.2.3.4 1 2\n",
     b"PROXY UDP4 1.2.3.4 1.2.3.4 1 2\r\n", b"PROXY " + b"x" * 200 + b"\r\n",
-    b"PROXY TCP4 1.2.3.\xff 1.2.3.4 1 2\r\n", proxy_v2(0x31, 0x11, V2_TCP4), proxy_v2(0x22, 0x11, V2_TCP4),
-    proxy_v2(0x21, 0x11, V2_TCP4[:8]), proxy_v2(0x21, 0x77, V2_TCP4), proxy_v2(0x21, 0x11, b"x" * 4000)])
+    b"PROXY TCP4 1.2.3.\xff 1.2.3.4 1 2\r\n", proxy_v2(0x31, 0x11, V2_TCP4),
+    proxy_v2(0x22, 0x11, V2_TCP4), proxy_v2(0x21, 0x11, V2_TCP4[:8]), proxy_v2(0x21, 0x77, V2_TCP4),
+    proxy_v2(0x21, 0x11, b"x" * 4000)])
 def test_a_malformed_proxy_header_closes_without_a_word(tmp_path, header):
     with running(PROXY_INI % ("", "127.0.0.1"), tmp_path) as gate:
         assert gate.connect().send(header + request()).rest() == b""
@@ -4952,7 +5265,8 @@ def test_a_malformed_proxy_header_closes_without_a_word(tmp_path, header):
 
 def test_a_proxy_header_of_a_stranger_closes(tmp_path):
     with running(PROXY_INI % ("", "10.0.0.0/8"), tmp_path) as gate:
-        assert gate.connect().send(b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n" + request()).rest() == b""
+        assert gate.connect().send(b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n"
+                                   + request()).rest() == b""
 
 
 @pytest.mark.parametrize("raw", [request(), handshake()], ids=["http", "handshake"])
@@ -4966,15 +5280,17 @@ def test_the_backend_is_told_the_client_by_the_proxy_protocol(tmp_path, raw):
     with gate_and_backend(tmp_path, script, "proxy_protocol = on") as (gate, _):
         peer = gate.connect().send(raw)
         assert peer.response().status in (101, 200)
-        assert lines == [b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n" % (peer.sock.getsockname()[1], gate.port)]
+        assert lines == [b"PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n"
+                         % (peer.sock.getsockname()[1], gate.port)]
         peer.close()
 
 
 @pytest.mark.parametrize("where, line, status, reason", [
-    ("server", "max_connections = 1", 503, "conn_limit"), ("server", "max_connections_per_ip = 1", 429, "conn_limit_per_ip"),
+    ("server", "max_connections = 1", 503, "conn_limit"),
+    ("server", "max_connections_per_ip = 1", 429, "conn_limit_per_ip"),
     ("location", "max_connections = 1", 503, "conn_limit")])
 @BOTH_WAYS
-def test_a_limit_refuses_and_the_place_is_free_again_afterwards(tmp_path, raw, where, line, status, reason):
+def test_a_limit_refuses_until_a_place_is_free(tmp_path, raw, where, line, status, reason):
     with ScriptedBackend(echo_service) as backend:
         ini = "[server]\n%s\n[location /]\nproxy_pass = http://%s\n%s\n" % (
             line if where == "server" else "", backend.where, line if where == "location" else "")
@@ -4993,7 +5309,8 @@ def test_a_limit_refuses_and_the_place_is_free_again_afterwards(tmp_path, raw, w
 def test_a_flood_of_wrong_passwords_costs_the_memory_of_a_few_hashes(tmp_path):
     (tmp_path / "passwords").write_bytes(b"me:" + wsgate.hash_password(b"right") + b"\n")
     port = free_port()
-    (tmp_path / "hash.ini").write_text("[server]\nlisten = 127.0.0.1:%d\nreturn = 200\nauth_basic_user_file = %s\n"
+    (tmp_path / "hash.ini").write_text("[server]\nlisten = 127.0.0.1:%d\nreturn = 200\n"
+                                       "auth_basic_user_file = %s\n"
                                        % (port, tmp_path / "passwords"))
     with process("-c", str(tmp_path / "hash.ini")) as child:
         eventually(lambda: listening(port))
@@ -5054,7 +5371,8 @@ def test_single_sign_on_from_login_to_socket(tmp_path):
 def test_the_service_gets_the_url_that_was_asked_for(tmp_path):
     lines = "set_real_ip_from = 127.0.0.1",
     with signed_on(tmp_path, *lines) as (gate, sign_on, heads):
-        gate.fetch(request(b"POST", b"/a?b", b"X-Forwarded-Proto: https", b"X-Forwarded-Host: app.test",
+        gate.fetch(request(b"POST", b"/a?b", b"X-Forwarded-Proto: https",
+                           b"X-Forwarded-Host: app.test",
                            b"X-Original-URL: http://evil/", body=b"xyz"))
         head = sign_on.heads[0]
         assert field(head, b"x-original-url") == [b"https://app.test/a?b"]
@@ -5086,9 +5404,11 @@ def test_a_client_cannot_set_what_auth_request_says(tmp_path, name, line):
     """Not in any spelling, not as a trailer, and not by naming it in Connection either."""
     with signed_on(tmp_path, line) as (gate, sign_on, heads):
         cookie = b"Cookie: session=alice"
-        gate.fetch(request(b"GET", b"/", cookie, name + b": mallory", b"Connection: Remote-User, remote_user, " + name))
+        gate.fetch(request(b"GET", b"/", cookie, name + b": mallory",
+                           b"Connection: Remote-User, remote_user, " + name))
         chunked = b"Transfer-Encoding: chunked"
-        gate.fetch(request(b"POST", b"/", cookie, chunked) + b"1\r\nx\r\n0\r\nX-Sum: 1\r\n%s: mallory\r\n\r\n" % name)
+        gate.fetch(request(b"POST", b"/", cookie, chunked)
+                   + b"1\r\nx\r\n0\r\nX-Sum: 1\r\n%s: mallory\r\n\r\n" % name)
         assert b"X-Sum" in heads[-1]
         assert len(heads) == 2
         for head in heads + sign_on.heads:
@@ -5103,20 +5423,25 @@ def test_the_login_url_cannot_be_turned_into_another_host(tmp_path):
                "auth_request_login = /sso$request_uri\n"
                "[location /b/]\nauth_request_login = /$http_x\n" % asked.where)
         with running(ini, tmp_path) as gate:
-            assert gate.fetch(request(b"GET", b"//evil.test/")).get(b"location") == b"/sso//evil.test/"
-            for value, url in ((b"/evil.test", b"/evil.test"), (b"\\evil.test", b"/evil.test"), (b"a b\xe9", b"/a%20b%E9"),
-                               (b"\t/x", b"/x"), (b"a\t/x", b"/a%09/x"), (b"@evil", b"/@evil")):
+            assert gate.fetch(request(b"GET",
+                                      b"//evil.test/")).get(b"location") == b"/sso//evil.test/"
+            for value, url in ((b"/evil.test", b"/evil.test"), (b"\\evil.test", b"/evil.test"),
+                               (b"a b\xe9", b"/a%20b%E9"), (b"\t/x", b"/x"), (b"a\t/x", b"/a%09/x"),
+                               (b"@evil", b"/@evil")):
                 assert gate.fetch(request(b"GET", b"/b/", b"X: " + value)).get(b"location") == url
 
 
 @pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
 def test_a_wrong_password_costs_the_dearest_hash_whoever_is_named(tmp_path, monkeypatch):
     """Else the time of a refusal would show which users there are."""
-    users = write_file(tmp_path, "users", sha1_line("ann", b"one") + "eve:%s\n" % wsgate.hash_password(b"two").decode())
+    users = write_file(tmp_path, "users", sha1_line("ann", b"one") + "eve:%s\n"
+                       % wsgate.hash_password(b"two").decode())
     passwords, computed, scrypt = wsgate.PasswordFile(users), [], hashlib.scrypt
-    monkeypatch.setattr(hashlib, "scrypt", lambda *args, **more: computed.append(1) or scrypt(*args, **more))
-    for user, password, right, count in ((b"ann", b"one", True, 0), (b"ann", b"x", False, 1), (b"eve", b"two", True, 1),
-                                         (b"eve", b"x", False, 1), (b"zoe", b"x", False, 1), (b"", b"", False, 1)):
+    monkeypatch.setattr(hashlib, "scrypt", lambda *args, **more: computed.append(1)
+                        or scrypt(*args, **more))
+    for user, password, right, count in ((b"ann", b"one", True, 0), (b"ann", b"x", False, 1),
+                                         (b"eve", b"two", True, 1), (b"eve", b"x", False, 1),
+                                         (b"zoe", b"x", False, 1), (b"", b"", False, 1)):
         computed.clear()
         assert passwords.accepts(base64.b64encode(user + b":" + password)) is right
         assert len(computed) == count, user
@@ -5125,28 +5450,36 @@ def test_a_wrong_password_costs_the_dearest_hash_whoever_is_named(tmp_path, monk
 @pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
 def test_wrong_passwords_beyond_a_queue_are_503_and_known_ones_pass(tmp_path):
     users = write_file(tmp_path, "users", "eve:%s\n" % wsgate.hash_password(b"two").decode())
-    with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users, tmp_path) as gate:
+    with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users,
+                 tmp_path) as gate:
         assert gate.fetch(request(b"GET", b"/", basic(b"eve", b"two"))).status == 200
-        clients = [gate.connect().send(request(b"GET", b"/", basic(b"eve", b"no"))) for _ in range(200)]
+        clients = [gate.connect().send(request(b"GET", b"/", basic(b"eve", b"no")))
+                   for _ in range(200)]
         assert gate.fetch(request(b"GET", b"/", basic(b"eve", b"two"))).status == 200
         answers = [client.response() for client in clients]
         assert {each.status for each in answers} == {401, 503}
-        assert all(each.reason == "auth_unavailable" and each.get(b"retry-after") for each in answers
+        assert all(each.reason == "auth_unavailable" and each.get(b"retry-after")
+                   for each in answers
                    if each.status == 503)
         for client in clients:
             client.close()
-        assert gate.fetch(request(b"GET", b"/", basic(b"eve", b"no"))).status == 401  # the places are free again
+        # the places are free again
+        assert gate.fetch(request(b"GET", b"/", basic(b"eve", b"no"))).status == 401
 
 
 def test_a_password_file_may_begin_with_a_bom_and_have_comments(tmp_path):
-    lines = "\ufeff" + sha1_line("ann", b"one", b"salt").strip() + ":a comment\r\n\n#x\n" + sha1_line("bob", b"two")
+    lines = "\ufeff" + sha1_line("ann", b"one",
+                                 b"salt").strip() + ":a comment\r\n\n#x\n" + sha1_line(
+                                     "bob", b"two")
     passwords = wsgate.PasswordFile(write_file(tmp_path, "users", lines))
-    assert passwords.accepts(base64.b64encode(b"ann:one")) and passwords.accepts(base64.b64encode(b"bob:two"))
+    assert passwords.accepts(base64.b64encode(b"ann:one"))
+    assert passwords.accepts(base64.b64encode(b"bob:two"))
     assert not passwords.accepts(base64.b64encode(b"ann:one:a comment"))
 
 
-@pytest.mark.parametrize("line", ["ann", "ann:", "ann:{SHA}", "ann:{SHA}????", "ann:{SSHA}c2hvcnQ=", "ann:{MD5}x",
-                                  "ann:{SHA}" + base64.b64encode(bytes(24)).decode(), "ann:{SCRYPT}c2hvcnQ="])
+@pytest.mark.parametrize("line", ["ann", "ann:", "ann:{SHA}", "ann:{SHA}????", "ann:{SSHA}c2hvcnQ=",
+                                  "ann:{MD5}x", "ann:{SHA}" + base64.b64encode(bytes(24)).decode(),
+                                  "ann:{SCRYPT}c2hvcnQ="])
 def test_a_hash_that_cannot_be_checked_is_an_error_with_its_line(tmp_path, line):
     with pytest.raises(ValueError, match="users:2: "):
         wsgate.PasswordFile(write_file(tmp_path, "users", "# one\n%s\n" % line))
@@ -5155,7 +5488,8 @@ def test_a_hash_that_cannot_be_checked_is_an_error_with_its_line(tmp_path, line)
 # -------------------------------------------------------------------- Upstreams
 
 
-CLIENTS = ["10.%d.%d.%d" % (number >> 16, number >> 8 & 255, number & 255) for number in range(10000)]
+CLIENTS = ["10.%d.%d.%d" % (number >> 16, number >> 8 & 255, number & 255)
+           for number in range(10000)]
 WEIGHTS = {"a:1": 1, "b:1": 2, "c:1": 3}
 
 
@@ -5201,7 +5535,8 @@ def test_backups_serve_only_when_all_others_rest_and_a_down_server_never():
     tried = []
     for _ in range(2):
         tried.append(upstream.pick(tried, b"x"))
-    assert {server.name for server in tried} == {"a:1", "b:1"} and upstream.pick(tried, b"x") is None
+    assert {server.name for server in tried} == {"a:1", "b:1"}
+    assert upstream.pick(tried, b"x") is None
 
 
 def test_max_fails_within_fail_timeout_rest_a_server():
@@ -5222,7 +5557,8 @@ def test_a_dead_server_is_passed_over_rests_and_returns(tmp_path, method):
         ini = ini_for_pool([dead.where + " fail_timeout=%dms" % (400 * MS * 1000), backend.where])
         with running(ini, tmp_path) as gate:
             begun = time.monotonic()
-            assert gate.fetch(request(method, b"/1", body=b"x" if method == b"POST" else None)).status == 200
+            assert gate.fetch(request(method, b"/1",
+                                      body=b"x" if method == b"POST" else None)).status == 200
             rests = time.monotonic()
             assert " %s " % backend.where in gate.line("/1 ", "failed=1")
             assert gate.fetch(request(method, b"/2")).status == 200
@@ -5242,7 +5578,8 @@ def test_a_dead_server_is_passed_over_rests_and_returns(tmp_path, method):
 
 def test_when_all_rest_each_is_tried_once(tmp_path):
     """Servers that close without a byte: a GET goes on to the next, a POST does not."""
-    with ScriptedBackend(lambda peer: peer.head()) as one, ScriptedBackend(lambda peer: peer.head()) as two:
+    with ScriptedBackend(
+            lambda peer: peer.head()) as one, ScriptedBackend(lambda peer: peer.head()) as two:
         with running(ini_for_pool([one.where, two.where]), tmp_path) as gate:
             for count in (1, 2):
                 answer_ = gate.fetch(request())
@@ -5255,14 +5592,16 @@ def test_when_all_rest_each_is_tried_once(tmp_path):
 
 
 def test_a_get_is_asked_of_another_server_after_a_close_without_a_byte(tmp_path):
-    with ScriptedBackend(lambda peer: peer.head()) as mute, ScriptedBackend(echo_service) as backend:
+    with ScriptedBackend(
+            lambda peer: peer.head()) as mute, ScriptedBackend(echo_service) as backend:
         with running(ini_for_pool([mute.where + " weight=100", backend.where]), tmp_path) as gate:
             assert gate.fetch(request()).status == 200
             assert gate.line("failed=1", backend.where)
 
 
 def test_a_server_that_answered_half_a_head_is_not_replaced(tmp_path):
-    with ScriptedBackend(respond(b"HTTP/1.1 200")) as half, ScriptedBackend(echo_service) as backend:
+    with ScriptedBackend(
+            respond(b"HTTP/1.1 200")) as half, ScriptedBackend(echo_service) as backend:
         with running(ini_for_pool([half.where + " weight=100", backend.where]), tmp_path) as gate:
             assert gate.fetch(request()).status == 502
             assert not backend.connections and " %s " % half.where in gate.line("502")
@@ -5270,22 +5609,27 @@ def test_a_server_that_answered_half_a_head_is_not_replaced(tmp_path):
 
 def test_max_conns_everywhere_is_503(tmp_path):
     with ScriptedBackend(echo_service) as one, ScriptedBackend(echo_service) as two:
-        with running(ini_for_pool([one.where + " max_conns=1", two.where + " max_conns=1"]), tmp_path) as gate:
+        with running(ini_for_pool([one.where + " max_conns=1", two.where + " max_conns=1"]),
+                     tmp_path) as gate:
             inside = [gate.connect().send(handshake()) for _ in range(2)]
             assert [peer.response().status for peer in inside] == [101, 101]
             answer_ = gate.fetch(request())
-            assert (answer_.status, answer_.reason) == (503, "conn_limit") and answer_.get(b"retry-after")
+            assert (answer_.status, answer_.reason) == (503, "conn_limit")
+            assert answer_.get(b"retry-after")
             inside[0].close()
-            assert gate.line("101 closed") and eventually(lambda: gate.fetch(request()).status == 200)
+            assert gate.line("101 closed")
+            assert eventually(lambda: gate.fetch(request()).status == 200)
             inside[1].close()
 
 
 def test_all_dead_is_502(tmp_path):
-    with refusing_port() as one, refusing_port() as two, running(ini_for_pool([one.where, two.where]), tmp_path) as gate:
+    with refusing_port() as one, refusing_port() as two, running(
+            ini_for_pool([one.where, two.where]), tmp_path) as gate:
         for raw in (request(), handshake(), request(b"POST", body=b"x")):
             answer_ = gate.fetch(raw)
             assert (answer_.status, answer_.reason) == (502, "backend_refused")
-        assert all(any("backend %s of pool failed" % dead.where in line for line in gate.errors) for dead in (one, two))
+        assert all(any("backend %s of pool failed" % dead.where in line for line in gate.errors)
+                   for dead in (one, two))
 
 
 def test_a_unix_socket_whose_queue_is_full_is_504(tmp_path):
@@ -5311,9 +5655,11 @@ def test_a_server_that_does_not_accept_in_time_is_504(tmp_path):
         for sock in fillers:  # the queue of the deaf server is full now
             sock.setblocking(False)
             sock.connect_ex(deaf.sock.getsockname())
-        if select_readable(fillers[-1], 0) or fillers[-1].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        if select_readable(fillers[-1],
+                           0) or fillers[-1].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             pytest.skip("this system refuses when the queue is full")
-        ini = "[server]\nproxy_pass = http://%s\nproxy_connect_timeout = %dms\n" % (deaf.where, 300 * MS * 1000)
+        ini = "[server]\nproxy_pass = http://%s\nproxy_connect_timeout = %dms\n" % (
+            deaf.where, 300 * MS * 1000)
         with running(ini, tmp_path) as gate:
             begun = time.monotonic()
             answer_ = gate.fetch(request())
@@ -5343,10 +5689,12 @@ def test_all_addresses_of_a_name_are_tried():
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["127.0.0.1", "::1"])
 def test_localhost_is_found_on_either_address(tmp_path, family):
-    if family not in [found[0] for found in socket.getaddrinfo("localhost", 80, 0, socket.SOCK_STREAM)]:
+    if family not in [
+            found[0] for found in socket.getaddrinfo("localhost", 80, 0, socket.SOCK_STREAM)]:
         pytest.skip("localhost has no such address here")
     with ScriptedBackend(echo_service, family=family) as backend:
-        with running("[server]\nproxy_pass = http://localhost:%d\n" % backend.port, tmp_path) as gate:
+        with running("[server]\nproxy_pass = http://localhost:%d\n" % backend.port,
+                     tmp_path) as gate:
             assert gate.fetch(request()).status == 200
 
 
@@ -5365,7 +5713,8 @@ def test_unix_sockets_on_both_sides_and_a_stale_one_is_replaced(tmp_path):
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(front)
     with ScriptedBackend(echo_service, path=back) as backend:
-        with running("[server]\nlisten = unix:%s\nproxy_pass = http://unix:%s:\n" % (front, back), tmp_path) as gate:
+        with running("[server]\nlisten = unix:%s\nproxy_pass = http://unix:%s:\n" % (front, back),
+                     tmp_path) as gate:
             peer = unix_peer(front).send(handshake())
             assert peer.response().status == 101
             assert tunnel_works(peer)
@@ -5380,13 +5729,16 @@ def test_unix_sockets_on_both_sides_and_a_stale_one_is_replaced(tmp_path):
      b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", b"203.0.113.9"),
     (" proxy_protocol", ("set_real_ip_from = 127.0.0.1", "real_ip_header = proxy_protocol"),
      b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", None),
-    ("", ("set_real_ip_from = unix:",), b"", b"6.6.6.6"), ("", ("set_real_ip_from = 127.0.0.1",), b"", b"unix:"),
+    ("", ("set_real_ip_from = unix:",), b"", b"6.6.6.6"),
+    ("", ("set_real_ip_from = 127.0.0.1",), b"", b"unix:"),
 ])
 def test_who_comes_over_a_unix_socket_can_be_trusted(tmp_path, flag, lines, before, client):
     path = str(tmp_path / "front")
-    ini = "[server]\nlisten = unix:%s%s\nreturn = 200 $remote_addr\n%s\n" % (path, flag, "\n".join(lines))
+    ini = "[server]\nlisten = unix:%s%s\nreturn = 200 $remote_addr\n%s\n" % (
+        path, flag, "\n".join(lines))
     with running(ini, tmp_path), contextlib.closing(unix_peer(path)) as peer:
-        with contextlib.suppress(ConnectionError):  # where nobody is trusted it may have closed already
+        # where nobody is trusted it may have closed already
+        with contextlib.suppress(ConnectionError):
             peer.send(before, request(b"GET", b"/", b"X-Forwarded-For: 6.6.6.6"))
         assert peer.ended() if client is None else peer.response().body == client
 
@@ -5432,7 +5784,8 @@ def test_a_resolver_that_hangs_does_not_outlast_proxy_connect_timeout(tmp_path, 
         return real(host, *more, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
-    ini = "[server]\nproxy_pass = http://hangs.test:9\nproxy_connect_timeout = %dms\n" % (300000 * MS)
+    ini = "[server]\nproxy_pass = http://hangs.test:9\nproxy_connect_timeout = %dms\n" % (
+        300000 * MS)
     monkeypatch.setattr(wsgate, "RESOLVE_TIMEOUT", 10 * MS)
     with running(ini, tmp_path) as gate:
         peers = [gate.connect().send(request()) for _ in range(count)]
@@ -5460,7 +5813,8 @@ def test_a_resolver_that_hangs_delays_the_start_once(tmp_path, monkeypatch):
 
 def test_lookups_are_bounded_and_a_free_thread_takes_the_next(monkeypatch):
     release = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: release.wait(60) and [(2, 1, 6, "", ("127.0.0.1", 9))])
+    found = [(2, 1, 6, "", ("127.0.0.1", 9))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: release.wait(60) and found)
     monkeypatch.setattr(wsgate.Resolver, "THREADS", 2)
     resolver = wsgate.Resolver()
     for host in ("a.test", "b.test", "c.test"):
@@ -5501,7 +5855,8 @@ def test_a_server_that_is_down_is_one_line_and_so_is_its_return(tmp_path):
                 assert asked.response().status == 200
             eventually(lambda: len(lines_about(gate, dead)) == 2)
             assert "failed: backend_refused" in lines_about(gate, dead)[0]
-            assert re.search(r"is up again after [0-9.]+s \(failures: 5\)", lines_about(gate, dead)[1])
+            assert re.search(r"is up again after [0-9.]+s \(failures: 5\)",
+                             lines_about(gate, dead)[1])
 
 
 def lines_about(gate, server):
@@ -5533,17 +5888,23 @@ def test_a_failure_while_unavailable_extends_it_whatever_max_fails_is():
 def test_the_servers_tried_for_one_request_are_bounded(tmp_path):
     with contextlib.ExitStack() as stack:
         dead = [stack.enter_context(refusing_port()) for _ in range(6)]
-        with running(ini_for_pool([each.where for each in dead], "proxy_next_upstream_tries = 3"), tmp_path) as gate:
-            assert gate.fetch(request(b"GET", b"/1")).reason == "backend_refused" and gate.line("/1 ", "failed=3")
-        with running(ini_for_pool([each.where for each in dead], "proxy_next_upstream_tries = 0"), tmp_path) as gate:
-            assert gate.fetch(request(b"GET", b"/2")).reason == "backend_refused" and gate.line("/2 ", "failed=6")
-        with running(ini_for_pool([each.where for each in dead], "proxy_next_upstream_timeout = 1ms",
+        with running(ini_for_pool([each.where for each in dead], "proxy_next_upstream_tries = 3"),
+                     tmp_path) as gate:
+            assert gate.fetch(request(b"GET", b"/1")).reason == "backend_refused"
+            assert gate.line("/1 ", "failed=3")
+        with running(ini_for_pool([each.where for each in dead], "proxy_next_upstream_tries = 0"),
+                     tmp_path) as gate:
+            assert gate.fetch(request(b"GET", b"/2")).reason == "backend_refused"
+            assert gate.line("/2 ", "failed=6")
+        with running(ini_for_pool([each.where for each in dead],
+                                  "proxy_next_upstream_timeout = 1ms",
                                   "proxy_next_upstream_tries = 0"), tmp_path) as gate:
             assert gate.fetch(request(b"GET", b"/3")).reason == "backend_refused"
             assert 1 <= int(re.search("failed=([0-9]+)", gate.line("/3 ")).group(1)) <= 6
 
 
-COOKIES = {b"Cookie: a=1; io=%s": True, b"Cookie: io=%s; a=1": True, b"Cookie: IO=%s": False, b"Cookie: xio=%s": False}
+COOKIES = {b"Cookie: a=1; io=%s": True, b"Cookie: io=%s; a=1": True, b"Cookie: IO=%s": False,
+           b"Cookie: xio=%s": False}
 
 
 @pytest.mark.parametrize("field_, counts", COOKIES.items())
@@ -5568,7 +5929,8 @@ def test_a_session_of_one_cookie_stays_with_its_server(tmp_path):
             for number in range(12):
                 target = b"/%d" % number
                 for _ in range(3):
-                    assert gate.fetch(request(b"GET", target, b"Cookie: io=s%d" % number)).status == 200
+                    raw = request(b"GET", target, b"Cookie: io=s%d" % number)
+                    assert gate.fetch(raw).status == 200
                 assert len(one.connections) % 3 == len(two.connections) % 3 == 0
             assert one.connections and two.connections
 
@@ -5576,35 +5938,43 @@ def test_a_session_of_one_cookie_stays_with_its_server(tmp_path):
 # ------------------------------------------------------------------- Forwarding
 
 
-HOP_BY_HOP_LINES = (b"Keep-Alive: timeout=5", b"Proxy-Connection: keep-alive", b"TE: trailers", b"Upgrade: h2c",
-                    b"HTTP2-Settings: AAMA", b"X-Named: 1", b"x-named: 2")
+HOP_BY_HOP_LINES = (b"Keep-Alive: timeout=5", b"Proxy-Connection: keep-alive", b"TE: trailers",
+                    b"Upgrade: h2c", b"HTTP2-Settings: AAMA", b"X-Named: 1", b"x-named: 2")
 
 
 def test_a_request_goes_on_as_it_came_without_what_is_for_one_connection_only(tmp_path):
-    raw = request(b"GET", b"/%61//?b=c&&%zz", b"x-Lower: 1", b"Host: App.example:8080", b"X-UPPER:2",
-                  b"Connection: keep-alive , X-NAMED", b"Accept-Encoding:", b"X_Under: 1", b"Content_Length: 9",
-                  b"Sec-Fetch-Site: \t a  b ", b"x-lower: 3", b"Cookie: a=b", b"Cookie: c=\xe4", b"Origin: http://a",
-                  b"Authorization: Basic eDp5", b"Proxy-Authorization: x", b"Trailer: X-Checksum", *HOP_BY_HOP_LINES)
+    raw = request(b"GET", b"/%61//?b=c&&%zz", b"x-Lower: 1", b"Host: App.example:8080",
+                  b"X-UPPER:2",
+                  b"Connection: keep-alive , X-NAMED", b"Accept-Encoding:", b"X_Under: 1",
+                  b"Content_Length: 9",
+                  b"Sec-Fetch-Site: \t a  b ", b"x-lower: 3", b"Cookie: a=b", b"Cookie: c=\xe4",
+                  b"Origin: http://a",
+                  b"Authorization: Basic eDp5", b"Proxy-Authorization: x", b"Trailer: X-Checksum",
+                  *HOP_BY_HOP_LINES)
     with http_exchange(tmp_path, raw) as (_, _, _, head):
         assert head_lines(head) == [
-            b"GET /%61//?b=c&&%zz HTTP/1.1", b"x-Lower: 1", b"Host: App.example:8080", b"X-UPPER: 2",
-            b"Accept-Encoding: ", b"Sec-Fetch-Site: a  b", b"x-lower: 3", b"Cookie: a=b", b"Cookie: c=\xe4",
-            b"Origin: http://a", b"Authorization: Basic eDp5", b"Connection: close", b"X-Forwarded-For: 127.0.0.1",
-            b"X-Forwarded-Proto: http", b"X-Forwarded-Host: App.example:8080", b"X-Real-IP: 127.0.0.1"]
+            b"GET /%61//?b=c&&%zz HTTP/1.1", b"x-Lower: 1", b"Host: App.example:8080",
+            b"X-UPPER: 2", b"Accept-Encoding: ", b"Sec-Fetch-Site: a  b", b"x-lower: 3",
+            b"Cookie: a=b", b"Cookie: c=\xe4", b"Origin: http://a", b"Authorization: Basic eDp5",
+            b"Connection: close", b"X-Forwarded-For: 127.0.0.1", b"X-Forwarded-Proto: http",
+            b"X-Forwarded-Host: App.example:8080", b"X-Real-IP: 127.0.0.1"]
 
 
 def test_an_answer_goes_on_as_it_came_without_what_is_for_one_connection_only(tmp_path):
     with http_exchange(tmp_path, request()) as (_, client, peer, _):
-        peer.send(ok(b"ok", b"set-cookie: a=1; Expires=Thu, 01 Jan 2026 00:00:00 GMT", b"X-b:1", b"X_Under: 1",
-                     b"Connection: close,X-Named", b"Set-Cookie: b=2", b"x-B: \xe4", *HOP_BY_HOP_LINES))
+        peer.send(ok(b"ok", b"set-cookie: a=1; Expires=Thu, 01 Jan 2026 00:00:00 GMT", b"X-b:1",
+                     b"X_Under: 1",
+                     b"Connection: close,X-Named", b"Set-Cookie: b=2", b"x-B: \xe4",
+                     *HOP_BY_HOP_LINES))
         assert head_lines(client.response().head) == [
-            b"HTTP/1.1 200 OK", b"set-cookie: a=1; Expires=Thu, 01 Jan 2026 00:00:00 GMT", b"X-b: 1", b"X_Under: 1",
-            b"Set-Cookie: b=2", b"x-B: \xe4", b"Content-Length: 2"]
+            b"HTTP/1.1 200 OK", b"set-cookie: a=1; Expires=Thu, 01 Jan 2026 00:00:00 GMT",
+            b"X-b: 1", b"X_Under: 1", b"Set-Cookie: b=2", b"x-B: \xe4", b"Content-Length: 2"]
 
 
-FORWARDED_LINES = (b"X-Forwarded-For: 9.9.9.9, 10.0.0.1", b"X-Forwarded-For: 10.0.0.2", b"X-Forwarded-Proto: https",
-                   b"X-Forwarded-Host: app.example", b"X-Real-IP: 8.8.8.8", b"Forwarded: for=9.9.9.9",
-                   b"X-Forwarded-Prefix: /app", b"X-Forwarded-Unheard: 1")
+FORWARDED_LINES = (b"X-Forwarded-For: 9.9.9.9, 10.0.0.1", b"X-Forwarded-For: 10.0.0.2",
+                   b"X-Forwarded-Proto: https", b"X-Forwarded-Host: app.example",
+                   b"X-Real-IP: 8.8.8.8", b"Forwarded: for=9.9.9.9", b"X-Forwarded-Prefix: /app",
+                   b"X-Forwarded-Unheard: 1")
 
 
 @pytest.mark.parametrize("lines, fields, expected", [
@@ -5612,19 +5982,24 @@ FORWARDED_LINES = (b"X-Forwarded-For: 9.9.9.9, 10.0.0.1", b"X-Forwarded-For: 10.
     (("set_real_ip_from = 10.0.0.0/8",), FORWARDED_LINES,
      (b"127.0.0.1", b"http", b"gate.test", b"127.0.0.1", None, None)),
     (("set_real_ip_from = 127.0.0.0/8 10.0.0.0/8",), FORWARDED_LINES,
-     (b"9.9.9.9, 10.0.0.1, 10.0.0.2, 127.0.0.1", b"https", b"app.example", b"9.9.9.9", b"for=9.9.9.9", b"/app")),
+     (b"9.9.9.9, 10.0.0.1, 10.0.0.2, 127.0.0.1", b"https", b"app.example", b"9.9.9.9",
+      b"for=9.9.9.9", b"/app")),
     (("set_real_ip_from = 127.0.0.1",), FORWARDED_LINES,
-     (b"9.9.9.9, 10.0.0.1, 10.0.0.2, 127.0.0.1", b"https", b"app.example", b"10.0.0.2", b"for=9.9.9.9", b"/app")),
+     (b"9.9.9.9, 10.0.0.1, 10.0.0.2, 127.0.0.1", b"https", b"app.example", b"10.0.0.2",
+      b"for=9.9.9.9", b"/app")),
     (("set_real_ip_from = 127.0.0.1", "real_ip_header = X-Real-IP"), FORWARDED_LINES,
-     (b"9.9.9.9, 10.0.0.1, 10.0.0.2, 127.0.0.1", b"https", b"app.example", b"8.8.8.8", b"for=9.9.9.9", b"/app")),
+     (b"9.9.9.9, 10.0.0.1, 10.0.0.2, 127.0.0.1", b"https", b"app.example", b"8.8.8.8",
+      b"for=9.9.9.9", b"/app")),
     (("set_real_ip_from = 127.0.0.1",), (b"X-Forwarded-For: 9.9.9.9, unknown",),
      (b"9.9.9.9, unknown, 127.0.0.1", b"http", b"gate.test", b"127.0.0.1", None, None)),
-    (("set_real_ip_from = 127.0.0.1",), (), (b"127.0.0.1", b"http", b"gate.test", b"127.0.0.1", None, None))])
+    (("set_real_ip_from = 127.0.0.1",), (), (b"127.0.0.1", b"http", b"gate.test", b"127.0.0.1",
+                                             None, None))])
 def test_only_a_trusted_proxy_may_say_who_the_client_is(tmp_path, lines, fields, expected):
     with http_exchange(tmp_path, request(b"GET", b"/", *fields), *lines) as (_, _, _, head):
-        names = (b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip", b"forwarded",
-                 b"x-forwarded-prefix")
-        assert [field(head, name) for name in names] == [[value] if value else [] for value in expected]
+        names = (b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip",
+                 b"forwarded", b"x-forwarded-prefix")
+        found = [field(head, name) for name in names]
+        assert found == [[value] if value else [] for value in expected]
         assert len(field(head, b"x-forwarded-unheard")) == bool(expected[4])
 
 
@@ -5635,7 +6010,8 @@ def test_the_backend_of_a_request_without_host_gets_its_own_name_for_one(tmp_pat
 
 
 def test_the_backend_on_a_unix_socket_of_a_request_without_host_is_localhost(tmp_path):
-    with ScriptedBackend(lambda peer: peer.send(ok(peer.head())), path=str(tmp_path / "back")) as backend:
+    with ScriptedBackend(
+            lambda peer: peer.send(ok(peer.head())), path=str(tmp_path / "back")) as backend:
         with running(ini_for(backend), tmp_path) as gate:
             assert field(gate.fetch(b"GET / HTTP/1.0\r\n\r\n").body, b"host") == [b"localhost"]
 
@@ -5704,7 +6080,8 @@ def test_a_redirect_leads_to_what_the_client_can_reach(tmp_path, location, uri, 
         here = backend.where.encode()
         sent, wanted = sent.replace(b"BACKEND", here), wanted.replace(b"BACKEND", here)
         backend.script = respond(b"HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Location: %s\r\n"
-                                 b"Refresh: 3; url=%s\r\nX-Location: %s\r\nContent-Length: 0\r\n\r\n"
+                                 b"Refresh: 3; url=%s\r\nX-Location: %s\r\nContent-Length: 0\r\n"
+                                 b"\r\n"
                                  % (sent, sent, sent, sent))
         target = location.replace("= ", "").encode("utf-8").replace(b"\xc3\xa9", b"%C3%A9")
         ini = "[server]\n[location %s]\nproxy_pass = http://%s%s\n" % (location, backend.where, uri)
@@ -5717,8 +6094,10 @@ def test_a_redirect_leads_to_what_the_client_can_reach(tmp_path, location, uri, 
 
 
 def test_proxy_redirect_off_leaves_redirects_alone(tmp_path):
-    with ScriptedBackend(respond(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n")) as backend:
-        ini = "[server]\n[location /app/]\nproxy_redirect = off\nproxy_pass = http://%s/\n" % backend.where
+    with ScriptedBackend(respond(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\n"
+                                 b"\r\n")) as backend:
+        ini = "[server]\n[location /app/]\nproxy_redirect = off\nproxy_pass = http://%s/\n"
+        ini %= backend.where
         with running(ini, tmp_path) as gate:
             assert gate.fetch(request(b"GET", b"/app/")).get(b"location") == b"/x"
 
@@ -5817,9 +6196,12 @@ def test_remote_user_and_request_id_are_variables(tmp_path):
     line = b"ann:{SHA}" + base64.b64encode(hashlib.sha1(b"pw").digest())
     (tmp_path / "users").write_bytes(line + b"\n")
     lines = ("auth_basic_user_file = %s" % (tmp_path / "users"),
-             "proxy_set_header = X-User: $remote_user", "   X-ID: $request_id", "add_header = X-ID: $request_id")
+             "proxy_set_header = X-User: $remote_user", "   X-ID: $request_id",
+             "add_header = X-ID: $request_id")
     with gate_and_backend(tmp_path, lambda peer: peer.send(ok(peer.head())), *lines) as (gate, _):
-        response = gate.fetch(request(b"GET", b"/", b"Authorization: Basic " + base64.b64encode(b"ann:pw"), b"X-User: x"))
+        response = gate.fetch(request(b"GET", b"/",
+                                      b"Authorization: Basic " + base64.b64encode(b"ann:pw"),
+                                      b"X-User: x"))
         assert field(response.body, b"x-user") == [b"ann"]
         number = response.get(b"x-id")
         assert field(response.body, b"x-id") == [number]
@@ -5851,7 +6233,8 @@ def test_a_peer_on_a_unix_socket_is_not_in_forwarding_fields(tmp_path):
     custom_handshake(connection=b"Connection: keep-alive, Upgrade"),  # Firefox
     custom_handshake(connection=b"Connection: keep-alive\r\nConnection: Upgrade"),
     custom_handshake(connection=b"Connection: ,\tUpgrade , ,keep-alive,"),
-    custom_handshake(upgrade=b"UPGRADE: WebSocket", connection=b"connection: uPGRADE", key=b"SEC-WEBSOCKET-KEY: " + KEY),
+    custom_handshake(upgrade=b"UPGRADE: WebSocket", connection=b"connection: uPGRADE",
+                     key=b"SEC-WEBSOCKET-KEY: " + KEY),
     custom_handshake(upgrade=b"Upgrade: other/2, websocket"),
     custom_handshake(more=b"Sec-WebSocket-Protocol: chat, v2\r\nsec-websocket-PROTOCOL: v3\r\n"
                 b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits"),
@@ -5864,7 +6247,8 @@ def test_a_handshake_reaches_the_backend_with_upgrade_and_connection_said_once(t
         assert [value.lower() for value in field(head, b"connection")] == [b"upgrade"]
 
         def own(data):
-            return [line for line in data.split(b"\r\n") if line.lower().startswith(b"sec-websocket-")]
+            return [line for line in data.split(b"\r\n")
+                    if line.lower().startswith(b"sec-websocket-")]
 
         assert own(head) == own(raw)
         backend.connection().send(switching())
@@ -5890,31 +6274,40 @@ def test_what_is_no_handshake_goes_on_as_plain_http_without_upgrade(tmp_path, ra
         assert response.status == 200
         if method != b"HEAD":
             assert field(response.body, b"connection") == [b"close"]
-            assert not field(response.body, b"upgrade") and not field(response.body, b"http2-settings")
+            assert not field(response.body, b"upgrade")
+            assert not field(response.body, b"http2-settings")
 
 
 @pytest.mark.parametrize("raw, status, reason, text", [
-    (custom_handshake(upgrade=b""), 426, "upgrade_missing", b"proxy_set_header Upgrade $http_upgrade"),
+    (custom_handshake(upgrade=b""), 426, "upgrade_missing",
+     b"proxy_set_header Upgrade $http_upgrade"),
     (custom_handshake(connection=b"Connection: close"), 426, "upgrade_missing", b"hop-by-hop"),
     (custom_handshake(connection=b""), 426, "upgrade_missing", b"hop-by-hop"),
     (custom_handshake(b"GET / HTTP/1.0"), 426, "upgrade_missing", b"proxy_http_version 1.1"),
     (custom_handshake(key=b""), 400, "bad_handshake", b"Sec-WebSocket-Key"),
     (custom_handshake(key=b"Sec-WebSocket-Key:"), 400, "bad_handshake", b"Sec-WebSocket-Key"),
-    (custom_handshake(key=b"Sec-WebSocket-Key: " + base64.b64encode(bytes(15))), 400, "bad_handshake", b"24 char"),
-    (custom_handshake(key=b"Sec-WebSocket-Key: " + base64.b64encode(bytes(19))), 400, "bad_handshake", b"24 char"),
-    (custom_handshake(key=b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j!Q=="), 400, "bad_handshake", b"base64"),
-    (custom_handshake(more=b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="), 400, "bad_handshake", b"Sec-WebSocket-Key"),
+    (custom_handshake(key=b"Sec-WebSocket-Key: " + base64.b64encode(bytes(15))), 400,
+     "bad_handshake", b"24 char"),
+    (custom_handshake(key=b"Sec-WebSocket-Key: " + base64.b64encode(bytes(19))), 400,
+     "bad_handshake", b"24 char"),
+    (custom_handshake(key=b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j!Q=="), 400, "bad_handshake",
+     b"base64"),
+    (custom_handshake(more=b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="), 400, "bad_handshake",
+     b"Sec-WebSocket-Key"),
     (custom_handshake(version=b""), 426, "bad_handshake", b"13"),
     (custom_handshake(version=b"Sec-WebSocket-Version: thirteen"), 426, "bad_handshake", b"13"),
     (custom_handshake(more=b"Content-Length: 3", body=b"abc"), 400, "bad_handshake", b"body"),
-    (custom_handshake(more=b"Transfer-Encoding: chunked", body=b"0\r\n\r\n"), 400, "bad_handshake", b"body"),
+    (custom_handshake(more=b"Transfer-Encoding: chunked", body=b"0\r\n\r\n"), 400, "bad_handshake",
+     b"body"),
 ])
-def test_a_broken_handshake_is_refused_with_an_explanation_and_no_backend_sees_it(tmp_path, raw, status, reason, text):
+def test_a_broken_handshake_is_refused_with_an_explanation_and_no_backend_sees_it(
+        tmp_path, raw, status, reason, text):
     with gate_and_backend(tmp_path) as (gate, backend):
         client = gate.connect().send(raw, frame(1, b"early", b"abcd"))
         response = client.response()
         assert (response.status, response.reason) == (status, reason) and text in response.body
-        assert response.get(b"sec-websocket-version") == (b"13" if (status, reason) == (426, "bad_handshake") else None)
+        assert response.get(b"sec-websocket-version") == (
+            b"13" if (status, reason) == (426, "bad_handshake") else None)
         assert response.get(b"upgrade") == (b"websocket" if status == 426 else None)
         assert response.get(b"connection") == (b"close, upgrade" if status == 426 else b"close")
         assert client.ended() and not backend.connections
@@ -5924,7 +6317,8 @@ def test_a_broken_handshake_is_refused_with_an_explanation_and_no_backend_sees_i
 
 
 def test_another_version_is_for_the_backend_to_refuse(tmp_path):
-    refusal = b"HTTP/1.1 426 Upgrade Required\r\nSec-WebSocket-Version: 13, 8\r\nContent-Length: 0\r\n\r\n"
+    refusal = (b"HTTP/1.1 426 Upgrade Required\r\nSec-WebSocket-Version: 13, 8\r\n"
+               b"Content-Length: 0\r\n\r\n")
     with gate_and_backend(tmp_path, respond(refusal)) as (gate, backend):
         response = gate.fetch(custom_handshake(version=b"Sec-WebSocket-Version: 99"))
         assert response.status == 426 and response.get(b"sec-websocket-version") == b"13, 8"
@@ -5944,12 +6338,15 @@ UNASKED = request()
     (handshake(), switching().replace(b"Connection: Upgrade\r\n", b"")),
     (handshake(), switching().replace(b"Connection: Upgrade", b"Connection: close")),
     (handshake(), switching(b"Sec-WebSocket-Protocol: chat")),
-    (handshake(b"/", b"Sec-WebSocket-Protocol: chat, v2"), switching(b"Sec-WebSocket-Protocol: v3")),
-    (handshake(b"/", b"Sec-WebSocket-Protocol: chat, v2"), switching(b"Sec-WebSocket-Protocol: chat, v2")),
+    (handshake(b"/", b"Sec-WebSocket-Protocol: chat, v2"),
+     switching(b"Sec-WebSocket-Protocol: v3")),
+    (handshake(b"/", b"Sec-WebSocket-Protocol: chat, v2"),
+     switching(b"Sec-WebSocket-Protocol: chat, v2")),
     (handshake(b"/", b"Sec-WebSocket-Protocol: a"), switching(b"Sec-WebSocket-Protocol: A")),
     (custom_handshake(version=b"Sec-WebSocket-Version: 8"), switching()),
     (UNASKED, switching()),
-    (request(b"POST", b"/", b"Upgrade: websocket", b"Connection: Upgrade", body=b"abc"), switching()),
+    (request(b"POST", b"/", b"Upgrade: websocket", b"Connection: Upgrade", body=b"abc"),
+     switching()),
 ])
 def test_a_101_that_does_not_answer_the_question_is_502_and_no_tunnel(tmp_path, raw, answered):
     with nothing_left(), gate_and_backend(tmp_path) as (gate, backend):
@@ -5974,16 +6371,21 @@ def test_a_subprotocol_that_was_offered_is_chosen(tmp_path):
 
 @pytest.mark.parametrize("line, raw, status, reaches", [
     ("upgrade = none", handshake(), 200, None),
-    ("upgrade = any", custom_handshake(upgrade=b"Upgrade: other/2", key=b"", version=b""), 101, b"other/2"),
+    ("upgrade = any", custom_handshake(upgrade=b"Upgrade: other/2", key=b"", version=b""), 101,
+     b"other/2"),
     ("upgrade = any", handshake(), 101, b"websocket"),
     ("upgrade = any", custom_handshake(upgrade=b"Upgrade: other/2, WebSocket"), 101, b"WebSocket"),
-    ("upgrade = any", custom_handshake(upgrade=b"Upgrade: h2c", key=b"", more=b"HTTP2-Settings: AAMA"), 200, None),
+    ("upgrade = any", custom_handshake(upgrade=b"Upgrade: h2c", key=b"",
+                                       more=b"HTTP2-Settings: AAMA"), 200, None),
     ("upgrade = any", custom_handshake(upgrade=b"Upgrade: other/2, H2C", key=b""), 200, None),
-    ("upgrade = any", custom_handshake(b"POST / HTTP/1.1", upgrade=b"Upgrade: other/2", key=b""), 101, b"other/2"),
+    ("upgrade = any", custom_handshake(b"POST / HTTP/1.1", upgrade=b"Upgrade: other/2", key=b""),
+     101, b"other/2"),
     ("upgrade = any", custom_handshake(b"POST / HTTP/1.1"), 200, None),
-    ("upgrade = any", custom_handshake(upgrade=b"Upgrade: other/2", connection=b"", key=b""), 200, None),
+    ("upgrade = any", custom_handshake(upgrade=b"Upgrade: other/2", connection=b"", key=b""), 200,
+     None),
     ("strict_handshake = off", custom_handshake(key=b"", version=b""), 101, b"websocket"),
-    ("strict_handshake = off", custom_handshake(key=b"Sec-WebSocket-Key: short"), 101, b"websocket"),
+    ("strict_handshake = off", custom_handshake(key=b"Sec-WebSocket-Key: short"), 101,
+     b"websocket"),
     ("strict_handshake = off", custom_handshake(upgrade=b""), 200, None),
 ])
 def test_the_location_says_what_may_be_upgraded(tmp_path, line, raw, status, reaches):
@@ -6010,8 +6412,8 @@ TWO_LINES = custom_handshake(upgrade=b"Upgrade: foo/1\r\nupgrade: bar", key=b"",
 
 @pytest.mark.parametrize("raw, chosen, status", [
     (LIST_OF_TWO, b"foo/1", 101), (LIST_OF_TWO, b"Bar", 101), (TWO_LINES, b"bar", 101),
-    (LIST_OF_TWO, b"foo/1, bar", 101), (LIST_OF_TWO, b"other", 502), (LIST_OF_TWO, b"foo/1, other", 502),
-    (LIST_OF_TWO, b"", 502),
+    (LIST_OF_TWO, b"foo/1, bar", 101), (LIST_OF_TWO, b"other", 502),
+    (LIST_OF_TWO, b"foo/1, other", 502), (LIST_OF_TWO, b"", 502),
 ])
 def test_of_several_protocols_that_are_asked_for_one_is_chosen(tmp_path, raw, chosen, status):
     with gate_and_backend(tmp_path, None, "upgrade = any") as (gate, backend):
@@ -6020,7 +6422,8 @@ def test_of_several_protocols_that_are_asked_for_one_is_chosen(tmp_path, raw, ch
         assert field(server.head(), b"upgrade") == [b"foo/1, bar"]
         server.send(b"HTTP/1.1 101 Go\r\nConnection: upgrade\r\nUpgrade: %s\r\n\r\nhello" % chosen)
         response = client.response()
-        assert (response.status, response.reason) == (status, "" if status == 101 else "backend_bad_101")
+        reason = "" if status == 101 else "backend_bad_101"
+        assert (response.status, response.reason) == (status, reason)
         if status == 101:
             assert client.read(5) == b"hello" and server.silent(10 * MS)
         client.close()
@@ -6029,23 +6432,28 @@ def test_of_several_protocols_that_are_asked_for_one_is_chosen(tmp_path, raw, ch
 
 def test_a_websocket_handshake_is_checked_also_where_any_protocol_may_be_asked_for(tmp_path):
     with gate_and_backend(tmp_path, None, "upgrade = any") as (gate, backend):
-        response = gate.fetch(custom_handshake(upgrade=b"Upgrade: websocket, foo", key=b"Sec-WebSocket-Key: short"))
-        assert (response.status, response.reason) == (400, "bad_handshake") and not backend.connections
+        raw = custom_handshake(upgrade=b"Upgrade: websocket, foo", key=b"Sec-WebSocket-Key: short")
+        response = gate.fetch(raw)
+        assert (response.status, response.reason) == (400, "bad_handshake")
+        assert not backend.connections
 
 
 REFUSALS = [
     (200, ok(b"the page " * 400)),
     (302, b"HTTP/1.1 302 Found\r\nLocation: /login?next=%2Fws\r\nContent-Length: 0\r\n\r\n"),
-    (401, b"HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic realm=\"x, y\"\r\nContent-Length: 2\r\n\r\nno"),
+    (401, b"HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic realm=\"x, y\"\r\n"
+          b"Content-Length: 2\r\n\r\nno"),
     (403, b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nyou\r\n0\r\n\r\n"),
     (404, b"HTTP/1.1 404 Not Found\r\n\r\n" + b"n" * 50000),
-    (426, b"HTTP/1.1 426 No\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nContent-Length: 1\r\n\r\n!"),
+    (426, b"HTTP/1.1 426 No\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+          b"Content-Length: 1\r\n\r\n!"),
     (503, b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 4\r\n\r\nbusy"),
 ]
 
 
 @pytest.mark.parametrize("status, answered", REFUSALS, ids=[str(status) for status, _ in REFUSALS])
-def test_a_refused_handshake_is_passed_on_whole_and_both_sides_are_closed(tmp_path, status, answered):
+def test_a_refused_handshake_is_passed_on_whole_and_both_sides_are_closed(
+        tmp_path, status, answered):
     seen = []
 
     def script(peer):
@@ -6059,18 +6467,21 @@ def test_a_refused_handshake_is_passed_on_whole_and_both_sides_are_closed(tmp_pa
         client = gate.connect().send(handshake(), early)
         response = client.response()
         assert response.status == status
-        for name in (b"location", b"www-authenticate", b"retry-after", b"upgrade", b"sec-websocket-version"):
+        for name in (b"location", b"www-authenticate", b"retry-after", b"upgrade",
+                     b"sec-websocket-version"):
             assert response.get(name) == (field(answered, name) or [None])[0]
         assert response.body == (b"you" if status == 403 else answered.partition(b"\r\n\r\n")[2])
         client.send(request(b"GET", b"/next"))
         assert client.rest() == b""
         client.close()
         eventually(lambda: seen)
-        assert seen == [b""] and len(backend.connections) == 1  # neither the early bytes nor /next went anywhere
+        # neither the early bytes nor /next went anywhere
+        assert seen == [b""] and len(backend.connections) == 1
         assert "reason=backend_said_%d" % status in gate.line(" %d done" % status)
 
 
-@pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Hints\r\nLink: </a>\r\n\r\n" * 2])
+@pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n",
+                                     b"HTTP/1.1 103 Hints\r\nLink: </a>\r\n\r\n" * 2])
 def test_an_interim_answer_is_not_taken_for_the_101(tmp_path, interim):
     with gate_and_backend(tmp_path) as (gate, backend):
         client = gate.connect().send(handshake())
@@ -6114,14 +6525,19 @@ def test_much_early_data_is_not_lost(tmp_path, relay_mode):
 
 
 def test_hop_by_hop_fields_leave_the_101_and_cookies_stay_apart(tmp_path):
-    answered = switching(b"Set-Cookie: a=1, b", b"Keep-Alive: timeout=5", b"X-Private: 1", b"Proxy-Connection: x",
-                         b"Content-Length: 5", b"Set-Cookie: c=2", b"X-Kept: yes", b"Connection: x-private")
+    answered = switching(b"Set-Cookie: a=1, b", b"Keep-Alive: timeout=5", b"X-Private: 1",
+                         b"Proxy-Connection: x",
+                         b"Content-Length: 5", b"Set-Cookie: c=2", b"X-Kept: yes",
+                         b"Connection: x-private")
     with gate_and_backend(tmp_path, respond(answered)) as (gate, _):
         head = gate.fetch(handshake()).head
-        assert field(head, b"set-cookie") == [b"a=1, b", b"c=2"] and field(head, b"x-kept") == [b"yes"]
-        assert field(head, b"connection") == [b"Upgrade"] and field(head, b"upgrade") == [b"websocket"]
+        assert field(head, b"set-cookie") == [b"a=1, b", b"c=2"]
+        assert field(head, b"x-kept") == [b"yes"]
+        assert field(head, b"connection") == [b"Upgrade"]
+        assert field(head, b"upgrade") == [b"websocket"]
         assert field(head, b"sec-websocket-accept") == [ACCEPT]
-        for name in (b"keep-alive", b"x-private", b"proxy-connection", b"content-length", b"transfer-encoding"):
+        for name in (b"keep-alive", b"x-private", b"proxy-connection", b"content-length",
+                     b"transfer-encoding"):
             assert not field(head, name)
 
 
@@ -6131,12 +6547,14 @@ def test_hop_by_hop_fields_leave_the_101_and_cookies_stay_apart(tmp_path):
     (b"good", b"nonsense\r\n\r\n", 4502, b"backend_bad_response"),
     (b"evil", b"", 4403, b"origin_denied"),
 ])
-def test_reject_with_close_says_it_in_a_close_frame_that_javascript_can_read(tmp_path, origin, answered, code, reason):
+def test_reject_with_close_says_it_in_a_close_frame_that_javascript_can_read(
+        tmp_path, origin, answered, code, reason):
     lines = "reject_with = close", "allowed_origins = https://good.test"
     with gate_and_backend(tmp_path, respond(answered), *lines) as (gate, _):
         client = gate.connect().send(handshake(b"/", b"Origin: https://%s.test" % origin))
         head = client.head()
-        assert head.startswith(b"HTTP/1.1 101 ") and field(head, b"sec-websocket-accept") == [ACCEPT]
+        assert head.startswith(b"HTTP/1.1 101 ")
+        assert field(head, b"sec-websocket-accept") == [ACCEPT]
         assert client.rest() == frame(8, struct.pack("!H", code) + reason)
         client.close()
         assert "reason=" + reason.decode() in gate.line("done")
@@ -6323,9 +6741,11 @@ def test_chunks_are_written_again_without_extensions_and_trailers_pass_unless_fo
     with http_exchange(tmp_path, CHUNKED_POST + CHUNKED_IN) as (_, client, peer, head):
         assert field(head, b"transfer-encoding") == [b"chunked"]
         assert peer.read(len(CHUNKED_OUT)) == CHUNKED_OUT
-        peer.send(b"HTTP/1.1 200 OK\r\nTrailer: X-Checksum\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKED_IN)
+        peer.send(b"HTTP/1.1 200 OK\r\nTrailer: X-Checksum\r\nTransfer-Encoding: chunked\r\n\r\n"
+                  + CHUNKED_IN)
         head = client.head()
-        assert (field(head, b"transfer-encoding"), field(head, b"trailer")) == ([b"chunked"], [b"X-Checksum"])
+        assert (field(head, b"transfer-encoding"),
+                field(head, b"trailer")) == ([b"chunked"], [b"X-Checksum"])
         assert client.read(len(CHUNKED_OUT)) == CHUNKED_OUT and client.silent(20 * MS)
 
 
@@ -6336,7 +6756,8 @@ def test_chunks_are_written_again_without_extensions_and_trailers_pass_unless_fo
     (b"GET", b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", None),
     (b"GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", b"5"),
     (b"GET", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"0")])
-def test_answers_without_a_body_leave_the_connection_for_the_next_request(tmp_path, method, raw, kept):
+def test_answers_without_a_body_leave_the_connection_for_the_next_request(
+        tmp_path, method, raw, kept):
     def script(peer):
         peer.send(raw if read_request(peer)[0].split(b" ")[1] == b"/first" else ok(b"second"))
         peer.ended()
@@ -6349,7 +6770,8 @@ def test_answers_without_a_body_leave_the_connection_for_the_next_request(tmp_pa
 
 
 @pytest.mark.parametrize("raw, body", [(OK + CHUNKED + CHUNKED_IN, b"hello, world0123456789"),
-                                       (ok(b"hello"), b"hello"), (b"HTTP/1.1 200 OK\r\n\r\nhello", b"hello")])
+                                       (ok(b"hello"), b"hello"),
+                                       (b"HTTP/1.1 200 OK\r\n\r\nhello", b"hello")])
 def test_an_http_1_0_client_gets_no_chunks_no_interim_answer_and_one_answer(tmp_path, raw, body):
     early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
     with gate_and_backend(tmp_path, respond(early + raw)) as (gate, _):
@@ -6364,8 +6786,10 @@ def test_an_http_1_0_client_gets_no_chunks_no_interim_answer_and_one_answer(tmp_
 def test_interim_answers_pass_and_the_body_is_sent_when_the_backend_wants_it(tmp_path):
     raw = request(b"POST", b"/", b"Expect: 100-continue", b"Content-Length: 5")
     with http_exchange(tmp_path, raw) as (_, client, peer, head):
-        assert field(head, b"expect") == [b"100-continue"] and peer.silent(20 * MS) and client.silent(20 * MS)
-        peer.send(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: x\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
+        assert field(head, b"expect") == [b"100-continue"] and peer.silent(20 * MS)
+        assert client.silent(20 * MS)
+        peer.send(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: x\r\n\r\n"
+                  b"HTTP/1.1 100 Continue\r\n\r\n")
         assert client.head() == b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
         assert client.head() == b"HTTP/1.1 100 Continue\r\n\r\n"
         client.send(b"hello")
@@ -6378,7 +6802,8 @@ def test_as_many_as_32_interim_answers_pass(tmp_path):
     hints = b"HTTP/1.1 103 Early Hints\r\n\r\n"
     with gate_and_backend(tmp_path, respond(hints * 32, ok())) as (gate, _):
         client = gate.connect().send(request())
-        assert [client.head() for _ in range(32)] == [hints] * 32 and client.response().body == b"ok"
+        assert [client.head() for _ in range(32)] == [hints] * 32
+        assert client.response().body == b"ok"
         client.close()
 
 
@@ -6405,7 +6830,8 @@ def test_upload_and_download_run_at_once(tmp_path):
 
 
 def test_an_answer_may_come_before_the_upload_is_over_and_ends_the_connection(tmp_path):
-    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: 1000") + b"begun") as (_, client, peer, _):
+    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: 1000")
+                       + b"begun") as (_, client, peer, _):
         peer.send(ok(b"enough"))
         response = client.response()
         assert (response.body, response.get(b"connection")) == (b"enough", b"close")
@@ -6421,7 +6847,8 @@ def test_what_is_left_of_an_upload_is_never_a_request_though_the_backend_resets(
 
     with gate_and_backend(tmp_path, script) as (gate, _):
         for _ in range(25):
-            client = gate.connect().send(request(b"POST", b"/", b"Content-Length: 400001") + b"x" * 1000)
+            client = gate.connect().send(request(b"POST", b"/", b"Content-Length: 400001") + b"x"
+                                         * 1000)
             with contextlib.suppress(ConnectionError):
                 client.send(b"x" * 399000)
             with contextlib.suppress(ConnectionError):
@@ -6442,7 +6869,8 @@ def test_a_slow_reader_is_not_buffered_for(tmp_path):
 
 def test_a_slow_backend_is_not_buffered_for(tmp_path):
     most = 192 << 20
-    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: %d" % most)) as (_, client, peer, _):
+    with http_exchange(tmp_path, request(b"POST", b"/",
+                                         b"Content-Length: %d" % most)) as (_, client, peer, _):
         sent = fill(client, most=most)
         assert sent < most // 2  # more than all socket buffers (tcp_rmem, tcp_wmem)
         assert receives(peer, sent)
@@ -6480,7 +6908,8 @@ def test_bytes_behind_a_complete_answer_are_never_the_next_answer(tmp_path, raw)
         client.close()
 
 
-@pytest.mark.parametrize("begun", [b"Content-Length: 9\r\n\r\nhell", CHUNKED + b"9\r\nhell", b"\r\nhell"])
+@pytest.mark.parametrize("begun", [b"Content-Length: 9\r\n\r\nhell", CHUNKED + b"9\r\nhell",
+                                   b"\r\nhell"])
 @pytest.mark.parametrize("how", ["close", "reset"])
 def test_an_answer_cut_by_its_backend_is_cut_for_the_client(tmp_path, begun, how):
     with http_exchange(tmp_path, request()) as (gate, client, peer, _):
@@ -6490,14 +6919,16 @@ def test_an_answer_cut_by_its_backend_is_cut_for_the_client(tmp_path, begun, how
         # Where nothing else says how long the body is, only a reset tells that it was cut.
         assert ends_by_reset(client) == (how == "reset" and begun.startswith(b"\r\n"))
         client.close()
-        assert gate.line(" 200 ", "reason=" + ("-" if not begun.strip(b"hel\r\n") and how == "close" else "backend_"))
+        assert gate.line(" 200 ", "reason=" + ("-" if not begun.strip(b"hel\r\n")
+                                               and how == "close" else "backend_"))
 
 
 def test_a_backend_that_dies_before_it_answers_is_502_and_the_client_may_ask_again(tmp_path):
     with http_exchange(tmp_path, request()) as (_, client, peer, _):
         peer.reset()
         response = client.response()
-        assert (response.status, response.reason, response.get(b"connection")) == (502, "backend_closed", None)
+        assert (response.status, response.reason,
+                response.get(b"connection")) == (502, "backend_closed", None)
         assert response.body == b"502 Bad Gateway: backend_closed\n" and client.silent(20 * MS)
 
 
@@ -6507,12 +6938,14 @@ def test_a_head_that_drips_is_408_in_time(tmp_path):
         with takes(180, 700):
             send_slowly(client, request(b"GET", b"/" + b"a" * 100))
             response = client.response()
-        assert (response.status, response.reason, response.get(b"connection")) == (408, "header_timeout", b"close")
+        assert (response.status, response.reason,
+                response.get(b"connection")) == (408, "header_timeout", b"close")
         assert client.ended() and not backend.connections
         client.close()
 
 
-def test_the_second_head_has_its_own_time_and_a_silent_connection_is_closed_without_a_word(tmp_path):
+def test_the_second_head_has_its_own_time_and_a_silent_connection_is_closed_without_a_word(
+        tmp_path):
     with gate_and_backend(tmp_path, respond(ok()), *TIMES_200MS) as (gate, _):
         client = gate.connect()
         assert client.silent(120 * MS) and client.send(request()).response().status == 200
@@ -6543,7 +6976,8 @@ def test_an_empty_line_behind_a_body_is_not_the_beginning_of_a_request(tmp_path)
 
 
 def test_a_body_that_stops_is_408_and_one_that_drips_is_not(tmp_path):
-    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: 20"), *TIMES_200MS) as (_, client, peer, _):
+    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: 20"),
+                       *TIMES_200MS) as (_, client, peer, _):
         with takes(300, 2000):
             send_slowly(client, b"x" * 15)
         assert peer.read(15) == b"x" * 15
@@ -6604,7 +7038,8 @@ def test_keepalive_timeout_0_means_one_request_each_also_for_the_gates_own_answe
 @pytest.mark.parametrize("raw, status", [
     (request(b"POST", body=b"x" * 8), 200), (request(b"POST", body=b"x" * 9), 413),
     (CHUNKED_POST + chunked_body(b"x" * 4, b"y" * 4), 200),
-    (CHUNKED_POST + chunked_body(b"x" * 4, b"y" * 5), 413), (CHUNKED_POST + b"fffffffffffffff\r\n", 413)])
+    (CHUNKED_POST + chunked_body(b"x" * 4, b"y" * 5), 413),
+    (CHUNKED_POST + b"fffffffffffffff\r\n", 413)])
 def test_client_max_body_size_holds_for_both_framings(tmp_path, raw, status):
     complete = []
 
@@ -6614,8 +7049,10 @@ def test_client_max_body_size_holds_for_both_framings(tmp_path, raw, status):
 
     with gate_and_backend(tmp_path, script, "client_max_body_size = 8") as (gate, backend):
         response = gate.fetch(raw)
-        assert (response.status, response.reason) == (status, "body_too_large" if status == 413 else "")
-        assert len(complete) == (status == 200) and (b"Content-Length: 9" not in raw or not backend.connections)
+        assert (response.status, response.reason) == (status,
+                                                      "body_too_large" if status == 413 else "")
+        assert len(complete) == (status == 200)
+        assert (b"Content-Length: 9" not in raw or not backend.connections)
 
 
 def test_the_backend_of_a_client_that_went_away_is_let_go_within_a_second(tmp_path):
@@ -6631,8 +7068,10 @@ def test_the_backend_of_a_client_that_went_away_is_let_go_within_a_second(tmp_pa
         for (how, _, _), (client, _) in zip(cases, waiting):
             getattr(client, how)()
         with takes(0, 1000):
-            assert [case for case, (_, peer) in zip(cases, waiting) if not peer.ended(1000 * MS)] == []
-        eventually(lambda: len([line for line in gate.access if "reason=client_gone" in line]) == len(cases))
+            assert [case for case,
+                    (_, peer) in zip(cases, waiting) if not peer.ended(1000 * MS)] == []
+        eventually(lambda: len([line for line in gate.access if "reason=client_gone" in line])
+                   == len(cases))
         for client, _ in waiting:
             client.close()
 
@@ -6657,7 +7096,8 @@ def test_a_broken_backend_behind_a_slow_reader_costs_no_cpu(tmp_path):
 
 def test_what_a_backend_has_sent_before_it_died_reaches_a_slow_reader(tmp_path):
     script = respond(OK + b"Content-Length: 900000\r\n\r\n" + b"x" * 600000)
-    with gate_and_backend(tmp_path, script) as (gate, _), contextlib.closing(socket.socket()) as sock:
+    with gate_and_backend(tmp_path, script) as (gate,
+                                                _), contextlib.closing(socket.socket()) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", gate.port))
         client = Peer(sock).send(request())
@@ -6666,10 +7106,13 @@ def test_what_a_backend_has_sent_before_it_died_reaches_a_slow_reader(tmp_path):
 
 
 def test_a_client_that_ends_in_an_upload_that_nobody_takes_costs_no_cpu(tmp_path):
-    with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: %d" % (64 << 20))) as (gate, client, peer, _):
+    with http_exchange(tmp_path, request(b"POST", b"/",
+                                         b"Content-Length: %d"
+                                         % (64 << 20))) as (gate, client, peer, _):
         held = next(iter(gate.connections)).request
         while not all(select_readable(held, 0) and client.silent(10 * MS) for _ in range(3)):
-            client.send(b"x" * 150000)  # until the gate does not take it any more, and a little of it waits
+            # until the gate does not take it any more, and a little of it waits
+            client.send(b"x" * 150000)
         client.finish()
         assert cpu_while_waiting(300) < 50 * MS
 
@@ -6678,31 +7121,40 @@ def test_a_refused_upload_still_gets_to_read_its_answer(tmp_path):
     with gate_and_backend(tmp_path, None, "client_max_body_size = 1m") as (gate, _):
         client = gate.connect().send(request(b"POST", b"/", body=b"x" * (3 << 20)))
         response = client.response()
-        assert (response.status, response.reason, response.get(b"connection")) == (413, "body_too_large", b"close")
+        assert (response.status, response.reason,
+                response.get(b"connection")) == (413, "body_too_large", b"close")
         assert not ends_by_reset(client)
         client.close()
 
 
 @pytest.mark.parametrize("line, raw, status, reason, detail, kept", [
-    ("", request(b"GET", b"/other/"), b"404 Not Found", "no_route", b"no [location] for host gate.test and path /other/\n", True),
+    ("", request(b"GET", b"/other/"), b"404 Not Found", "no_route",
+     b"no [location] for host gate.test and path /other/\n", True),
     ("", request(b"HEAD", b"/other/"), b"404 Not Found", "no_route", b"", True),
-    ("", request(b"POST", b"/other/", body=b"x"), b"404 ", "no_route", b"no [location] for host gate.test and path /other/\n", False),
-    ("deny = all", request(b"GET", b"/app/"), b"403 ", "access_denied", b"access denied by allow/deny\n", True),
+    ("", request(b"POST", b"/other/", body=b"x"), b"404 ", "no_route",
+     b"no [location] for host gate.test and path /other/\n", False),
+    ("deny = all", request(b"GET", b"/app/"), b"403 ", "access_denied",
+     b"access denied by allow/deny\n", True),
     ("client_max_body_size = 1", request(b"POST", b"/app/", body=b"xy"), b"413 ", "body_too_large",
      b"client_max_body_size is 1\n", False),
     ("", request(b"GET", b"/app/"), b"502 Bad Gateway", "backend_refused", b"", True)])
-def test_an_answer_of_the_gate_itself_says_why_in_three_places(tmp_path, line, raw, status, reason, detail, kept):
+def test_an_answer_of_the_gate_itself_says_why_in_three_places(tmp_path, line, raw, status, reason,
+                                                               detail, kept):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and never listens
-        ini = "[server]\n%s\n[location /app]\nproxy_pass = http://127.0.0.1:%d" % (line, closed.getsockname()[1])
+        ini = "[server]\n%s\n[location /app]\nproxy_pass = http://127.0.0.1:%d" % (
+            line, closed.getsockname()[1])
         with running(ini, tmp_path) as gate:
             client = gate.connect().send(raw)
             response = client.response(raw.partition(b" ")[0])
             assert response.head.startswith(b"HTTP/1.1 " + status) and response.reason == reason
-            assert raw.startswith(b"HEAD") or re.fullmatch(b"%d [A-Za-z ]+: %s\n" % (response.status, reason.encode())
+            assert raw.startswith(
+                b"HEAD") or re.fullmatch(b"%d [A-Za-z ]+: %s\n" % (response.status, reason.encode())
                                                            + re.escape(detail), response.body)
-            assert response.get(b"content-type") == b"text/plain; charset=utf-8" and response.get(b"date")
-            assert response.get(b"connection") == (None if kept else b"close") and client.silent(10 * MS) == kept
+            assert response.get(b"content-type") == b"text/plain; charset=utf-8"
+            assert response.get(b"date")
+            assert response.get(b"connection") == (None if kept else b"close")
+            assert client.silent(10 * MS) == kept
             client.close()
             assert gate.line(" %d " % response.status, "reason=" + reason)
 
@@ -6721,7 +7173,8 @@ def test_trailers_that_the_gate_or_connection_names_are_dropped(tmp_path):
     head = request(b"POST", b"/", b"Transfer-Encoding: chunked", b"Connection: X-Hop")
     lines = ["proxy_set_header = X-User: none"]
     with http_exchange(tmp_path, head + chunked_body(b"x")[:-2] + b"X-User: root\r\nX-Hop: 1\r\n"
-                       b"X-Forwarded-User: root\r\nX-Sum: 1\r\n\r\n", *lines) as (_, client, peer, head):
+                       b"X-Forwarded-User: root\r\nX-Sum: 1\r\n\r\n",
+                       *lines) as (_, client, peer, head):
         assert peer.read_until(b"0\r\n") == b"1\r\nx\r\n0\r\n"
         assert peer.read_until(b"\r\n\r\n") == b"X-Sum: 1\r\n\r\n"
         peer.send(ok())
@@ -6733,7 +7186,8 @@ def test_a_large_body_is_spliced_and_its_pipe_is_closed_after_it(tmp_path, monke
     if not wsgate.CAN_SPLICE:
         pytest.skip("no os.splice here")
     spliced, splice = [], os.splice
-    monkeypatch.setattr(os, "splice", lambda *some, **more: spliced.append(1) or splice(*some, **more))
+    monkeypatch.setattr(os, "splice", lambda *some, **more: spliced.append(1)
+                        or splice(*some, **more))
     body = os.urandom(3 << 20)
     up, down = (body, b"ok") if what == "up" else (b"", body)
 
@@ -6745,7 +7199,8 @@ def test_a_large_body_is_spliced_and_its_pipe_is_closed_after_it(tmp_path, monke
     with nothing_left(), gate_and_backend(tmp_path, script) as (gate, backend):
         client = gate.connect()
         for _ in range(2):
-            thread = send_in_thread(client, [request(b"POST", b"/", b"Content-Length: %d" % len(up)) + up])
+            thread = send_in_thread(client,
+                                    [request(b"POST", b"/", b"Content-Length: %d" % len(up)) + up])
             assert client.response().body == down
             thread.join()
             before = descriptors()
@@ -6767,7 +7222,8 @@ def test_bytes_pass_unchanged_both_ways_at_once_in_any_pieces(tmp_path, relay_mo
         threads = [send_in_thread(client, random_pieces(rng, up, 300000)),
                    send_in_thread(server, random_pieces(random.Random(2), down, 300000))]
         got = []
-        threads.append(threading.Thread(target=lambda: got.append(server.read(len(up))), daemon=True))
+        threads.append(
+            threading.Thread(target=lambda: got.append(server.read(len(up))), daemon=True))
         threads[-1].start()
         assert hashlib.sha256(client.read(len(down))).digest() == hashlib.sha256(down).digest()
         for thread in threads:
@@ -6787,13 +7243,15 @@ def test_two_sides_that_both_stop_reading_are_held_back_and_do_not_deadlock(tmp_
         up += fill(client, block[up % len(block):] + block[:up % len(block)])
         flows = [flow for each in gate.connections for flow in (each.tunnel.up, each.tunnel.down)]
         assert len(flows) == 2 and all(len(flow.pending) <= wsgate.BIG_READ for flow in flows)
-        assert client.read(down) == (block * (down // len(block) + 1))[:down]  # the other side still reads nothing
+        # the other side still reads nothing
+        assert client.read(down) == (block * (down // len(block) + 1))[:down]
         assert server.read(up) == (block * (up // len(block) + 1))[:up]
 
 
 @pytest.mark.parametrize("first", ["client", "backend"])
 @pytest.mark.parametrize("kind", ["bytes", "frames"])
-def test_whoever_ends_first_all_its_bytes_are_delivered_before_the_end(tmp_path, relay_mode, first, kind):
+def test_whoever_ends_first_all_its_bytes_are_delivered_before_the_end(
+        tmp_path, relay_mode, first, kind):
     with (raw_tunnel if kind == "bytes" else tunnel)(tmp_path) as (gate, client, server):
         ending, other = (client, server) if first == "client" else (server, client)
         mask = b"abcd" if first == "client" else None
@@ -6804,11 +7262,14 @@ def test_whoever_ends_first_all_its_bytes_are_delivered_before_the_end(tmp_path,
         thread.join()
         ending.close()
         assert received + other.rest() == data
-        assert "close=%s:%s " % (first, "eof" if kind == "bytes" else "1000") in line_of(gate, client, server)
+        assert "close=%s:%s " % (first,
+                                 "eof" if kind == "bytes"
+                                 else "1000") in line_of(gate, client, server)
 
 
 @pytest.mark.parametrize("first", ["client", "backend"])
-def test_a_half_close_of_raw_bytes_is_passed_on_and_the_other_way_goes_on(tmp_path, relay_mode, first):
+def test_a_half_close_of_raw_bytes_is_passed_on_and_the_other_way_goes_on(
+        tmp_path, relay_mode, first):
     with raw_tunnel(tmp_path) as (gate, client, server):
         ending, other = (client, server) if first == "client" else (server, client)
         ending.send(b"last words").finish()
@@ -6853,13 +7314,15 @@ def test_a_reset_is_noticed_while_the_tunnel_is_stalled(tmp_path, constants, fir
         ending, other = (client, server) if first == "client" else (server, client)
         fill(other if who == "reader" else ending, os.urandom(65536))
         ending.reset()
-        eventually(lambda: not gate.connections, within=1200 * MS)  # though the other one has read nothing yet
+        # though the other one has read nothing yet
+        eventually(lambda: not gate.connections, within=1200 * MS)
         assert other.ended()
         assert "close=" + first in line_of(gate, client, server)
 
 
 def test_a_tunnel_is_closed_after_idle_timeout_and_any_byte_either_way_starts_it_afresh(tmp_path):
-    http = ["%s = %s" % (name, ini_ms(100)) for name in ("client_header_timeout", "keepalive_timeout")]
+    http = ["%s = %s" % (name, ini_ms(100))
+            for name in ("client_header_timeout", "keepalive_timeout")]
     with tunnel(tmp_path, "idle_timeout = " + ini_ms(300), *http) as (gate, client, server):
         for sender, other in ((client, server), (server, client)):
             sender.send(b"x")
@@ -6874,7 +7337,8 @@ def test_a_tunnel_is_closed_after_idle_timeout_and_any_byte_either_way_starts_it
 
 def test_idle_timeout_is_a_matter_of_the_location(tmp_path):
     with nothing_left(), ScriptedBackend() as backend:
-        ini = ini_for(backend, "idle_timeout = 10s") + "[location /short]\nidle_timeout = %s\n[location /]\n"
+        ini = ini_for(backend,
+                      "idle_timeout = 10s") + "[location /short]\nidle_timeout = %s\n[location /]\n"
         with running(ini % ini_ms(200), tmp_path) as gate:
             peers = {}
             with takes(200, 1300):
@@ -7019,7 +7483,8 @@ def test_ping_peers_pings_one_side_alone(tmp_path, peers):
 
 def test_a_close_that_comes_in_pieces_behind_bulk_is_read_and_not_spliced():
     with contextlib.ExitStack() as stack:
-        ends = [stack.enter_context(contextlib.closing(end)) for end in socket.socketpair() + socket.socketpair()]
+        ends = [stack.enter_context(contextlib.closing(end))
+                for end in socket.socketpair() + socket.socketpair()]
         streams = [wsgate.Stream(end) for end in ends]
         flow = wsgate.Flow(streams[0], streams[1], wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
         data = frame(2, b"x" * wsgate.SPLICE_MINIMUM)
@@ -7035,7 +7500,8 @@ def test_a_close_that_comes_in_pieces_behind_bulk_is_read_and_not_spliced():
 @pytest.mark.parametrize("begun", [b"\x82", b"\x82\x7f\0\0\0", b"\x8a", b"\x8a\4ga"], ids=repr)
 def test_behind_bulk_no_splice_begins_inside_a_header_or_a_pong(begun):
     with contextlib.ExitStack() as stack:
-        ends = [stack.enter_context(contextlib.closing(end)) for end in socket.socketpair() + socket.socketpair()]
+        ends = [stack.enter_context(contextlib.closing(end))
+                for end in socket.socketpair() + socket.socketpair()]
         streams = [wsgate.Stream(end) for end in ends]
         flow = wsgate.Flow(streams[0], streams[1], wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
         flow.scanner.expect_pong(b"gate", 1.0)
@@ -7047,8 +7513,10 @@ def test_behind_bulk_no_splice_begins_inside_a_header_or_a_pong(begun):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_scanner_knows_where_frames_end_and_counts_messages_however_the_bytes_come(masked):
-    data, ends = wire(masked, (1, b"hello", True), (1, b"", True), (2, b"x" * 125, True), (2, b"y" * 126, True),
-                      (1, b"one", False), (9, b"ping", True), (0, b"two" * 100, False), (0, b"", True), (10, b"", True),
+    data, ends = wire(masked, (1, b"hello", True), (1, b"", True), (2, b"x" * 125, True),
+                      (2, b"y" * 126, True),
+                      (1, b"one", False), (9, b"ping", True), (0, b"two" * 100, False),
+                      (0, b"", True), (10, b"", True),
                       (2, b"\x81\x05hello" * 10, True), (2, b"z" * 65536, True), (1, b"end", True))
     for pieces in all_chunkings(data):
         scanner, position = wsgate.FrameScanner(masked, False, 0, 0.0), 0
@@ -7074,13 +7542,16 @@ def test_the_scanner_reads_the_code_and_reason_of_a_close(masked, payload, close
 
 
 @pytest.mark.parametrize("masked, data", [
-    (False, frame(3, b"data")), (True, frame(7, b"data", b"abcd")), (False, frame(11)), (True, frame(15, b"", b"abcd")),
-    (False, frame(9, b"ping", fin=False)), (True, frame(8, b"\x03\xe8", b"abcd", fin=False)),
-    (False, frame(10, b"x" * 126)), (True, frame(9, b"x" * 126, b"abcd")), (False, frame(8, b"x" * 70000)),
-    (False, frame(1, b"x", rsv=4)), (False, frame(2, b"x", rsv=2)), (True, frame(0, b"x", b"abcd", rsv=1)),
-    (False, frame(1, b"masked", b"abcd")), (True, frame(1, b"not masked")),
-    (False, b"\x82\xff" + b"\0" * 12), (False, b"\x82\x7f\x80" + b"\0" * 7), (True, b"\x82\xff\xff" + b"\0" * 11),
-    (False, b"GET / HTTP/1.1\r\n"), (True, b"raw bytes and no frames"),
+    (False, frame(3, b"data")), (True, frame(7, b"data", b"abcd")), (False, frame(11)),
+    (True, frame(15, b"", b"abcd")), (False, frame(9, b"ping", fin=False)),
+    (True, frame(8, b"\x03\xe8", b"abcd", fin=False)), (False, frame(10, b"x" * 126)),
+    (True, frame(9, b"x" * 126, b"abcd")), (False, frame(8, b"x" * 70000)),
+    (False, frame(1, b"x", rsv=4)), (False, frame(2, b"x", rsv=2)),
+    (True, frame(0, b"x", b"abcd", rsv=1)), (False, frame(1, b"masked", b"abcd")),
+    (True, frame(1, b"not masked")), (False, b"\x82\xff" + b"\0" * 12),
+    (False, b"\x82\x7f\x80" + b"\0" * 7), (True, b"\x82\xff\xff" + b"\0" * 11),
+    (False, b"GET / HTTP/1.1\r\n"),
+    (True, b"raw bytes and no frames"),
 ], ids=lambda value: repr(value)[:40])
 def test_the_scanner_gives_up_on_what_is_no_frame(masked, data):
     good = frame(1, b"good", b"abcd" if masked else None)
@@ -7091,7 +7562,8 @@ def test_the_scanner_gives_up_on_what_is_no_frame(masked, data):
 
 
 def test_an_extension_may_use_the_reserved_bits():
-    data = frame(1, b"deflated", rsv=4) + frame(2, b"x" * 200, rsv=7, fin=False) + frame(0, rsv=1) + frame(9, rsv=2)
+    data = frame(1, b"deflated", rsv=4) + frame(2, b"x" * 200, rsv=7,
+                                                fin=False) + frame(0, rsv=1) + frame(9, rsv=2)
     for pieces in all_chunkings(data):
         scanner = scan(pieces, extensions=True)
         assert not scanner.lost and scanner.between() and scanner.messages == 2
@@ -7106,7 +7578,8 @@ def test_a_burst_of_frames_of_one_size_in_one_piece_is_counted(masked, size):
         assert scanner.messages == count and scanner.between() and not scanner.lost
         scanner = scan([one * count + one[:-1] or one[:1]], masked)
         assert (scanner.messages >= count) and not scanner.between()
-        scanner = scan([one * count + frame(8, b"\x03\xe8", b"abcd" if masked else None) + one[:1]], masked)
+        scanner = scan([one * count + frame(8, b"\x03\xe8", b"abcd" if masked else None) + one[:1]],
+                       masked)
         assert scanner.messages == count and scanner.close == (1000, b"") and not scanner.between()
 
 
@@ -7132,7 +7605,8 @@ def test_bursts_of_mixed_frames_are_counted_like_single_ones(masked, seed):
             kind = rng.choice((0x81, 0x81, 0x81, 0x82, 0x02, 0x80, 0x89))
             size = min(rng.choice(sizes), 125 if kind == 0x89 else 1000)
             payload = rng.choice((b"\x81\x05", b"\x00", b"\x82\x85")) * size  # looks like headers
-            data += frame(kind & 15, payload[:size], b"\x81\x85\x00\x01" if masked else None, fin=kind > 127)
+            data += frame(kind & 15, payload[:size], b"\x81\x85\x00\x01" if masked else None,
+                          fin=kind > 127)
             ends.add(len(data))
             messages += 0x80 < kind + 1 and kind != 0x89
         cut = rng.randint(0, len(data))
@@ -7181,7 +7655,8 @@ def test_a_pong_next_to_bulk_is_swallowed_and_the_tunnel_goes_on(tmp_path, glued
     with tunnel(tmp_path, PINGING) as (gate, client, server):
         payload = read_ping(client, False)
         read_ping(server, True)
-        big, text, pong = frame(2, os.urandom(1 << 20), b"abcd"), frame(1, b"on", b"wxyz"), frame(10, payload, b"wxyz")
+        big, text, pong = frame(2, os.urandom(1 << 20),
+                                b"abcd"), frame(1, b"on", b"wxyz"), frame(10, payload, b"wxyz")
         if glued != "behind bulk":
             thread = send_in_thread(client, [big])
             assert server.read(len(big)) == big
@@ -7241,7 +7716,8 @@ def test_pings_keep_a_tunnel_alive_beyond_idle_timeout(tmp_path):
 
 def test_whatever_two_sides_say_arrives_as_it_was_said_among_many_pings(tmp_path, relay_mode):
     with tunnel(tmp_path, "ping_interval = " + ini_ms(3)) as (gate, client, server):
-        one, two = RandomPeer(client, random.Random(relay_mode), True), RandomPeer(server, random.Random(6455), False)
+        one, two = RandomPeer(client, random.Random(relay_mode),
+                              True), RandomPeer(server, random.Random(6455), False)
         thread = threading.Thread(target=one.run, daemon=True)
         thread.start()
         two.run()
@@ -7249,12 +7725,14 @@ def test_whatever_two_sides_say_arrives_as_it_was_said_among_many_pings(tmp_path
         assert two.received == one.talk and one.received == two.talk
         assert max(one.pings, two.pings) >= 3
         line = line_of(gate, client, server)
-        assert "up=%d/%dB down=%d/%dB close=" % (one.messages, one.sent, two.messages, two.sent) in line
+        assert "up=%d/%dB down=%d/%dB close=" % (one.messages, one.sent, two.messages,
+                                                 two.sent) in line
         assert ":1000 reason=-" in line and " rtt=" in line
 
 
 ENDINGS = {
-    # what happens: (Close code at the client, at the backend; None: no Close frame; "-": has gone), log line
+    # what happens: (Close code at the client, at the backend; None: no Close frame; "-": has gone),
+    # log line
     "idle": (1001, 1001, "close=gate:1001 reason=idle_timeout"),
     "SIGTERM": (1001, 1001, "close=gate:1001 reason=shutdown"),
     "backend ends": (None, "-", "close=backend:eof reason=backend_gone"),
@@ -7266,7 +7744,7 @@ ENDINGS = {
 
 @pytest.mark.parametrize("what", sorted(ENDINGS))
 def test_only_the_gate_ends_a_tunnel_with_a_close_frame(tmp_path, constants, what):
-    """Between frames, inside a frame going up, inside one going down: no Close after half a frame."""
+    """Between frames, or inside a frame of either direction, after which no Close may be sent."""
     constants(QUIET=100 * MS)
     at_client, at_backend, logged = ENDINGS[what]
     idle = "idle_timeout = " + ini_ms(300 if what == "idle" else 60000)
@@ -7300,7 +7778,8 @@ def test_only_the_gate_ends_a_tunnel_with_a_close_frame(tmp_path, constants, wha
 @pytest.mark.parametrize("who", ["client", "backend"])
 def test_where_a_close_has_passed_the_gate_puts_no_second_one(tmp_path, who):
     with tunnel(tmp_path, "idle_timeout = " + ini_ms(200)) as (gate, client, server):
-        saying, other, mask = (client, server, b"abcd") if who == "client" else (server, client, None)
+        saying, other, mask = (client, server,
+                               b"abcd") if who == "client" else (server, client, None)
         farewell = frame(8, b"\x0f\xa1bye", mask)
         saying.send(farewell)
         assert closing_code(other, who == "client", farewell) is None
@@ -7323,7 +7802,8 @@ def test_the_log_says_who_closed_and_how_much_was_said(tmp_path, who, code):
         assert read_frame(saying) == (8, payload)
         server.close()
         assert client.rest() == b""
-        ending = "up=2/%dB down=1/%dB close=%s:%d reason=-" % (25 + len(payload), 14 + len(payload), who, code)
+        ending = "up=2/%dB down=1/%dB close=%s:%d reason=-" % (25 + len(payload), 14 + len(payload),
+                                                               who, code)
         assert ending in line_of(gate, client)
 
 
@@ -7341,12 +7821,15 @@ def test_when_both_have_said_close_the_sockets_are_closed_in_a_limited_time(tmp_
 @pytest.mark.parametrize("who", ["client", "backend"])
 @pytest.mark.parametrize("shape", ["whole", "fragments", "header in pieces", "bulk"])
 def test_too_large_a_message_ends_the_tunnel_and_is_not_passed_on(tmp_path, who, shape):
-    with tunnel(tmp_path, "max_message_size = " + ("2m" if shape == "bulk" else "200")) as (gate, client, server):
-        saying, other, mask = (client, server, b"abcd") if who == "client" else (server, client, None)
+    with tunnel(tmp_path, "max_message_size = "
+                + ("2m" if shape == "bulk" else "200")) as (gate, client, server):
+        saying, other, mask = (client, server,
+                               b"abcd") if who == "client" else (server, client, None)
         passing = {"fragments": frame(2, b"x" * 100, mask, fin=False) + frame(9, b"x" * 125, mask),
                    "bulk": frame(2, b"x" * (2 << 20), mask)}.get(shape, frame(2, b"x" * 200, mask))
         large = {"fragments": frame(0, b"y" * 101, mask),
-                 "bulk": frame(2, b"y" * ((2 << 20) + 1), mask)}.get(shape, frame(2, b"y" * 201, mask))
+                 "bulk": frame(2, b"y" * ((2 << 20) + 1),
+                               mask)}.get(shape, frame(2, b"y" * 201, mask))
         thread = send_in_thread(saying, [passing])
         assert other.read(len(passing)) == passing
         thread.join()
@@ -7355,16 +7838,19 @@ def test_too_large_a_message_ends_the_tunnel_and_is_not_passed_on(tmp_path, who,
             assert other.read(1) == large[:1]
         saying.send(large[shape == "header in pieces":][:300])
         assert closing_code(saying, who == "backend") == 1009
-        assert closing_code(other, who == "client") == (None if shape == "header in pieces" else 1001)
+        assert closing_code(other,
+                            who == "client") == (None if shape == "header in pieces" else 1001)
         line = line_of(gate, client, server)
         assert "reason=message_too_big" in line and "close=gate:" in line
 
 
-def test_the_gate_ends_with_its_close_frame_and_lets_go_though_the_peers_do_nothing(tmp_path, monkeypatch):
+def test_the_gate_ends_with_its_close_frame_and_lets_go_though_the_peers_do_nothing(
+        tmp_path, monkeypatch):
     monkeypatch.setattr(wsgate, "LINGER", 1000 * MS)
     monkeypatch.setattr(wsgate, "HALF_CLOSE", 1000 * MS)
     monkeypatch.setattr(wsgate.Tunnel.finish, "__defaults__", (1000 * MS,))  # its `seconds`: LINGER
-    with nothing_left(), gate_and_backend(tmp_path, None, "idle_timeout = " + ini_ms(200)) as (gate, backend):
+    with nothing_left(), gate_and_backend(tmp_path, None,
+                                          "idle_timeout = " + ini_ms(200)) as (gate, backend):
         with takes(200, 1300):
             idle, left = gate.tunnel(backend), gate.tunnel(backend)
             left[1].finish()
@@ -7389,8 +7875,10 @@ def test_bytes_that_are_no_frames_do_not_get_round_max_message_size(tmp_path):
 
 
 @pytest.mark.parametrize("data, code, reason", [
-    (frame(2, b"x" * 1025, b"abcd", rsv=4), 1009, b"message_too_big"), (b"these are no frames", 1002, b"bad_frames")])
-def test_an_extension_that_nobody_knows_does_not_get_round_max_message_size(tmp_path, data, code, reason):
+    (frame(2, b"x" * 1025, b"abcd", rsv=4), 1009, b"message_too_big"),
+    (b"these are no frames", 1002, b"bad_frames")])
+def test_an_extension_that_nobody_knows_does_not_get_round_max_message_size(
+        tmp_path, data, code, reason):
     with gate_and_backend(tmp_path, None, "max_message_size = 1k") as (gate, backend):
         client = gate.connect().send(handshake(b"/", b"Sec-WebSocket-Extensions: x-unknown"))
         peer = backend.connection()
@@ -7405,10 +7893,12 @@ def test_an_extension_that_nobody_knows_does_not_get_round_max_message_size(tmp_
 
 
 def test_a_refusal_in_a_close_frame_is_only_for_a_handshake(tmp_path):
-    with gate_and_backend(tmp_path, respond(ok()), "reject_with = close", "deny = all") as (gate, _):
+    with gate_and_backend(tmp_path, respond(ok()), "reject_with = close",
+                          "deny = all") as (gate, _):
         key = b"Sec-WebSocket-Key: " + KEY
         assert gate.fetch(request(b"GET", b"/", key)).status == 403
-        assert gate.fetch(request(b"POST", b"/", key, b"Upgrade: websocket", b"Connection: upgrade", body=b"x")).status == 403
+        assert gate.fetch(request(b"POST", b"/", key, b"Upgrade: websocket", b"Connection: upgrade",
+                                  body=b"x")).status == 403
 
 
 def frame_of_any_form(rng, opcode, payload, mask, fin=True):
@@ -7486,7 +7976,7 @@ def test_any_frames_in_any_pieces_pass_and_are_counted(tenth):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_header_alike_in_its_first_two_bytes_does_not_evade_max_message_size(masked):
-    """Two small frames with a 64-bit length, then a large one whose payload repeats their header."""
+    """Two small frames with 64-bit lengths, then a large one whose payload repeats a header."""
     mask = b"abcd" if masked else b""
     header = bytes((0x82, 0xFF if masked else 0x7F))
     small = header + (10).to_bytes(8, "big") + mask + b"x" * 10
@@ -7539,7 +8029,8 @@ def test_a_tunnel_has_two_lines_with_one_id_and_the_fields_in_order(tmp_path):
     where = re.escape(backend.where)
     first = re.fullmatch(stamp + r"open /chat/ %s hs=\d+\.\d+" % where, opened)
     last = re.fullmatch(stamp + r'"GET /chat/\?token=\.\.\.&room HTTP/1\.1" 101 closed /chat/ %s '
-                        r"dur=\d+\.\d+ hs=\d+\.\d+ up=[12]/19B down=[12]/308B close=client:1000 reason=-"
+                        r"dur=\d+\.\d+ hs=\d+\.\d+ up=[12]/19B down=[12]/308B close=client:1000 "
+                        r"reason=-"
                         % where, closed)
     assert first and last, (opened, closed)
     assert first.group(1) == last.group(1)
@@ -7551,15 +8042,17 @@ def test_a_plain_exchange_is_one_line_and_each_has_an_id_of_its_own(tmp_path):
         gate.fetch(request(b"POST", b"/one", body=b"abc"))
         gate.fetch(request(b"GET", b"/two"))
         line = gate.line("/one")
-        assert re.fullmatch(r'\S+Z [0-9a-f]{6,8} 127\.0\.0\.1 gate\.test "POST /one HTTP/1\.1" 200 done / %s '
-                            r"dur=\d+\.\d+ up=0/3B down=0/\d+B reason=-" % re.escape(backend.where), line), line
+        assert re.fullmatch(r'\S+Z [0-9a-f]{6,8} 127\.0\.0\.1 gate\.test "POST /one HTTP/1\.1" 200 '
+                            r'done / %s '
+                            r"dur=\d+\.\d+ up=0/3B down=0/\d+B reason=-" % re.escape(backend.where),
+                            line), line
         assert line.split()[1] != gate.line("/two").split()[1]
 
 
 @pytest.mark.parametrize("target, shown", [
-    (b"/?token=secret&a=b;c=d", "/?token=...&a=...;c=..."), (b"/?flag&empty=&x=", "/?flag&empty=&x="),
-    (b"/?0123456789012345678901234567", "/?..."), (b"/path=secret", "/path=secret"), (b"/?a=b=c", "/?a=..."),
-    (b"/?", "/?"),
+    (b"/?token=secret&a=b;c=d", "/?token=...&a=...;c=..."),
+    (b"/?flag&empty=&x=", "/?flag&empty=&x="), (b"/?0123456789012345678901234567", "/?..."),
+    (b"/path=secret", "/path=secret"), (b"/?a=b=c", "/?a=..."), (b"/?", "/?"),
 ])
 def test_the_values_of_a_query_are_not_logged(tmp_path, target, shown):
     with running("[server]\nreturn = 204\n", tmp_path) as gate:
@@ -7568,7 +8061,8 @@ def test_the_values_of_a_query_are_not_logged(tmp_path, target, shown):
 
 
 @pytest.mark.parametrize("raw", [
-    request(b"GET", b'/"x"?\\n', b'Origin: http://e"v\til\\\xff\x9b'), handshake(b'/"', b'Origin: http://\t"\x80'),
+    request(b"GET", b'/"x"?\\n', b'Origin: http://e"v\til\\\xff\x9b'),
+    handshake(b'/"', b'Origin: http://\t"\x80'),
     b'GET / HTTP/1.1" 200\r\n\r\n', b"GET /\x1b[2J HTTP/1.1\r\n\r\n",
     request(b"GET", b"/", b"Host: a b\xe9"), request(b"GET", b"/", b'X"Y: 1'),
     request(b"GET", b"/", b"Sec-WebSocket-Key: " + KEY),
@@ -7582,8 +8076,9 @@ def test_what_a_peer_sends_cannot_forge_a_line(tmp_path, raw):
 
 
 @pytest.mark.parametrize("line", [
-    b"Authorization : Bearer REDACTED_FIELDS", b"Authorization: Bearer REDACTED_FIELDS\x01", b"Authorization Bearer REDACTED_FIELDS",
-    b"Authorization: Bearer\r\n REDACTED_FIELDS:", b"REDACTED_FIELDS", b"X: y\nSECRET: z"])
+    b"Authorization : Bearer REDACTED_FIELDS", b"Authorization: Bearer REDACTED_FIELDS\x01",
+    b"Authorization Bearer REDACTED_FIELDS", b"Authorization: Bearer\r\n REDACTED_FIELDS:",
+    b"REDACTED_FIELDS", b"X: y\nSECRET: z"])
 def test_what_a_malformed_field_line_says_is_not_told(tmp_path, line):
     with running("[server]\nreturn = 204\n", tmp_path) as gate:
         response = gate.fetch(request(b"GET", b"/", line))
@@ -7603,8 +8098,10 @@ def test_a_client_that_goes_away_is_499_and_client_gone(tmp_path):
 
 
 @pytest.mark.parametrize("raw, marks", [
-    (b"HTTP/1.1 302 Found\r\nLocation: https://sso.test/login?next=%2F&key=secret\r\nContent-Length: 0\r\n\r\n",
-     (" 302 ", "reason=backend_said_302", 'note="redirected to https://sso.test/login?next=...&key=..."')),
+    (b"HTTP/1.1 302 Found\r\nLocation: https://sso.test/login?next=%2F&key=secret\r\n"
+     b"Content-Length: 0\r\n\r\n",
+     (" 302 ", "reason=backend_said_302",
+      'note="redirected to https://sso.test/login?next=...&key=..."')),
     (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
      (" 403 ", "reason=backend_said_403", 'note="Origin https://page.test, Host gate.test"')),
     (ok(), (" 200 ", "reason=backend_said_200")),
@@ -7639,10 +8136,13 @@ def test_json_is_one_object_a_line_with_the_same_story(tmp_path):
     assert events["open"]["id"] == events["closed"]["id"] != events["done"]["id"]
     assert "request" not in events["open"]
     closed, done = events["closed"], events["done"]
-    assert (closed["status"], closed["up_messages"], closed["up_bytes"], closed["down_bytes"]) == (101, 1, 11, 0)
-    assert (closed["host"], closed["client"], closed["server"]) == ("gate.test", "127.0.0.1", backend.where)
+    assert (closed["status"], closed["up_messages"], closed["up_bytes"],
+            closed["down_bytes"]) == (101, 1, 11, 0)
+    assert (closed["host"], closed["client"],
+            closed["server"]) == ("gate.test", "127.0.0.1", backend.where)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", closed["time"])
-    assert done["status"] == 400 and done["reason"] == "bad_request" and "secret" not in json.dumps(lines)
+    assert done["status"] == 400 and done["reason"] == "bad_request"
+    assert "secret" not in json.dumps(lines)
 
 
 def test_logs_go_to_files_that_are_made_anew_after_a_rename(tmp_path):
@@ -7661,7 +8161,8 @@ def test_logs_go_to_files_that_are_made_anew_after_a_rename(tmp_path):
         assert lines_in(paths[0] + ".1") == ["access one", "access two"]
         assert lines_in(paths[0]) == ["access three"]
         line, = lines_in(paths[1])
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z WARNING error three \u00e9", line)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z WARNING error three \u00e9",
+                            line)
         assert [line.split(" ", 1)[1] for line in lines_in(paths[1] + ".1")] == [
             "WARNING error one \u00e9", "WARNING error two \u00e9"]
 
@@ -7671,7 +8172,8 @@ def test_a_log_that_cannot_be_opened_leaves_the_old_ones(tmp_path):
         paths, _ = log_to_files(tmp_path)
         folder = os.path.join(str(tmp_path), "gone")
         os.mkdir(folder)
-        server = load_text(tmp_path, SERVER + "access_log = %s\n" % os.path.join(folder, "log")).server
+        server = load_text(tmp_path, SERVER + "access_log = %s\n"
+                           % os.path.join(folder, "log")).server
         os.rmdir(folder)
         before = descriptors()
         assert wsgate.open_logs(server)["access_log"].endswith("(No such file or directory)")
@@ -7698,15 +8200,20 @@ def test_lines_for_syslog_begin_with_the_name_of_the_program(tmp_path):
         syslogd.bind(("127.0.0.1", 0))
         syslogd.settimeout(5000 * MS)
         where = "syslog:127.0.0.1:%d" % syslogd.getsockname()[1]
-        wsgate.open_logs(load_text(tmp_path, SERVER + "access_log = %s\nerror_log = %s\n" % (where, where)).server)
+        wsgate.open_logs(load_text(tmp_path, SERVER + "access_log = %s\nerror_log = %s\n"
+                                   % (where, where)).server)
         wsgate.access_log.info("GET /")
         wsgate.log.warning("beware")
-        lines = sorted((syslogd.recv(4096).decode() for _ in range(2)), reverse=True)  # and no NUL at their ends
-    assert lines[0] == "<30>wsgate: GET /" and re.fullmatch("<28>wsgate: [-0-9T:.]+Z WARNING beware", lines[1])
+        # and no NUL at their ends
+        lines = sorted((syslogd.recv(4096).decode() for _ in range(2)), reverse=True)
+    assert lines[0] == "<30>wsgate: GET /"
+    assert re.fullmatch("<28>wsgate: [-0-9T:.]+Z WARNING beware", lines[1])
 
 
 def test_a_draining_gate_says_that_it_is_not_ready(tmp_path):
-    with ScriptedBackend(echo_service) as backend, with_status(tmp_path, backend, "drain_timeout = 60s") as (gate, ask):
+    with ScriptedBackend(echo_service) as backend, with_status(tmp_path, backend,
+                                                               "drain_timeout = 60s") as (
+                                                                   gate, ask):
         client = gate.connect().send(handshake())
         assert client.response().status == 101
         gate.signal("SIGQUIT")
@@ -7723,7 +8230,7 @@ def test_a_draining_gate_says_that_it_is_not_ready(tmp_path):
 
 @needs_signals
 def test_a_stalled_reader_of_stdout_costs_lines_and_holds_up_nothing(tmp_path):
-    """Lines are dropped and counted, the count is logged and in the metrics; TERM ends the process."""
+    """Lines are dropped, counted in log and metrics; TERM ends the process."""
     errors, status = str(tmp_path / "error.log"), free_port()
     with unread_program(tmp_path, "return = 200", "error_log = " + errors,
                     "status_listen = 127.0.0.1:%d" % status) as child:
@@ -7732,8 +8239,10 @@ def test_a_stalled_reader_of_stdout_costs_lines_and_holds_up_nothing(tmp_path):
                 assert peer.send(request(b"GET", b"/" + b"x" * 8000)).response().status == 200
         with contextlib.closing(connect(status)) as peer:
             body = peer.send(request(b"GET", b"/metrics", b"Host: 127.0.0.1")).response().body
-        assert int(re.search(br'log_lines_dropped_total\{log="access_log"\} (\d+)', body).group(1)) > 50
-        eventually(lambda: re.search(r"access_log: \d+ lines dropped", "\n".join(lines_in(errors))), 8000 * MS)
+        assert int(re.search(br'log_lines_dropped_total\{log="access_log"\} (\d+)',
+                             body).group(1)) > 50
+        eventually(lambda: re.search(r"access_log: \d+ lines dropped",
+                                     "\n".join(lines_in(errors))), 8000 * MS)
         begun = time.monotonic()
         child.terminate()
         assert child.wait(5000 * MS) == 0 and time.monotonic() - begun < 2000 * MS
@@ -7775,7 +8284,8 @@ def test_lines_that_cannot_be_written_are_counted(tmp_path):
 def test_a_destination_that_stays_keeps_its_writer_and_its_count(tmp_path):
     """Else each reload beside a stalled reader would leave a thread behind."""
     with own_logging():
-        text = "[server]\nreturn = 200\naccess_log = syslog:127.0.0.1:9\nerror_log = %s\n" % (tmp_path / "log")
+        text = "[server]\nreturn = 200\naccess_log = syslog:127.0.0.1:9\nerror_log = %s\n" % (
+            tmp_path / "log")
         server = load_text(tmp_path, text).server
         wsgate.open_logs(server)
         writer = wsgate.log_writers()["access_log"]
@@ -7799,7 +8309,8 @@ def test_the_status_pages_tell_of_traffic(tmp_path):
         assert client.response().status == 101
         assert tunnel_works(client)
         assert gate.fetch(request()).status == 200 and gate.line(" 200 done ")
-        assert gate.fetch(request(b"GET", b"/../")).status == 400 and gate.line("reason=bad_request")
+        assert gate.fetch(request(b"GET", b"/../")).status == 400
+        assert gate.line("reason=bad_request")
         facts = json.loads(ask(b"/status.json").body.decode())
         assert (facts["tunnels_open"], facts["tunnels"], facts["state"]) == (1, 1, "running")
         assert facts["refusals"] == {"bad_request": 1}
@@ -7815,17 +8326,19 @@ def test_the_status_pages_tell_of_traffic(tmp_path):
             assert COMMENT.fullmatch(line) or METRIC_SAMPLE.fullmatch(line), line
             name, _, value = line.rpartition(" ")
             samples[name] = value
-        assert samples["wsgate_tunnels"] == "1" and samples['wsgate_requests_total{status="200"}'] == "1"
+        assert samples["wsgate_tunnels"] == "1"
+        assert samples['wsgate_requests_total{status="200"}'] == "1"
         assert samples['wsgate_refusals_total{reason="bad_request"}'] == "1"
-        assert samples['wsgate_handshake_seconds_bucket{le="+Inf"}'] == samples["wsgate_handshake_seconds_count"] == "1"
+        assert samples['wsgate_handshake_seconds_bucket{le="+Inf"}'] == samples[
+            "wsgate_handshake_seconds_count"] == "1"
         assert samples['wsgate_bytes_total{direction="up"}'] == "12"
         client.close()
 
 
 @pytest.mark.parametrize("path, method, status, body", [
-    (b"/healthz", b"GET", 200, b"ok\n"), (b"/readyz", b"GET", 200, b"ready\n"), (b"/healthz", b"HEAD", 200, b""),
-    (b"/nothing", b"GET", 404, b"no_route: no such page\n"), (b"/nothing", b"HEAD", 404, b""),
-    (b"/", b"POST", 405, b"method_not_allowed\n")])
+    (b"/healthz", b"GET", 200, b"ok\n"), (b"/readyz", b"GET", 200, b"ready\n"),
+    (b"/healthz", b"HEAD", 200, b""), (b"/nothing", b"GET", 404, b"no_route: no such page\n"),
+    (b"/nothing", b"HEAD", 404, b""), (b"/", b"POST", 405, b"method_not_allowed\n")])
 def test_the_status_listener_answers_by_path(tmp_path, path, method, status, body):
     with ScriptedBackend() as backend, with_status(tmp_path, backend) as (_, ask):
         answer_ = ask(path, method)
@@ -7834,15 +8347,16 @@ def test_the_status_listener_answers_by_path(tmp_path, path, method, status, bod
 
 
 def test_the_status_listener_is_only_for_those_named(tmp_path):
-    with ScriptedBackend() as backend, with_status(tmp_path, backend, "status_allow = 10.0.0.0/8") as (_, ask):
+    with ScriptedBackend() as backend, with_status(tmp_path, backend,
+                                                   "status_allow = 10.0.0.0/8") as (_, ask):
         assert ask(b"/healthz").status == ask(b"/status.json").status == 403
 
 
 @pytest.mark.parametrize("host, status", [
-    (b"127.0.0.1", 200), (b"127.0.0.1:80", 200), (b"[::1]:9", 200), (b"LOCALHOST", 200), (b"rebind.test", 403),
-    (b"127.0.0.1.rebind.test", 403), (b"0x7f.1", 403)])
+    (b"127.0.0.1", 200), (b"127.0.0.1:80", 200), (b"[::1]:9", 200), (b"LOCALHOST", 200),
+    (b"rebind.test", 403), (b"127.0.0.1.rebind.test", 403), (b"0x7f.1", 403)])
 def test_the_status_page_is_only_for_its_own_names(tmp_path, host, status):
-    """A web page whose name points to this address (DNS rebinding) would read clients' addresses."""
+    """Else a web page could read it by DNS rebinding (a name of its own for this address)."""
     with ScriptedBackend() as backend, with_status(tmp_path, backend) as (gate, _):
         with contextlib.closing(connect(gate.listeners[1].server_address[1])) as peer:
             response = peer.send(request(b"GET", b"/status.json", b"Host: " + host)).response()
@@ -7918,20 +8432,23 @@ def test_t_says_everything_that_is_wrong_and_fails(tmp_path):
 
 
 @pytest.mark.parametrize("backend, where", [
-    ("3000", "127.0.0.1:3000"), (":3000", "127.0.0.1:3000"), ("a.test", "a.test:80"), ("[::1]:9", "[::1]:9"),
-    ("https://a.test:9/x", "a.test:9"), ("unix:/run/a", "unix:/run/a")])
+    ("3000", "127.0.0.1:3000"), (":3000", "127.0.0.1:3000"), ("a.test", "a.test:80"),
+    ("[::1]:9", "[::1]:9"), ("https://a.test:9/x", "a.test:9"), ("unix:/run/a", "unix:/run/a")])
 def test_a_port_alone_is_a_backend_on_this_machine(backend, where):
-    config = wsgate.reload_config(*wsgate.find_config(wsgate.parse_arguments(["--backend", backend])))
+    config = wsgate.reload_config(
+        *wsgate.find_config(wsgate.parse_arguments(["--backend", backend])))
     assert config.upstreams[0].servers[0].name == where
 
 
 @pytest.mark.parametrize("option, value", [("--backend", "ftp://a"), ("--listen", "a:b:c")])
 def test_an_error_of_an_option_names_the_option(option, value):
-    line, = log_lines(run_program("--listen", "127.0.0.1:0", "--backend", "127.0.0.1:9", option, value, "-t")[1])
+    line, = log_lines(run_program("--listen", "127.0.0.1:0", "--backend", "127.0.0.1:9", option,
+                                  value, "-t")[1])
     assert line.startswith("wsgate: %s: invalid " % option) and value in line
 
 
-@pytest.mark.parametrize("arguments", [("--nonsense",), ("-s", "nonsense"), ("-c",), ("file.ini",), ("--count", "x")])
+@pytest.mark.parametrize("arguments", [("--nonsense",), ("-s", "nonsense"), ("-c",), ("file.ini",),
+                                       ("--count", "x")])
 def test_misuse_is_exit_status_2(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         wsgate.main(arguments)
@@ -7955,7 +8472,8 @@ def test_a_wsgate_ini_here_is_taken_before_the_one_beside_the_program(tmp_path):
 
 
 def test_two_options_are_enough_to_serve_and_a_signal_ends_it_within_a_second():
-    with ScriptedBackend() as backend, process("--listen", "127.0.0.1:0", "--backend", backend.where) as child:
+    with ScriptedBackend() as backend, process("--listen", "127.0.0.1:0", "--backend",
+                                               backend.where) as child:
         port = port_of(child)
         client = connect(port).send(handshake())
         peer = backend.connection()
@@ -7969,7 +8487,8 @@ def test_two_options_are_enough_to_serve_and_a_signal_ends_it_within_a_second():
         eventually(lambda: not listening(port), 700 * MS)
         assert read_frame(client)[0] == 8
         eventually(lambda: child.poll() is not None)
-        assert time.monotonic() - begun < 2000 * MS  # peers that do not answer hold it up for a second
+        # peers that do not answer hold it up for a second
+        assert time.monotonic() - begun < 2000 * MS
         assert child.returncode == 0 and child.lines
         assert not child.logged("Traceback")
 
@@ -7982,11 +8501,13 @@ def test_a_port_in_use_is_one_line_that_helps():
 
 
 def test_v_h_and_print_options_say_what_they_should():
-    assert re.fullmatch(r"wsgate %s, Python 3\.\d+\.\S+\n" % re.escape(wsgate.VERSION), run_program("-v")[1])
+    assert re.fullmatch(r"wsgate %s, Python 3\.\d+\.\S+\n" % re.escape(wsgate.VERSION),
+                        run_program("-v")[1])
     status, output = run_program("-h")
     assert status == 0
-    assert not [option for option in ("-c", "-t", "-s", "--listen", "--backend", "--demo", "--probe", "--print-unit",
-                                      "--print-config", "-v", "-h") if not re.search(r"(?m)^  .*%s\b" % option, output)]
+    assert not [option for option in ("-c", "-t", "-s", "--listen", "--backend", "--demo",
+                                      "--probe", "--print-unit", "--print-config", "-v",
+                                      "-h") if not re.search(r"(?m)^  .*%s\b" % option, output)]
     with open(SAMPLE) as file:
         assert run_program("--print-config") == (0, file.read())
 
@@ -7995,7 +8516,9 @@ def test_print_unit_prints_a_unit_for_this_file():
     status, output = run_program("--print-unit")
     unit = configparser.RawConfigParser()
     unit.optionxform = str
-    unit.read_string("".join(line for line in output.splitlines(True) if not line.startswith("wsgate: the unit")))
+    unit.read_string(
+        "".join(line for line in output.splitlines(True)
+                if not line.startswith("wsgate: the unit")))
     assert status == 0 and unit.sections() == ["Unit", "Service", "Install"]
     assert unit["Service"]["ExecStart"].split()[1] == WSGATE and unit["Service"]["Type"] == "notify"
 
@@ -8030,16 +8553,21 @@ def test_s_signals_no_process_that_is_another_program(tmp_path):
 
 def test_s_needs_a_pid_in_the_configuration(tmp_path):
     load_text(tmp_path, SERVER)
-    assert run_program("-s", "reload", cwd=str(tmp_path)) == (1, "wsgate: -s needs pid = FILE in [server]\n")
+    assert run_program("-s", "reload",
+                       cwd=str(tmp_path)) == (1, "wsgate: -s needs pid = FILE in [server]\n")
 
 
 def test_an_old_python_gets_one_sentence():
-    old = next((path for path in (os.path.expanduser("~/.pyenv/versions/2.7.18/bin/python"), "/usr/bin/python2.7")
+    old = next((path for path in (os.path.expanduser("~/.pyenv/versions/2.7.18/bin/python"),
+                                  "/usr/bin/python2.7")
                 if os.path.exists(path)), None)
     if old is None:
         pytest.skip("no Python 2.7 here")
-    done = subprocess.run([old, WSGATE], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
-    assert (done.returncode, done.stdout) == (1, "wsgate needs Python 3.6 or later, this is Python 2.7\n")
+    done = subprocess.run([old, WSGATE], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          universal_newlines=True)
+    assert (done.returncode, done.stdout) == (1,
+                                              "wsgate needs Python 3.6 or later, this is Python "
+                                              "2.7\n")
 
 
 # ------------------------------------------------------------------------- Demo
@@ -8058,7 +8586,8 @@ def test_the_demo_has_a_page_and_a_socket_that_echoes():
         client.send(frame(1, b"head", b"mask"))
         opcode, head = read_frame(client)
         assert opcode == 1 and head.startswith(b"GET /socket HTTP/1.1\r\nHost: gate.test\r\n")
-        assert field(head, b"connection") == [b"Upgrade"] and field(head, b"x-forwarded-for") == [b"127.0.0.1"]
+        assert field(head, b"connection") == [b"Upgrade"]
+        assert field(head, b"x-forwarded-for") == [b"127.0.0.1"]
         for payload in (b"hello", b"x" * 200, b"y" * 70000):
             client.send(frame(2, payload, b"mask"))
             assert read_frame(client) == (2, payload)
@@ -8074,7 +8603,8 @@ def test_the_demo_has_a_page_and_a_socket_that_echoes():
 def test_the_demo_shows_how_long_the_pings_of_the_gate_take(tmp_path):
     backend = wsgate.DemoBackend()
     try:
-        with running("[server]\nping_interval = 50ms\nproxy_pass = http://127.0.0.1:%d\n" % backend.server_address[1],
+        with running("[server]\nping_interval = 50ms\nproxy_pass = http://127.0.0.1:%d\n"
+                     % backend.server_address[1],
                      tmp_path) as gate:
             backend.gate = gate.gate
             assert gate.fetch(request(b"GET", b"/rtt")).body == b""
@@ -8097,13 +8627,15 @@ def test_the_demo_shows_how_long_the_pings_of_the_gate_take(tmp_path):
     ("page", respond(b"HTTP/1.1 103 Early Hints\r\n\r\n" + ok()), ()),
     ("wrong_accept", respond(switching()), ()),
     ("not_upgraded", respond(switching().replace(b"Connection: Upgrade\r\n", b"")), ()),
-    ("wrong_choice", upgrade_then(None, b"Sec-WebSocket-Protocol: chat"), ("--subprotocol", "soap")),
+    ("wrong_choice", upgrade_then(None, b"Sec-WebSocket-Protocol: chat"),
+     ("--subprotocol", "soap")),
     ("wrong_choice", upgrade_then(), ("--subprotocol", "chat")),
     ("wrong_choice", upgrade_then(None, b"Sec-WebSocket-Extensions: permessage-deflate"), ()),
     ("page", respond_status(b"200 OK"), ()),
     ("redirected", respond_status(b"302 Found", b"Location: /login"), ()),
     ("headers_lost", respond_status(b"400 Bad Request"), ()),
-    ("tls_port", respond(b"HTTP/1.1 400 Bad Request\r\n\r\nThe plain HTTP request was sent to HTTPS port"), ()),
+    ("tls_port", respond(b"HTTP/1.1 400 Bad Request\r\n\r\n"
+                         b"The plain HTTP request was sent to HTTPS port"), ()),
     ("tls_port", respond(b"\x15\x03\x01\x00\x02\x02\x46"), ()),
     ("login_needed", respond_status(b"401 Unauthorized"), ()),
     ("origin_denied", respond_status(b"403 Forbidden"), ()),
@@ -8111,7 +8643,8 @@ def test_the_demo_shows_how_long_the_pings_of_the_gate_take(tmp_path):
     ("upgrade_missing", respond_status(b"426 Upgrade Required"), ()),
     ("wrong_version", respond_status(b"426 Upgrade Required", b"Sec-WebSocket-Version: 13"), ()),
     ("bad_gateway", respond_status(b"502 Bad Gateway"), ()),
-    ("backend_refused", respond_status(b"502 Bad Gateway", b"X-Wsgate-Reason: backend_refused"), ()),
+    ("backend_refused", respond_status(b"502 Bad Gateway", b"X-Wsgate-Reason: backend_refused"),
+     ()),
     ("auth_required", respond_status(b"401 Unauthorized", b"X-Wsgate-Reason: auth_required"), ()),
     ("bad_gateway", respond_status(b"502 Bad Gateway", b"X-Wsgate-Reason: works"), ()),
     ("headers_lost", respond_status(b"400 Bad Request", b"X-Wsgate-Reason: cut"), ()),
@@ -8125,7 +8658,8 @@ def test_the_demo_shows_how_long_the_pings_of_the_gate_take(tmp_path):
     ("cut", upgrade_then(lambda peer: peer.send(frame(8, b"\x03\xe9bye"))), ()),
     ("cut", upgrade_then(lambda peer: peer.finish()), ()),
     ("cut", upgrade_then(lambda peer: peer.reset()), ("--count", "3")),
-    ("backend_said_502", upgrade_then(lambda peer: peer.send(frame(8, b"\x03\xf6backend_said_502"))), ()),
+    ("backend_said_502",
+     upgrade_then(lambda peer: peer.send(frame(8, b"\x03\xf6backend_said_502"))), ()),
     ("origin_denied", upgrade_then(lambda peer: peer.send(frame(8, b"\x11\x33origin_denied"))), ()),
 ])
 def test_a_probe_ends_in_one_verdict(capsys, word, script, options):
@@ -8133,14 +8667,17 @@ def test_a_probe_ends_in_one_verdict(capsys, word, script, options):
         result, said, report = run_probe(capsys, "http://%s/path?query" % backend.where, *options)
     assert (said, result) == (word, 0 if word == "works" else 1), report
     assert "sent      GET /path?query HTTP/1.1\n          Host: %s\n" % backend.where in report
-    assert report.count("verdict ") == 1 and all(" " <= char <= "~" or char == "\n" for char in report)
+    assert report.count("verdict ") == 1
+    assert all(" " <= char <= "~" or char == "\n" for char in report)
 
 
 def test_a_probe_names_origin_host_and_the_redirect_and_hides_secrets(capsys):
     with ScriptedBackend(respond_status(b"403 Forbidden", b"Set-Cookie: hidden")) as backend:
-        _, _, report = run_probe(capsys, "ws://" + backend.where, "--origin", "https://a.test", "--header", "Host: b.test",
+        _, _, report = run_probe(capsys, "ws://" + backend.where, "--origin", "https://a.test",
+                                 "--header", "Host: b.test",
                                  "--header", "Cookie: hidden")
-    assert "Origin (https://a.test) does not match Host (b.test)" in report and "hidden" not in report
+    assert "Origin (https://a.test) does not match Host (b.test)" in report
+    assert "hidden" not in report
     with ScriptedBackend(respond_status(b"301 Moved", b"Location: /new/")) as backend:
         assert "301: redirect to /new/" in run_probe(capsys, "ws://" + backend.where)[2]
 
@@ -8148,9 +8685,11 @@ def test_a_probe_names_origin_host_and_the_redirect_and_hides_secrets(capsys):
 def test_a_probe_without_a_connection_says_why(capsys):
     with ScriptedBackend(read_nothing) as backend:
         began = time.monotonic()
-        assert run_probe(capsys, "ws://" + backend.where, "--timeout", "%dms" % (300000 * MS))[:2] == (1, "timeout")
+        assert run_probe(capsys, "ws://" + backend.where, "--timeout",
+                         "%dms" % (300000 * MS))[:2] == (1, "timeout")
         assert 299 * MS <= time.monotonic() - began < 2000 * MS
-        assert run_probe(capsys, "wss://" + backend.where, "--timeout", "%dms" % (300000 * MS))[:2] == (1, "timeout")
+        assert run_probe(capsys, "wss://" + backend.where, "--timeout",
+                         "%dms" % (300000 * MS))[:2] == (1, "timeout")
     assert run_probe(capsys, "ws://" + backend.where)[:2] == (1, "refused")
     assert run_probe(capsys, "ws://[fe80::1%nosuch0]/")[:2] == (1, "unresolved")
     with ScriptedBackend(lambda peer: peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as backend:
@@ -8161,7 +8700,8 @@ def test_a_probe_of_an_untrusted_certificate_names_the_keys(capsys, tls):
     with ScriptedBackend(upgrade_then(), tls=tls_backend(tls)) as backend:
         result, word, report = run_probe(capsys, "wss://" + backend.where)
         assert (result, word) == (1, "certificate") and "_ssl.c" not in report
-        assert all(name in report for name in ("--cafile", "proxy_ssl_trusted_certificate", "proxy_ssl_verify = off"))
+        assert all(name in report for name in ("--cafile", "proxy_ssl_trusted_certificate",
+                                               "proxy_ssl_verify = off"))
         assert run_probe(capsys, "wss://" + backend.where, "--cafile", tls.ca)[1] == "works"
 
 
@@ -8176,19 +8716,25 @@ def test_a_probe_tries_every_address_and_says_which_one_answers(capsys, monkeypa
 
 def test_a_probe_measures_echoes_and_says_so_when_none_comes(capsys):
     with ScriptedBackend(upgrade_then()) as backend:
-        result, _, report = run_probe(capsys, "ws://" + backend.where, "--count", "3", "--message", "x" * 200)
-        assert result == 0 and re.search(r"3 of 3 echoed: min [0-9.]+, median [0-9.]+, max [0-9.]+ ms", report)
+        result, _, report = run_probe(capsys, "ws://" + backend.where, "--count", "3", "--message",
+                                      "x" * 200)
+        assert result == 0
+        assert re.search(r"3 of 3 echoed: min [0-9.]+, median [0-9.]+, max [0-9.]+ ms", report)
     with ScriptedBackend(upgrade_then(read_until_close)) as backend:
-        result, _, report = run_probe(capsys, "ws://" + backend.where, "--count", "1", "--timeout", "%dms" % (300000 * MS))
+        result, _, report = run_probe(capsys, "ws://" + backend.where, "--count", "1", "--timeout",
+                                      "%dms" % (300000 * MS))
         assert result == 0 and "0 of 1 echoed; is it an echo server?" in report
 
 
 def test_an_idle_probe_says_who_cut_it_when_and_with_what(capsys, tmp_path):
-    with gate_and_backend(tmp_path, upgrade_then(read_nothing), "idle_timeout = %dms" % (400000 * MS)) as (gate, _):
+    with gate_and_backend(tmp_path, upgrade_then(read_nothing),
+                          "idle_timeout = %dms" % (400000 * MS)) as (gate, _):
         url = "ws://127.0.0.1:%d/" % gate.port
         result, word, report = run_probe(capsys, url, "--idle", "%ds" % (5000 * MS))
         match = re.search(r"after ([0-9.]+) s: Close 1001 idle_timeout", report)
-        assert (result, word) == (1, "cut") and match and 390 * MS < float(match.group(1)) < 1500 * MS, report
+        assert (result, word) == (1,
+                                  "cut") and match and 390 * MS < float(
+                                      match.group(1)) < 1500 * MS, report
         result, word, report = run_probe(capsys, url, "--idle", "%dms" % (100000 * MS))
         assert (result, word) == (0, "works") and "survived" in report
 
@@ -8212,21 +8758,27 @@ def test_a_probe_by_the_configuration_compares_backends_and_gate(capsys, tmp_pat
             assert result == 0 and "Everything works." in report, report
         heads = [line for line in report.splitlines() if "HTTP/1.1" in line and "GET" in line]
         assert ["GET /x/ws?a=b" in heads[0], "GET /app/ws?a=b" in heads[1]] == [True, True]
-        assert report.count(" Host: 127.0.0.1:%d\n" % gate.port) == 2 and "X-Forwarded-For: 127.0.0.1" in report
+        assert report.count(" Host: 127.0.0.1:%d\n" % gate.port) == 2
+        assert "X-Forwarded-For: 127.0.0.1" in report
         result, word, report = run_probe(capsys, "/app/ws", "-c", gate.path)
         assert (result, word) == (1, "refused") and "The backends work, wsgate does not" in report
-        assert re.search(r"^status +101 +-$", report, re.M) and re.search(r"^verdict +works +refused$", report, re.M)
+        assert re.search(r"^status +101 +-$", report, re.M)
+        assert re.search(r"^verdict +works +refused$", report, re.M)
     result, _, report = run_probe(capsys, "/app/ws", "-c", gate.path)
-    assert result == 1 and "Start with the backend; by itself it does not work: " + backend.where in report
+    assert result == 1
+    assert "Start with the backend; by itself it does not work: " + backend.where in report
     assert "no [location]" in run_probe(capsys, "/other", "-c", gate.path)[2]
 
 
 @pytest.mark.parametrize("arguments", [
-    ("nonsense",), ("ws://",), ("ws://h:99999",), ("ws://u:p@h/",), ("ws://h", "--header", "no colon"),
-    ("ws://h", "--header", "A: b\r\nC: d"), ("wss://h", "--cafile", "/nowhere"), ("/x", "-c", "/nowhere")])
+    ("nonsense",), ("ws://",), ("ws://h:99999",), ("ws://u:p@h/",),
+    ("ws://h", "--header", "no colon"), ("ws://h", "--header", "A: b\r\nC: d"),
+    ("wss://h", "--cafile", "/nowhere"), ("/x", "-c", "/nowhere")])
 def test_a_probe_that_cannot_begin_says_so_in_one_sentence(capsys, arguments):
     result, word, output = run_probe(capsys, *arguments)
-    assert (result, word) == (1, None) and output.startswith("wsgate: ") and output.count("\n") == 1, output
+    assert (result, word) == (1,
+                              None) and output.startswith(
+                                  "wsgate: ") and output.count("\n") == 1, output
 
 
 def test_the_exit_status_of_the_program_is_that_of_the_probe():
@@ -8241,14 +8793,18 @@ def test_the_exit_status_of_the_program_is_that_of_the_probe():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="this system has no /proc")
 def test_soak_leaves_threads_descriptors_and_memory_flat(tmp_path, tls):
-    ports, ways, wrong, sizes = (free_port(), free_port()), (client_with_requests, client_that_stalls, client_that_aborts, client_with_tunnel, client_with_tunnel), [], []
+    ports, ways, wrong, sizes = (free_port(), free_port()), (client_with_requests,
+                                                             client_that_stalls, client_that_aborts,
+                                                             client_with_tunnel,
+                                                             client_with_tunnel), [], []
 
     def client(number, end):
         rng = random.Random(number)
         while time.monotonic() < end and not wrong:
             number += 1
             way = ways[number % len(ways)]
-            peer = tls_connect(child, tls) if rng.random() < 0.2 else connect(ports[way is client_that_stalls and rng.random() < 0.3])
+            peer = tls_connect(child, tls) if rng.random() < 0.2 else connect(
+                ports[way is client_that_stalls and rng.random() < 0.3])
             try:  # to stall on the TLS port is to stall in the handshake
                 way(peer, rng)
                 rng.choice((peer.close, peer.reset))()
@@ -8258,24 +8814,30 @@ def test_soak_leaves_threads_descriptors_and_memory_flat(tmp_path, tls):
 
     with ScriptedBackend(behave_by_target) as backend:
         path = write_file(tmp_path, "gate.ini", "\n".join([
-            "[server]\nlisten = 127.0.0.1:%d\n    127.0.0.1:%d ssl\nssl_certificate = %s" % (ports + (tls.server,)),
-            "proxy_pass = http://%s\naccess_log = %s\nidle_timeout = %s" % (backend.where, os.devnull, ini_ms(500))]
+            "[server]\nlisten = 127.0.0.1:%d\n    127.0.0.1:%d ssl\nssl_certificate = %s"
+            % (ports + (tls.server,)),
+            "proxy_pass = http://%s\naccess_log = %s\nidle_timeout = %s"
+            % (backend.where, os.devnull, ini_ms(500))]
             + [line.replace(ini_ms(200), ini_ms(500)) for line in TIMES_200MS]))
-        with process("-c", path, environ={"MALLOC_ARENA_MAX": "1"}) as child:  # one heap: its size says what is in use
+        # one heap: its size says what is in use
+        with process("-c", path, environ={"MALLOC_ARENA_MAX": "1"}) as child:
             eventually(lambda: child.logged("up to"))
             child.port, fresh = ports[1], resources_of(child.pid)
             for share in (0.25, 0.75):  # the first to warm up
                 end = time.monotonic() + share * float(os.environ.get("SOAK_SECONDS", "2.4"))
-                clients = [threading.Thread(target=client, args=(number * 10 ** 6, end)) for number in range(8)]
+                clients = [threading.Thread(target=client, args=(number * 10 ** 6, end))
+                           for number in range(8)]
                 for step in (threading.Thread.start, threading.Thread.join):
                     for thread in clients:
                         step(thread)
                 assert not wrong
-                eventually(lambda: all(now <= before for now, before in zip(resources_of(child.pid)[:2], fresh)))
+                eventually(lambda: all(now <= before for now,
+                                       before in zip(resources_of(child.pid)[:2], fresh)))
                 sizes.append(resources_of(child.pid)[2])
             assert sizes[1] - sizes[0] < 3, sizes
             os.kill(child.pid, signal.SIGTERM)
-            assert child.wait(5000 * MS) == 0 and not child.logged("internal error"), child.lines[-5:]
+            assert child.wait(
+                5000 * MS) == 0 and not child.logged("internal error"), child.lines[-5:]
 
 
 # --------------------------------------------------------------------- The file
@@ -8294,10 +8856,12 @@ def test_no_name_of_the_module_is_bound_twice():
 
 
 def test_the_map_names_the_sections_of_the_file_in_their_order():
-    banners = [line.decode().lstrip("#- ") for line in source_lines() if re.match(br"# -{5,} .", line)]
+    banners = [line.decode().lstrip("#- ") for line in source_lines()
+               if re.match(br"# -{5,} .", line)]
     titles = [title for title, _ in map_of_the_file()]
     assert len(titles) > 10
-    assert [banner[:len(title)] for banner, title in zip(banners, titles)] == titles and len(banners) == len(titles)
+    assert [banner[:len(title)] for banner, title in zip(banners, titles)] == titles
+    assert len(banners) == len(titles)
 
 
 def test_every_name_on_the_map_exists():
@@ -8311,7 +8875,8 @@ def test_every_name_on_the_map_exists():
     for name in names:
         thing = wsgate
         for part in name.split("."):
-            thing = getattr(thing, part, getattr(thing, part[:-1] if part.endswith("s") else part, None))
+            thing = getattr(thing, part, getattr(thing, part[:-1] if part.endswith("s") else part,
+                                                 None))
         if thing is None:
             missing.append(name)
     assert not missing
