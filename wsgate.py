@@ -19,18 +19,20 @@ The file reads from top to bottom as a connection lives:
     Upgrade in place      Successor, inherited_sockets: USR2 hands the sockets over
     Limits and counters   Connections.enter, acquire; Counters for the status page
     Listening             Listener gives each connection a thread, from Workers
-    One connection        ClientConnection.handle: begin (PROXY protocol, TLS), then an
-                          Exchange for each request: receive, admit, respond, finish
+    One connection        ClientConnection.handle: begin (PROXY protocol, TLS), then serve
+    One exchange          Exchange.run for each request: receive, admit, respond, finish
     Streams               Stream and Deadline: bytes within a time; read_proxy_header
     TLS                   certificate_store for clients, backend_context for backends
-    HTTP/1.1 messages     read_head, parse_request_head, parse_response_head, ChunkedBody
+    HTTP/1.1 messages     read_head, parse_request_head, parse_response_head, make_response
+    HTTP/1.1 bodies       Scanner, the interface of what looks at relayed bytes; ChunkedBody
     Routing               split_target, Location.matches, Location.rewrite
     Access control        who may pass: addresses, origins, passwords
     Upstreams             Upstream.pick and their health; Server.connect
     Resolving, connecting Resolver.resolve has a deadline; connect_socket
     Forwarding            request_head_for_backend, response_head_for_client
     The upgrade           requested_upgrade and check_101: the handshake, both ways
-    Relaying              Relay: two Flows, one each way; HTTPRelay: a request and its response
+    Relaying              Relay: two Flows, one each way, with back-pressure
+    Relaying HTTP         HTTPRelay: a request and its response
     The tunnel            Tunnel: a Relay after a 101, pings and endings
     WebSocket frames      frame_header, FrameScanner; make_frame, close_frame
     Access log            AccessLogEntry and its LogLine, as text or JSON
@@ -41,9 +43,12 @@ The file reads from top to bottom as a connection lives:
     Probe: verdicts       VERDICTS: what a handshake can end with, and what to do
     Probe                 probe: one handshake, explained
 
-Three rules hold everywhere. An exchange that cannot go on raises HTTPError.
-Only an Exchange answers a client and logs it. Threads share the Gate
-and its Upstreams under their locks and nothing else; no lock is held over I/O.
+Three rules hold everywhere. An exchange that cannot continue raises HTTPError, and
+Exchange.run turns it into a response, the end of the connection and a line in the log.
+A Stream, and what is built on it, belongs to one thread. What threads share is few
+things, each with its lock or the reason why it needs none: Gate.state and Gate.config,
+Connections, Counters, Workers, Upstream and the Health of its servers, Resolver,
+PasswordFile, CertificateStore, LogWriter. No lock is held over I/O.
 """
 
 import sys
@@ -2937,6 +2942,9 @@ def is_challenge(location):
     return location is not None and (location.path + "/").startswith(ACME_CHALLENGE)
 
 
+# ----------------------------------------------------------------- One exchange
+
+
 class Exchange:
     """One request and its response, from the first byte of the head to the line in the log.
 
@@ -4268,6 +4276,54 @@ class Headers(list):
         return self.lists[name]
 
 
+def make_response(status, reason, body=b"", fields=(), close=True, head_only=False,
+                  content_type=b"text/plain"):
+    """Return a response of wsgate's own as bytes. reason: word of X-Wsgate-Reason, or None."""
+    lines = [b"HTTP/1.1 %d %s" % (status, reason_phrase(status).encode())]
+    lines += [b"%s: %s" % pair for pair in fields]
+    given = {name.lower() for name, _ in fields}  # add_header
+    if b"date" not in given:
+        lines.append(b"Date: " + email.utils.formatdate(usegmt=True).encode())
+    if reason:
+        lines.append(b"X-Wsgate-Reason: " + reason.encode())
+        body = body or ("%d %s: %s\n" % (status, reason_phrase(status), reason)).encode()
+    bodyless = status in (204, 304)
+    if not bodyless:
+        if b"content-type" not in given:
+            lines.append(b"Content-Type: %s; charset=utf-8" % content_type)
+        lines.append(b"Content-Length: %d" % len(body))
+    if close:
+        options = b"close, upgrade" if status == 426 else b"close"  # RFC 9110 7.8
+        lines.append(b"Connection: " + options)
+    return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only or bodyless else body)
+
+
+def reason_phrase(status):
+    """Return the phrase of a status: 'Not Found' for 404."""
+    try:
+        return http.HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"
+
+
+def printable(data):
+    """Return bytes or text of a peer as text that is safe in a log line and within its quotes."""
+    text = data.decode("latin-1") if isinstance(data, bytes) else data
+    if PLAIN.fullmatch(text):
+        return text
+    return "".join(map(escaped, text))
+
+
+def escaped(char):
+    """Return a character, or \\xNN or \\uNNNN for one that is not safe in a log."""
+    if " " <= char <= "~" and char not in '"\\':
+        return char
+    return "\\x%02x" % ord(char) if ord(char) < 256 else "\\u%04x" % ord(char)
+
+
+# ---------------------------------------------- HTTP/1.1 bodies (RFC 9112 6, 7)
+
+
 class Scanner:
     """What looks at the bytes of a Flow on their way; the interface, and the default: no limits.
 
@@ -4462,51 +4518,6 @@ class ChunkedBody(Scanner):
         plain = cgi_name(name)
         return not (plain in PROTECTED_FIELDS or plain in HOP_BY_HOP or plain in self.withheld
                     or name in self.withheld or b"_" in name or plain.startswith(b"x-forwarded-"))
-
-
-def make_response(status, reason, body=b"", fields=(), close=True, head_only=False,
-                  content_type=b"text/plain"):
-    """Return a response of wsgate's own as bytes. reason: word of X-Wsgate-Reason, or None."""
-    lines = [b"HTTP/1.1 %d %s" % (status, reason_phrase(status).encode())]
-    lines += [b"%s: %s" % pair for pair in fields]
-    given = {name.lower() for name, _ in fields}  # add_header
-    if b"date" not in given:
-        lines.append(b"Date: " + email.utils.formatdate(usegmt=True).encode())
-    if reason:
-        lines.append(b"X-Wsgate-Reason: " + reason.encode())
-        body = body or ("%d %s: %s\n" % (status, reason_phrase(status), reason)).encode()
-    bodyless = status in (204, 304)
-    if not bodyless:
-        if b"content-type" not in given:
-            lines.append(b"Content-Type: %s; charset=utf-8" % content_type)
-        lines.append(b"Content-Length: %d" % len(body))
-    if close:
-        options = b"close, upgrade" if status == 426 else b"close"  # RFC 9110 7.8
-        lines.append(b"Connection: " + options)
-    return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only or bodyless else body)
-
-
-def reason_phrase(status):
-    """Return the phrase of a status: 'Not Found' for 404."""
-    try:
-        return http.HTTPStatus(status).phrase
-    except ValueError:
-        return "Unknown"
-
-
-def printable(data):
-    """Return bytes or text of a peer as text that is safe in a log line and within its quotes."""
-    text = data.decode("latin-1") if isinstance(data, bytes) else data
-    if PLAIN.fullmatch(text):
-        return text
-    return "".join(map(escaped, text))
-
-
-def escaped(char):
-    """Return a character, or \\xNN or \\uNNNN for one that is not safe in a log."""
-    if " " <= char <= "~" and char not in '"\\':
-        return char
-    return "\\x%02x" % ord(char) if ord(char) < 256 else "\\u%04x" % ord(char)
 
 
 # ---------------------------------------------------------------------- Routing
@@ -6215,6 +6226,9 @@ class Relay:
     def close_pipes(self):
         self.up.close_pipe()
         self.down.close_pipe()
+
+
+# ---------------------------------------------------------------- Relaying HTTP
 
 
 class HeadScanner(Scanner):
