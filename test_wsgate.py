@@ -5871,8 +5871,20 @@ def test_an_unavailable_server_is_tried_by_one_request_at_a_time():
     server.health.down_until = time.monotonic()
     chosen = [upstream.pick([], b"x").name for _ in range(8)]
     assert chosen.count("a:1") == 1
-    upstream.succeeded(server)
+    upstream.succeeded(wsgate.Backend(upstream, server, None))
     assert [upstream.pick([], b"x").name for _ in range(8)].count("a:1") == 4
+
+
+def test_a_response_to_a_request_from_before_the_failure_brings_no_server_back():
+    """A backend that restarts finishes old requests while it refuses new connections."""
+    upstream = pool("a:1", "b:1")
+    server = upstream.servers[0]
+    old = wsgate.Backend(upstream, server, None)
+    upstream.failed(server, wsgate.BackendError(502, "backend_refused"))
+    upstream.succeeded(old)
+    assert not server.available(time.monotonic())
+    upstream.succeeded(wsgate.Backend(upstream, server, None))
+    assert server.available(time.monotonic())
 
 
 def test_a_failure_while_unavailable_extends_it_whatever_max_fails_is():

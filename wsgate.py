@@ -3083,7 +3083,7 @@ class Exchange:
                 relay = HTTPRelay(self.stream, backend.stream, head, NoBody(), location,
                                   self.config.server)
                 response = relay.final_response(interim=False)
-                upstream.succeeded(backend.server)
+                upstream.succeeded(backend)
             finally:
                 backend.close()
         except BackendError as error:
@@ -3189,7 +3189,7 @@ class Exchange:
                               location, self.config.server)
             try:
                 response = relay.final_response(interim=request.minor > 0)
-                proxy.upstream.succeeded(self.backend.server)
+                proxy.upstream.succeeded(self.backend)
                 return relay, response
             except BackendError as error:
                 if error.retry and reused:  # closed while it was kept: not a failure
@@ -5076,27 +5076,34 @@ class Upstream:
                 health.fails, health.first_fail = 0, now
             health.fails += 1
             health.failures += 1
-            was_down = health.down_since is not None
-            if was_down or health.fails >= max(1, server.max_fails):
-                health.down_since = health.down_since if was_down else now
-                health.down_until = now + server.fail_timeout if server.max_fails else 0.0
-        if health.down_since is not None and not was_down:
+            health.last_fail = now
+            goes_down = health.down_since is None and health.fails >= max(1, server.max_fails)
+            if goes_down:
+                health.down_since = now
+            if health.down_since is not None and server.max_fails:
+                health.down_until = now + server.fail_timeout
+        if goes_down:
             alone = len(self.servers) == 1 or not server.max_fails
             log.warning("backend %s failed: %s: %s%s", self.title(server), error.reason, error,
                         "" if alone else "; unavailable for %gs" % server.fail_timeout)
 
-    def succeeded(self, server):
-        """Forget the failures of a server that responded; log it if it was unavailable."""
-        health = server.health
+    def succeeded(self, backend):
+        """Forget the failures of a server that responded; log it if it was unavailable.
+
+        The response of a connection that is older than the last failure proves nothing.
+        """
+        health = backend.server.health
         if not health.failures:
             return
         with self.lock:
+            if backend.since < health.last_fail:
+                return
             failures, since = health.failures, health.down_since
             health.fails = health.failures = 0
             health.down_since, health.down_until = None, 0.0
         if since is not None:
             log.warning("backend %s is up again after %.1fs (failures: %d)",
-                        self.title(server), time.monotonic() - since, failures)
+                        self.title(backend.server), time.monotonic() - since, failures)
 
     def title(self, server):
         """Return the server's name for the log, with that of its group."""
@@ -5189,12 +5196,13 @@ class Attempts:
 class Backend:
     """A connection to a server, counted in its Health until it is closed or kept."""
 
-    __slots__ = ("upstream", "server", "stream", "fits", "deadline")
+    __slots__ = ("upstream", "server", "stream", "since", "fits", "deadline")
 
     def __init__(self, upstream, server, stream, fits=None):
         self.upstream = upstream
         self.server = server
         self.stream = stream
+        self.since = time.monotonic()
         self.fits = fits          # what a request must ask for to be sent over it: see Attempts
         self.deadline = None      # while it is kept: until when
 
@@ -5321,14 +5329,15 @@ class Health:
     are replaced as a whole, so that a lost update costs one wrong order.
     """
 
-    __slots__ = ("active", "selected", "fails", "first_fail", "failures", "down_since",
-                 "down_until", "current_weight", "last_address", "failed_addresses")
+    __slots__ = ("active", "selected", "fails", "first_fail", "last_fail", "failures",
+                 "down_since", "down_until", "current_weight", "last_address", "failed_addresses")
 
     def __init__(self):
         self.active = 0              # exchanges and tunnels in progress
         self.selected = 0            # how often it was chosen
         self.fails = 0               # within fail_timeout, since first_fail
         self.first_fail = 0.0        # time.monotonic()
+        self.last_fail = 0.0         # time.monotonic()
         self.failures = 0            # since the last success
         self.down_since = None       # time.monotonic() at which max_fails was reached, None if up
         self.down_until = 0.0        # time.monotonic() of the next try, 0 if up
