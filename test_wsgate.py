@@ -6055,6 +6055,16 @@ def test_add_header_is_in_responses_of_wsgate_too(tmp_path, line, raw, status):
         assert field(response.head, b"set-cookie") == [b"edge=1"]
 
 
+def test_add_header_of_server_is_in_responses_of_no_location(tmp_path):
+    ini = "[server]\nadd_header = X-A: $host\n[location /a]\nreturn = 200\nadd_header = X-B: b\n"
+    with running(ini, tmp_path) as gate:
+        response = gate.fetch(request(b"GET", b"/nowhere"))
+        assert (response.status, response.get(b"x-a")) == (404, b"gate.test")
+        response = gate.fetch(request(b"GET", b"/a"))
+        assert (response.get(b"x-a"), response.get(b"x-b")) == (None, b"b")
+        assert gate.fetch(b"rubbish\r\n\r\n").status == 400
+
+
 def test_add_header_gives_a_return_its_content_type(tmp_path):
     ini = "[server]\n[location /]\nreturn = 200 {}\nadd_header = Content-Type: application/json\n"
     with running(ini, tmp_path) as gate:

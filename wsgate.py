@@ -3238,9 +3238,10 @@ class Exchange:
 
     def added_fields(self):
         """Return add_header and the cookies of auth_request: (name, value) pairs."""
-        if self.location is None or not (self.location.add_header or self.cookies):
+        settings = self.location or self.config.server  # which has the defaults of locations
+        if self.request is None or not (settings.add_header or self.cookies):
             return []
-        return added_fields(self.request, self.location, self.client) + list(self.cookies)
+        return added_fields(self.request, settings, self.client) + list(self.cookies)
 
     def open_tunnel(self, response):
         """Send the 101 and make the Tunnel, which run() runs."""
@@ -5684,10 +5685,10 @@ def examined_value(name, value, location, upgrade, unsized):
     return value
 
 
-def added_fields(request, location, client):
+def added_fields(request, settings, client):
     """Return the fields of add_header, as (name, value) pairs."""
     pairs = []
-    for name, template in location.add_header:
+    for name, template in settings.add_header:
         value = template.render(request, client)
         if value:
             pairs.append((name, value))
