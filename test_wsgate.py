@@ -1813,6 +1813,13 @@ BAD_CONFIGURATIONS = [
     (SERVER + "listen = 127.0.0.1:0 ssl", "[server]", "ssl_certificate_key"),
     (SERVER + "status_listen = a:b:c", ":3: [server] status_listen:", "'a:b:c'"),
     (SERVER + "ssl_protocols = SSLv3", ":3:", "TLSv1.2"),
+    (SERVER + "ssl_ciphers = NONSENSE", ":3: [server] ssl_ciphers: no cipher matches 'NONSENSE'"),
+    (SERVER + "proxy_ssl_ciphers = a b", ":3: [server] proxy_ssl_ciphers: no cipher matches 'a b'"),
+    (SERVER + "proxy_ssl_protocols = TLSv9", ":3: [server] proxy_ssl_protocols: unknown TLS version 'TLSv9'"),
+    (SERVER + "proxy_next_upstream_tries = -1", ":3:", "invalid number '-1'"),
+    (SERVER + "proxy_next_upstream_timeout = x", ":3:", "invalid duration 'x'"),
+    (SERVER + "[upstream u]\nserver = a:1\nbalance = cookie", ":5: [upstream u] balance:", "cookie NAME"),
+    (SERVER + "[upstream u]\nserver = a:1\nbalance = cookie a;b", ":5: [upstream u] balance:", "cookie NAME"),
     (SERVER + "ssl_certificate = /no/such/file",
      ":3: [server] ssl_certificate: cannot open /no/such/file (No such file"),
     (SERVER + "allow = 10.0.0.1/8", ":3: [server] allow:", "10.0.0.1/8"),
@@ -4043,6 +4050,16 @@ def test_a_version_that_this_openssl_refuses_is_an_error_with_its_remedy(tmp_pat
     assert "%s_protocols: TLSv1 is refused by OpenSSL 3" % prefix in error
     assert "set %s_ciphers = DEFAULT@SECLEVEL=0" % prefix in error
     load_text(tmp_path, ini + "%s_ciphers = DEFAULT@SECLEVEL=0\n" % prefix)
+
+
+@pytest.mark.skipif(not hasattr(ssl, "TLSVersion"), reason="tls_connect cannot choose a version")
+def test_a_version_between_two_others_is_not_allowed_with_them(tmp_path, tls):
+    lines = ("return = 200", "ssl_protocols = TLSv1.1 TLSv1.3", "ssl_ciphers = DEFAULT@SECLEVEL=0")
+    with running(tls_ini(tls, *lines), tmp_path) as gate:
+        with pytest.raises(OSError), contextlib.closing(tls_connect(gate, tls, version="TLSv1.2")) as peer:
+            peer.send(request()).response()
+        with contextlib.closing(tls_connect(gate, tls)) as peer:
+            assert peer.send(request()).response().status == 200 and peer.sock.version() == "TLSv1.3"
 
 
 @pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3,), reason="this OpenSSL has TLS 1.0")

@@ -3907,13 +3907,12 @@ def version_usable(name, ciphers):
 
 
 def set_protocols(context, names):
-    """Allow the TLS versions from the lowest to the highest of names."""
-    if hasattr(ssl, "TLSVersion"):
-        with warnings.catch_warnings():  # TLSv1 is deprecated
-            warnings.simplefilter("ignore")
+    """Allow these TLS versions, and none between them."""
+    with warnings.catch_warnings():  # TLSv1 and the options are deprecated
+        warnings.simplefilter("ignore", DeprecationWarning)
+        if hasattr(ssl, "TLSVersion"):  # Python 3.7; it also overrides a minimum of openssl.cnf
             versions = sorted(getattr(ssl.TLSVersion, name.replace(".", "_")) for name in names)
             context.minimum_version, context.maximum_version = versions[0], versions[-1]
-    else:  # Python 3.6
         for name in TLS_VERSIONS:
             if name not in names:
                 context.options |= getattr(ssl, "OP_NO_" + name.replace(".", "_"), 0)
