@@ -3411,6 +3411,19 @@ def test_a_connection_with_a_request_under_way_keeps_its_place(tmp_path):
         busy.close()
 
 
+def test_silent_connections_shut_nobody_out(tmp_path, monkeypatch):
+    """One without a place is closed for a new one, however many there are."""
+    monkeypatch.setattr(wsgate, "REFUSAL_HEADROOM", 2)
+    with running("[server]\nmax_connections = 1\nreturn = 200\n", tmp_path) as gate:
+        idle = gate.connect().send(request())
+        assert idle.response().status == 200
+        silent = [gate.connect() for _ in range(20)]
+        assert eventually(lambda: gate.ask(request()).status == 200)
+        assert sum(peer.silent(0) for peer in silent) <= 3
+        for peer in silent + [idle]:
+            peer.close()
+
+
 def test_a_client_that_is_refused_holds_no_place_while_it_reads_on(tmp_path):
     with gate_and_backend(tmp_path, respond(ok()), "max_connections = 1",
                           "client_max_body_size = 1") as (gate, _):

@@ -852,8 +852,8 @@ SERVER_KEYS = {
         parse_timeout, "60s", "close a client that accepts no data for this long"),
     "max_connections": Key(
         parse_count_or_auto, "auto",
-        "maximum number of client connections, 503 beyond; auto: what RLIMIT_NOFILE and the"
-        " thread limits allow"),
+        "maximum number of client connections; beyond, the longest idle one is closed for a new"
+        " one, or if none is idle, 503; auto: what RLIMIT_NOFILE and the thread limits allow"),
     "max_connections_per_ip": Key(
         parse_count, "0", "maximum number of connections per client address, 429 beyond;"
         " 0: no limit"),
@@ -2302,7 +2302,7 @@ class Connections:
         self.all = set()                            # of ClientConnection
         self.admitted = set()                       # those that have a place
         self.idle = collections.OrderedDict()       # ... and wait for their next request
-        self.expendable = collections.OrderedDict()  # those that only wait for their client to go
+        self.expendable = collections.OrderedDict()  # those that have none, or none any more
         self.in_use = collections.defaultdict(int)  # by ("ip", address) and ("location", name)
         self.set_capacity(max_connections)
 
@@ -2321,6 +2321,7 @@ class Connections:
         with self.lock:
             self.all.add(connection)
             if len(self.admitted) >= self.capacity:
+                self.expendable[connection] = None
                 return False
             self.admitted.add(connection)
         return True
@@ -2330,6 +2331,7 @@ class Connections:
         with self.lock:
             if len(self.admitted) >= self.capacity and not self.cut_first(self.idle):
                 return False
+            self.expendable.pop(connection, None)
             self.admitted.add(connection)
         return True
 
@@ -2835,6 +2837,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
             believed = False  # the bytes after the PROXY header are the client's own
             if source and server.real_ip_header == "proxy_protocol":
                 peer, port = source
+        if peer.startswith("::ffff:"):  # a dual-stack socket: IPv4 is written as IPv4 everywhere
+            peer = str(parse_ip(peer))
         if not believed:
             self.count(peer)
         if self.listen.ssl and not self.begin_tls(peer):
@@ -2924,8 +2928,6 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
 def client_info(stream, peer, port, believed):
     """Return the ClientInfo of a connection that has begun."""
-    if peer.startswith("::ffff:"):  # a dual-stack socket: IPv4 is written as IPv4 everywhere
-        peer = str(parse_ip(peer))
     name = stream.sock.getsockname()
     server_address, server_port = name[:2] if isinstance(name, tuple) else ("unix:", 0)
     subject = distinguished_name(stream.sock.getpeercert() or {}) if stream.tls else None
