@@ -4124,7 +4124,10 @@ def test_a_tunnel_through_tls_survives_its_pings(tmp_path, tls, side):
             assert client.response().status == 101
             for _ in range(4):
                 client.send(frame(10, read_ping(client, False), b"abcd"), frame(1, b"on", b"abcd"))
-                assert read_frame(client) == (1, b"on")
+                received = read_frame(client)
+                while received[0] == 9:  # a busy machine: the next ping was faster
+                    received = read_frame(client.send(frame(10, received[1], b"abcd")))
+                assert received == (1, b"on")
             client.close()
 
 
