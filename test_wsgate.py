@@ -1576,6 +1576,12 @@ def scan(pieces, masked=False, extensions=False):
     return scanner
 
 
+def readme():
+    """Return the text of README."""
+    with open(os.path.join(HERE, "README"), encoding="ascii") as file:
+        return file.read()
+
+
 def source_lines():
     with open(WSGATE, "rb") as file:
         return file.read().splitlines()
@@ -1688,19 +1694,6 @@ def client_with_tunnel(peer, rng):
 # ---------------------------------------------------------------------- Errors
 
 
-def reason_words(start, end):
-    """The reason words between two headings of README -> list of (status or None, word)."""
-    with open(os.path.join(os.path.dirname(WSGATE), "README")) as file:
-        part = file.read().partition("\n" + start)[2].partition("\n" + end)[0]
-    status, found = None, []
-    for line in part.splitlines():
-        match = re.match(r"    ([1-5][0-9]{2})\b", line)
-        status = int(match.group(1)) if match else status
-        found += [(status, word) for word in re.findall(r"\w+", line)
-                  if word in wsgate.REASONS]
-    return found
-
-
 def test_every_reason_word_raised_is_in_the_table():
     """All words that an exchange can end with have a meaning and a remedy."""
     with open(WSGATE) as file:
@@ -1712,13 +1705,12 @@ def test_every_reason_word_raised_is_in_the_table():
     assert all(row.meaning and row.remedy for row in wsgate.REASONS.values())
 
 
-def test_readme_lists_every_reason_word_with_its_status():
-    responses = reason_words("When it answers by itself", "Security")
-    tunnels = reason_words("Why did it disconnect", "Who is told what")
-    table = {(row.status, word) for word, row in wsgate.REASONS.items() if row.status}
-    assert table - set(responses) == set()
-    words = {word for word, row in wsgate.REASONS.items() if row.status is None}
-    assert words - {word for _, word in tunnels + responses} == set()
+def test_the_readme_has_every_reason():
+    """With its status and its meaning, as in the table of the code."""
+    text = re.sub(r"(?m)^    [45][0-9]{2}  ", " " * 9, readme())
+    for word, reason in wsgate.REASONS.items():
+        start = " " * 9 + "%-23s" if reason.status else " " * 4 + "%-28s"
+        assert "\n" + start % word + reason.meaning + "\n" in text
 
 
 # ---------------------------------------------------------------- Configuration
@@ -1815,11 +1807,14 @@ BAD_CONFIGURATIONS = [
     (SERVER + "ssl_protocols = SSLv3", ":3:", "TLSv1.2"),
     (SERVER + "ssl_ciphers = NONSENSE", ":3: [server] ssl_ciphers: no cipher matches 'NONSENSE'"),
     (SERVER + "proxy_ssl_ciphers = a b", ":3: [server] proxy_ssl_ciphers: no cipher matches 'a b'"),
-    (SERVER + "proxy_ssl_protocols = TLSv9", ":3: [server] proxy_ssl_protocols: unknown TLS version 'TLSv9'"),
+    (SERVER + "proxy_ssl_protocols = TLSv9",
+     ":3: [server] proxy_ssl_protocols: unknown TLS version 'TLSv9'"),
     (SERVER + "proxy_next_upstream_tries = -1", ":3:", "invalid number '-1'"),
     (SERVER + "proxy_next_upstream_timeout = x", ":3:", "invalid duration 'x'"),
-    (SERVER + "[upstream u]\nserver = a:1\nbalance = cookie", ":5: [upstream u] balance:", "cookie NAME"),
-    (SERVER + "[upstream u]\nserver = a:1\nbalance = cookie a;b", ":5: [upstream u] balance:", "cookie NAME"),
+    (SERVER + "[upstream u]\nserver = a:1\nbalance = cookie", ":5: [upstream u] balance:",
+     "cookie NAME"),
+    (SERVER + "[upstream u]\nserver = a:1\nbalance = cookie a;b", ":5: [upstream u] balance:",
+     "cookie NAME"),
     (SERVER + "ssl_certificate = /no/such/file",
      ":3: [server] ssl_certificate: cannot open /no/such/file (No such file"),
     (SERVER + "allow = 10.0.0.1/8", ":3: [server] allow:", "10.0.0.1/8"),
@@ -4069,10 +4064,12 @@ def test_a_version_that_this_openssl_refuses_is_an_error_with_its_remedy(tmp_pat
 def test_a_version_between_two_others_is_not_allowed_with_them(tmp_path, tls):
     lines = ("return = 200", "ssl_protocols = TLSv1.1 TLSv1.3", "ssl_ciphers = DEFAULT@SECLEVEL=0")
     with running(tls_ini(tls, *lines), tmp_path) as gate:
-        with pytest.raises(OSError), contextlib.closing(tls_connect(gate, tls, version="TLSv1.2")) as peer:
+        with pytest.raises(
+                OSError), contextlib.closing(tls_connect(gate, tls, version="TLSv1.2")) as peer:
             peer.send(request()).response()
         with contextlib.closing(tls_connect(gate, tls)) as peer:
-            assert peer.send(request()).response().status == 200 and peer.sock.version() == "TLSv1.3"
+            assert peer.send(request()).response().status == 200
+            assert peer.sock.version() == "TLSv1.3"
 
 
 @pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3,), reason="this OpenSSL has TLS 1.0")
@@ -5836,9 +5833,11 @@ def test_a_resolver_that_hangs_delays_the_start_once(tmp_path, monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: release.wait(60) and [])
     monkeypatch.setattr(wsgate, "RESOLVE_TIMEOUT", 20 * MS)
-    ini = "".join("[location /%d/]\nproxy_pass = http://a%d.test:9\n" % (number, number) for number in range(9))
+    ini = "".join("[location /%d/]\nproxy_pass = http://a%d.test:9\n" % (number, number)
+                  for number in range(9))
     warnings = load_text(tmp_path, ini).warnings
-    assert len(wsgate.resolver.lookups) == 1 and "host a0.test cannot be resolved now" in "".join(warnings)
+    assert len(wsgate.resolver.lookups) == 1
+    assert "host a0.test cannot be resolved now" in "".join(warnings)
     assert len(warnings) == 1
     release.set()
     eventually(lambda: not wsgate.resolver.lookups)
@@ -8917,6 +8916,19 @@ def test_the_map_names_the_sections_of_the_file_in_their_order():
     assert len(titles) > 10
     assert [banner[:len(title)] for banner, title in zip(banners, titles)] == titles
     assert len(banners) == len(titles)
+
+
+def test_the_readme_names_every_key():
+    words = set(re.findall(r"[a-z_]+", readme()))
+    keys = set(wsgate.SERVER_KEYS) | set(wsgate.LOCATION_KEYS) | set(wsgate.UPSTREAM_KEYS)
+    assert not keys - words
+
+
+def test_the_readme_is_plain_text_that_begins_with_its_two_commands():
+    lines = readme().splitlines()
+    assert max(map(len, lines)) <= 80
+    first = "\n".join(lines[:20])
+    assert "python3 wsgate.py --demo" in first and "make test" in first
 
 
 def test_every_name_on_the_map_exists():
