@@ -4896,7 +4896,7 @@ WAYS_TO_ADMIN = [
     b"/%2Fx/admin/x", b"//x%2Fadmin/x", b"http://gate.test//x/admin/x", b"/admin;a=b",
     b"/admin;a=b/x", b"/;a/admin/x", b"/;a%2Fb/admin/x", b"/admin/;a", b"/admin%5Cx",
     b"/%5Cadmin/x", b"/%5Cadmin%5Cx", b"/adm%FFin/x", b"/admin\xff/x", b"/%C0%AFadmin/x",
-    b"//x;y/admin/x"]
+    b"//x;y/admin/x", b"/admin%3Fx", b"/admin%23"]
 
 
 @pytest.mark.parametrize("target", WAYS_TO_ADMIN)

@@ -3329,7 +3329,7 @@ BIG_READ = 128 * 1024     # once a stream has shown that it is bulk
 LONGEST_POLL = 1e6        # seconds; poll(2) takes 31 bits of milliseconds
 LINGERING_TIME = 30.0     # seconds to read on after the last response, as in nginx
 LINGERING_TIMEOUT = 5.0   # seconds without a byte that end this, as in nginx
-LINGER = 2.0              # seconds to read on behind the last byte sent
+LINGER = 2.0              # seconds to read on after the last byte of a tunnel
 POLLIN = getattr(select, "POLLIN", 1)
 POLLOUT = getattr(select, "POLLOUT", 4)
 POLLERR = getattr(select, "POLLERR", 8)
@@ -3389,7 +3389,10 @@ class Stream:
             return 0
 
     def wait(self, events, deadline, wakeup=None):
-        """Wait for events of the socket. Return False if the wakeup is set first. Raise TimedOut."""
+        """Wait for events of the socket. Return False if the wakeup is set first.
+
+        Raise TimedOut.
+        """
         poll = Poll()
         poll.register(self.sock, events)
         if wakeup:
@@ -4628,6 +4631,7 @@ CONTROL_BYTE = re.compile(br"[\x00-\x1f\x7f]")
 UNUSUAL = re.compile(br"//|/\.|[%;\\\x80-\xff]")  # all other paths can be read in one way only
 SLASHES = re.compile(br"//+")
 READINGS = (  # what some programs make of a path, and others do not
+    (re.compile(br"(?s)[?#].*"), b""),     # those that decode it before they split it
     (re.compile(br"\\"), b"/"),            # Windows
     (re.compile(br";[^/]*"), b""),         # Java servlets: path parameters (RFC 3986 3.3)
     (re.compile(br"\A//+[^/]*"), b""),     # the URL parsers of browsers, Node and Python: a host
@@ -4884,7 +4888,7 @@ class PasswordFile:
             self.known.clear()
 
     def accepts(self, credentials):
-        """Return True if base64 of user:password is right. Raise HTTPError 503 with a full queue."""
+        """Return True if base64 of user:password is right. Raise HTTPError 503 if too busy."""
         try:
             self.refresh()
         except (OSError, ValueError) as error:
