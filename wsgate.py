@@ -1778,7 +1778,7 @@ def announce(config, gate):
 
 
 def drop_privileges(user):
-    """Become this user for good, with its groups; raise OSError if that is not allowed."""
+    """Become this user, with its groups, irrevocably; raise OSError if that is not allowed."""
     entry = pwd.getpwnam(user)
     if os.getuid() == entry.pw_uid:
         return
@@ -1837,7 +1837,7 @@ class PidFile:
     def remove(self):
         """Remove the file, unless another process has written its own."""
         if self.path:
-            with contextlib.suppress(OSError, ValueError):  # gone, or not to be removed by this user
+            with contextlib.suppress(OSError, ValueError):  # removed, or no permission
                 with open(self.path) as file:
                     ours = int(file.read()) == os.getpid()
                 if ours:
@@ -1890,7 +1890,7 @@ ALLOWED_PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity")
 
 
 def notify(state):
-    """Send a state to systemd (sd_notify(3)), if it wants to know it; a failure is logged."""
+    """Send a state to systemd (sd_notify(3)) if NOTIFY_SOCKET is set; log a failure."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
         try:
@@ -1904,13 +1904,13 @@ def notify(state):
 # --------------------------------------------------------------------- The gate
 #
 # How the shutdown wake-up works. Threads wait in poll(), for a client's next request or for
-# the bytes of a tunnel, and a signal ends none of these waits. So Gate.wakeup is a descriptor
-# that they poll too: Gate.end first sets state and deadline, puts a new Wakeup in place, then
-# makes the old one readable, for all of them and for good. A thread takes gate.wakeup first
-# and looks at the state after that, so a change in between makes its poll() return at once. A
-# busy tunnel does not poll the wakeup, it compares it with the one it knows from time to time.
-# A drain may be followed by a stop, hence two spare Wakeups; they are made at the start, since
-# at the end there may be no descriptor left.
+# the bytes of a tunnel, and a signal ends none of these waits. So they poll a descriptor too,
+# Gate.wakeup. Gate.end sets state and deadline, puts a new Wakeup in place, then makes the
+# old one readable, for all threads at once and forever. A thread takes gate.wakeup before it
+# looks at the state, so a change in between makes its poll() return at once. A busy tunnel does
+# not poll the wakeup: it compares it with the one it has seen, twice a second. A drain may be
+# followed by a stop, hence two spare Wakeups, made at the start: at the end there may be no
+# descriptor left.
 
 
 class Gate:
@@ -2293,7 +2293,7 @@ class Connections:
 
     max_connections limits the places. When all are taken, a new connection gets the place of the
     one that has been idle longest (nginx: reusable connections), but only once its request is
-    there: connections that send nothing shut out nobody. Without an idle one it is refused.
+    there: connections that send nothing cannot shut out others. Without an idle one: 503.
     """
 
     def __init__(self, max_connections):
@@ -2354,7 +2354,7 @@ class Connections:
             self.idle.pop(connection, None)
 
     def give_up_place(self, connection):
-        """Let a connection keep its thread only while nobody else needs it."""
+        """Let a connection keep its thread only until another one needs it."""
         with self.lock:
             self.admitted.discard(connection)
             self.expendable[connection] = None
@@ -2365,7 +2365,7 @@ class Connections:
             return self.cut_first(self.expendable)
 
     def cut_first(self, connections):
-        """Have the first of idle or expendable closed (lock held). Return False if there is none."""
+        """Have the first of idle or expendable closed (lock held). Return False if none is left."""
         if not connections:
             return False
         connection, _ = connections.popitem(last=False)
@@ -2404,7 +2404,7 @@ def capacity(configured):
     limits = [(10000, "default")]
     if resource:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # macOS says "unlimited" and takes less
+        with contextlib.suppress(ValueError, OSError):  # macOS reports "unlimited" but accepts less
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
         if soft != resource.RLIM_INFINITY:
@@ -2499,7 +2499,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     block_on_close = False
 
     def __init__(self, gate, listen, inherited=None):
-        """Listen as `listen` (a Listen) says, on the inherited socket if given; raise OSError."""
+        """Bind and listen, on the inherited socket if given; raise OSError. listen: a Listen."""
         self.gate = gate
         self.listen = listen
         self.paused_until = 0.0   # time.monotonic(); 0: accepting
@@ -2518,7 +2518,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self.socket = inherited
                 self.server_address = inherited.getsockname()
                 if not address.path:
-                    set_tcp_options(inherited)  # systemd does not, unless its unit says so
+                    set_tcp_options(inherited)  # systemd does not by default
             else:
                 self.server_bind()
             self.server_activate()
@@ -2578,7 +2578,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 if error.errno in EXHAUSTED:
                     self.pause(error)
                     return
-                continue  # that client has gone already (ECONNABORTED and the like)
+                continue  # that client disconnected already (ECONNABORTED and the like)
             self.process_request(request, address)
 
     def pause(self, error):
@@ -2683,7 +2683,7 @@ def set_tcp_options(sock):
 
 
 class Workers:
-    """Threads for connections; an idle one waits a moment for the next, since a start costs more."""
+    """Threads for connections; an idle one waits a moment for another: starting one costs more."""
 
     KEEP = 1.0  # seconds
 
@@ -7245,7 +7245,7 @@ class LogWriter(logging.Handler):
         self.sink.close()
 
     def close(self):
-        """Write what is queued and end; a sink that stalls is waited for no longer than PATIENCE."""
+        """Write what is queued and end; wait for a sink that stalls no longer than PATIENCE."""
         if not self.closing.is_set():
             super().close()
             self.closing.set()
@@ -7266,7 +7266,7 @@ class FileSink:
         while rest:
             try:
                 rest = rest[os.write(self.descriptor, rest):]
-            except BlockingIOError:  # whoever shares the pipe has made it non-blocking
+            except BlockingIOError:  # made non-blocking by a process that shares the pipe
                 poll = Poll()
                 poll.register(self.descriptor, POLLOUT)
                 poll.poll(1000)
@@ -7318,7 +7318,7 @@ class JSONFormatter(logging.Formatter):
 
 
 def open_logs(server):
-    """Open both logs as [server] says, again if they are open.
+    """Open both logs that [server] names, again if they are open.
 
     Returns {key: error} of those that cannot be opened; they stay as they are.
     """
@@ -7424,7 +7424,7 @@ class StatusConnection(socketserver.BaseRequestHandler):
             stream.write_all(make_response(status, None, text.encode(), STATUS_FIELDS + fields,
                                            head_only=head_only, content_type=kind), deadline)
             stream.linger(Deadline(LINGER))
-        except (OSError, EOFError, TimedOut):  # the client has gone
+        except (OSError, EOFError, TimedOut):  # the client disconnected
             pass
         finally:
             stream.close()
