@@ -4176,6 +4176,18 @@ BAD_REQUEST_LINES = (
     (b"GET /%2e%2E/a HTTP/1.1", "encoded dot segments"),
     (b"GET /a/.%2e HTTP/1.1", "half encoded dot segment"),
     (b"GET /a/./b HTTP/1.1", "single dot"),
+    (b"GET //../a HTTP/1.1", "dot segments after two slashes"),
+    (b"GET /a/..%2Fb HTTP/1.1", "dot segment before an encoded slash"),
+    (b"GET /a%2f../b HTTP/1.1", "dot segment after an encoded slash"),
+    (b"GET /a/..?x HTTP/1.1", "dot segment before a query"),
+    (b"GET /.%5C HTTP/1.1", "dot segment before an encoded backslash"),
+    (b"GET /a/.%FF./b HTTP/1.1", "invalid UTF-8 inside of a dot segment"),
+    (b"GET /a%7F HTTP/1.1", "encoded DEL"),
+    (b"GET /a%u0041 HTTP/1.1", "escape of IIS"),
+    (b"GET /public/..;/admin HTTP/1.1", "dot segment with an empty parameter"),
+    (b"GET /public/..;x=1/admin HTTP/1.1", "dot segment with a parameter"),
+    (b"GET /public/..%3b/admin HTTP/1.1", "dot segment with an encoded semicolon"),
+    (b"GET /.;/admin HTTP/1.1", "single dot with a parameter"),
     (b"GET /a\\..\\b HTTP/1.1", "backslashes"),
     (b"GET /a%5c..%5cb HTTP/1.1", "encoded backslashes"),
     (b"GET /%00 HTTP/1.1", "encoded NUL"),
@@ -4764,22 +4776,6 @@ def test_an_exact_root_leaves_the_rest_to_the_backend_of_server(tmp_path):
     assert config.route("any", "/").name == "= /" and config.route("any", "/x").name == "/"
 
 
-REFUSED_TARGETS = [
-    b"/..", b"/a/../b", b"/a/.", b"/./a", b"/%2e%2e/a", b"/a/%2E", b"/a/.%2e/", b"//../a",
-    b"/a/..%2Fb", b"/a%2f..%2fb", b"/a%2F../b", b"/a/..?x", b"/a\\b", b"/a%5C..%5Cb", b"/.%5C",
-    b"/a/.%FF./b", b"/a%00", b"/a%0d%0aX:y", b"/a%7F", b"/a%", b"/a%2", b"/a%zz/b", b"/a%u0041",
-    b"/a#b", b"/a?b#c", b"a", b"?a", b"*", b"a:80", b"ftp://gate.test/", b"http://other.test/",
-    b"http:///a", b"http://gate.test:81/", b"http://gate.test/a/../b", b"http://me@gate.test/",
-]
-
-
-@pytest.mark.parametrize("target", REFUSED_TARGETS)
-def test_a_target_that_two_programs_could_read_differently_is_400(target):
-    with pytest.raises(wsgate.HTTPError) as caught:
-        wsgate.parse_request_head(request(b"GET", target))
-    assert (caught.value.status, caught.value.reason) == (400, "bad_request")
-
-
 def test_a_refused_target_reaches_no_backend_and_an_unknown_path_is_404(tmp_path):
     with ScriptedBackend(respond(ok())) as backend:
         with running("[server]\n[location /a/]\nproxy_pass = http://%s\n" % backend.where,
@@ -4962,14 +4958,6 @@ def test_a_replaced_prefix_without_its_slash_is_redirected(tmp_path, target, loc
         response = gate.fetch(request(b"GET", target))
         assert (response.status, response.get(b"location")) == (301, location)
         assert gate.line(" 301 done ")
-
-
-@pytest.mark.parametrize("target", [b"/public/..;/admin", b"/public/..;x=1/admin",
-                                    b"/public/..%3b/admin", b"/.;/admin"])
-def test_a_dot_segment_with_a_parameter_is_one_too(tmp_path, target):
-    with gate_and_backend(tmp_path, respond(ok())) as (gate, backend):
-        assert gate.fetch(request(b"GET", target)).status == 400
-        assert not backend.connections
 
 
 # --------------------------------------------------------------- Access control
@@ -8847,10 +8835,9 @@ def test_the_exit_status_of_the_program_is_that_of_the_probe():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="this system has no /proc")
 def test_soak_leaves_threads_descriptors_and_memory_flat(tmp_path, tls):
-    ports, ways, wrong, sizes = (free_port(), free_port()), (client_with_requests,
-                                                             client_that_stalls, client_that_aborts,
-                                                             client_with_tunnel,
-                                                             client_with_tunnel), [], []
+    ports, wrong, sizes = (free_port(), free_port()), [], []
+    ways = (client_with_requests, client_that_stalls, client_that_aborts,
+            client_with_tunnel, client_with_tunnel)
 
     def client(number, end):
         rng = random.Random(number)
