@@ -1694,7 +1694,7 @@ def client_with_tunnel(peer, rng):
 # ---------------------------------------------------------------------- Errors
 
 
-def test_every_reason_word_raised_is_in_the_table():
+def test_every_reason_is_in_the_table():
     """All words that an exchange can end with have a meaning and a remedy."""
     with open(WSGATE) as file:
         source = file.read()
@@ -1705,7 +1705,7 @@ def test_every_reason_word_raised_is_in_the_table():
     assert all(row.meaning and row.remedy for row in wsgate.REASONS.values())
 
 
-def test_the_readme_has_every_reason():
+def test_readme_has_every_reason():
     """With its status and its meaning, as in the table of the code."""
     text = re.sub(r"(?m)^    [45][0-9]{2}  ", " " * 9, readme())
     for word, reason in wsgate.REASONS.items():
@@ -1968,7 +1968,8 @@ BAD_CONFIGURATIONS = [
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGURATIONS, ids=lambda case: repr(case[0])[-45:])
-def test_a_bad_configuration_is_one_error_that_says_where_and_what(tmp_path, case):
+def test_bad_configurations(tmp_path, case):
+    """Each is one error with file, line, section and key."""
     error, = errors_of(tmp_path, case[0])
     assert "\n" not in error and not error.endswith("\\n")
     for mark in case[1:]:
@@ -2003,7 +2004,7 @@ NGINX = (
     "try_files types uwsgi_pass worker_connections worker_processes worker_rlimit_nofile zone")
 
 
-def test_a_directive_of_another_proxy_gets_a_sentence_of_its_own(tmp_path):
+def test_foreign_directives(tmp_path):
     """Built in, written differently here (then the key that is named exists), or out of scope."""
     keys = {key for table in TABLES.values() for key in table}
     balances = {"ip_hash", "least_conn", "round_robin"}
@@ -2062,7 +2063,8 @@ MISTAKES = [
 
 @pytest.mark.parametrize("text, marks", [(case[0], case[1:]) for case in MISTAKES],
                          ids=lambda each: repr(each)[-45:])
-def test_what_is_valid_but_surely_not_meant_is_a_warning(tmp_path, text, marks):
+def test_warnings(tmp_path, text, marks):
+    """What is valid but probably a mistake is a warning."""
     path = write_file(tmp_path, "server.pem", SERVER_PEM)
     warning, = load_text(tmp_path, SERVER + text.replace("CERTIFICATE", path) + "\n").warnings
     for mark in marks:
@@ -2077,7 +2079,7 @@ def test_what_is_valid_but_surely_not_meant_is_a_warning(tmp_path, text, marks):
     "[location /a/]\nproxy_pass = http://127.0.0.1:9/", "proxy_ssl_verify = off",
     "[location /a]\nreturn = 200 a;b #5", "[location /a]\nreturn = 200 a\n  b = c",
     "proxy_set_header = X-A: #fff"])
-def test_what_is_meant_is_no_warning(tmp_path, text):
+def test_no_warnings(tmp_path, text):
     assert load_text(tmp_path, SERVER + text + "\n").warnings == []
 
 
@@ -2107,7 +2109,8 @@ def test_a_missing_file_is_an_error_with_its_name(tmp_path):
     assert "none.ini: cannot be read (No such file" in str(caught.value)
 
 
-def test_every_error_of_a_file_is_told_once_in_the_order_of_its_lines(tmp_path):
+def test_errors_in_the_order_of_lines(tmp_path):
+    """Each is reported once."""
     errors = errors_of(tmp_path, "[server]\nlisten = a:b:c\nstatus_listen = a:b:c\n"
                                  "proxy_read_timeout = soon\n"
                                  "proxy_pas = x\n[location /a]\nreturn = x\nallow = me\n"
@@ -2116,7 +2119,7 @@ def test_every_error_of_a_file_is_told_once_in_the_order_of_its_lines(tmp_path):
     assert [int(error.split(":")[1]) for error in errors] == [2, 3, 4, 5, 7, 8, 11, 13]
 
 
-def test_duplicates_are_all_reported_with_the_line_of_the_first(tmp_path):
+def test_duplicates(tmp_path):
     errors = errors_of(tmp_path, SERVER + PASS
                        + "[location /a]\nreturn = 200\nreturn = 201\n[server]\n[location /a]\n")
     assert errors == ["wsgate.ini:3: [server] proxy_pass: duplicate key (first in line 2)",
@@ -2125,7 +2128,8 @@ def test_duplicates_are_all_reported_with_the_line_of_the_first(tmp_path):
                       "wsgate.ini:8: [location /a]: duplicate section (first in line 4)"]
 
 
-def test_every_line_that_is_no_ini_is_told(tmp_path):
+def test_invalid_lines(tmp_path):
+    """All of them are reported."""
     errors = errors_of(tmp_path, SERVER + "one\nreturn = 200\ntwo\n")
     assert [error.split(":")[1] for error in errors] == ["3", "5"]
 
@@ -2139,7 +2143,7 @@ def test_two_lines_are_a_complete_file_with_bom_or_crlf_too(tmp_path, text):
     assert config.server.listen[0].address == ("127.0.0.1", 8080, None)
 
 
-def test_percent_and_comment_signs_in_a_value_stand_for_themselves(tmp_path):
+def test_special_characters_in_values(tmp_path):
     config = load_text(tmp_path,
                        SERVER + "proxy_set_header = X-A: 50%(of)s %d ; # it = all\n  X-B: b\n")
     assert [(name, template.text) for name, template in location_of(config).proxy_set_header] == [
@@ -2169,7 +2173,8 @@ def test_settings_are_frozen(tmp_path):
     assert server.listen
 
 
-def test_a_location_inherits_from_server_and_may_say_otherwise(tmp_path):
+def test_inheritance(tmp_path):
+    """A location has the values of [server] unless it sets its own."""
     config = load_text(tmp_path,
                        SERVER + "proxy_send_timeout = 7s\nupgrade = none\nmax_connections = 5\n"
                                           "[location /a]\nupgrade = any\n"
@@ -2192,8 +2197,8 @@ def test_idle_timeout_is_proxy_read_timeout_unless_it_is_set(tmp_path, lines, se
                        "/a").idle_timeout == seconds
 
 
-def test_return_in_a_location_stands_instead_of_the_proxy_pass_of_server_and_the_other_way(
-        tmp_path):
+def test_return_and_proxy_pass_replace_each_other(tmp_path):
+    """Of those in [server], a location keeps only the one it does not replace."""
     config = load_text(tmp_path, SERVER + "[location /a]\nreturn = 200 hello\n")
     assert location_of(config, "/a").return_.status == 200
     assert location_of(config, "/a").proxy is None
@@ -2234,7 +2239,8 @@ def test_the_sample_lists_every_key_once_with_its_default():
     assert ("location /", "proxy_pass", "http://127.0.0.1:9000") in listed
 
 
-def test_the_sample_is_good_and_means_the_same_with_every_default_written_out(tmp_path):
+def test_the_sample_configuration(tmp_path):
+    """It is valid, and uncommenting its defaults changes nothing."""
     with open(SAMPLE) as file:
         text = file.read()
     config = load_text(tmp_path, text)
@@ -2301,7 +2307,7 @@ def test_the_log_names_where_the_gate_listens(tmp_path, host, text):
 
 
 @pytest.mark.skipif(not wsgate.ALLOWED_PROCESSORS, reason="this system has no affinity")
-def test_a_processor_that_is_not_there_is_an_error_with_those_that_are(tmp_path):
+def test_worker_cpu_affinity_names_an_existing_cpu(tmp_path):
     error, = errors_of(tmp_path, SERVER + "worker_cpu_affinity = 999999999\n")
     assert error.endswith("CPU 999999999 is not available (expected one of: %s)" % ", ".join(
         map(str, sorted(os.sched_getaffinity(0)))))
@@ -2310,7 +2316,7 @@ def test_a_processor_that_is_not_there_is_an_error_with_those_that_are(tmp_path)
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
                     reason="there is one processor only")
 @pytest.mark.parametrize("value", ["auto", "off", "number"])
-def test_the_gate_stays_on_one_processor_unless_told_otherwise(tmp_path, value):
+def test_worker_cpu_affinity(tmp_path, value):
     allowed = os.sched_getaffinity(0)
     line = "worker_cpu_affinity = %s" % (max(allowed) if value == "number" else value)
     with program(tmp_path, "return = 200",
@@ -2345,7 +2351,8 @@ def test_a_reload_that_cannot_open_a_listener_changes_nothing(tmp_path):
 
 
 @needs_signals
-def test_a_reload_that_cannot_open_a_log_or_the_pid_file_keeps_them_and_does_the_rest(tmp_path):
+def test_reload_with_an_unwritable_log_or_pid_file(tmp_path):
+    """It keeps the current one and does the rest."""
     log, loop = [str(tmp_path / name) for name in ("access.log", "loop")]
     os.symlink(loop, loop)
     with program(tmp_path, "return = 200 old", "access_log = " + log) as child:
@@ -2364,7 +2371,7 @@ def test_a_reload_that_cannot_open_a_log_or_the_pid_file_keeps_them_and_does_the
 
 
 @needs_signals
-def test_a_reload_moves_the_pid_file_and_s_finds_the_gate_by_it(tmp_path):
+def test_reload_moves_the_pid_file(tmp_path):
     with program(tmp_path, "return = 200") as child:
         old, child.pid_file = child.pid_file, str(tmp_path / "pid2")
         write_file(tmp_path, "gate.ini", "[server]\nreturn = 200\nlisten = 127.0.0.1:%d\npid = %s\n"
@@ -2379,7 +2386,8 @@ def test_a_reload_moves_the_pid_file_and_s_finds_the_gate_by_it(tmp_path):
 
 @needs_signals
 @needs_unix
-def test_systemd_hands_over_a_socket_and_is_told_how_it_goes(tmp_path):
+def test_systemd(tmp_path):
+    """A socket is taken over; READY, RELOADING, WATCHDOG and STOPPING are sent."""
     with socket.socket() as listener, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         listener.bind(("127.0.0.1", 0))
         listener.listen(5)
@@ -2487,7 +2495,7 @@ def can_run_as(user, *command):
 
 
 @needs_root
-def test_what_is_not_a_file_of_its_own_is_not_given_to_the_user(tmp_path):
+def test_chown_of_logs(tmp_path):
     """Else a link that the user has put there would give it the file behind the link."""
     victim, link, hard = [str(tmp_path / name) for name in ("victim", "link", "hard")]
     write_file(tmp_path, "victim", "")
@@ -2579,7 +2587,8 @@ def test_a_reload_keeps_what_is_known_of_the_servers(tmp_path):
     ("[server]\nlisten = OTHER\nreturn = 200\n", "another program"),
     ("[server]\nreturn = 200\nlisten = 127.0.0.1:0 ssl\n", "ssl_certificate"),
     ("[server]\nreturn = 200\nauth_basic_user_file = BCRYPT\n", "--hash-password")])
-def test_a_bad_file_changes_nothing_and_the_log_says_why(tmp_path, broken, said):
+def test_reload_with_errors(tmp_path, broken, said):
+    """Nothing changes; the log has the error."""
     bcrypt = write_file(tmp_path, "users", "bob:$2y$05$bvIG6Nmid91Mu9RcmmWZfO\n")
     with ScriptedBackend() as other, running("[server]\nreturn = 200 old\n", tmp_path) as gate:
         lines = reload(gate, broken.replace("OTHER",
@@ -2590,7 +2599,8 @@ def test_a_bad_file_changes_nothing_and_the_log_says_why(tmp_path, broken, said)
         assert gate.fetch(request()).body == b"old" and len(gate.listeners) == 1
 
 
-def test_quit_spreads_the_ends_of_tunnels_over_drain_timeout_quiet_ones_first(tmp_path, constants):
+def test_quit_closes_tunnels_over_drain_timeout(tmp_path, constants):
+    """The tunnels that have been idle for longest are first."""
     constants(QUIET=100 * MS)
     window = 800 * MS
     with gate_and_backend(tmp_path, echo_service,
@@ -2622,7 +2632,7 @@ def test_quit_spreads_the_ends_of_tunnels_over_drain_timeout_quiet_ones_first(tm
         assert sum("close=gate:1001 reason=drain" in line for line in gate.access) == 20
 
 
-def test_quit_finishes_plain_requests_and_lets_idle_connections_go(tmp_path):
+def test_quit_finishes_requests_and_closes_idle_connections(tmp_path):
     go = threading.Event()
 
     def script(peer):
@@ -2652,7 +2662,7 @@ def test_quit_finishes_plain_requests_and_lets_idle_connections_go(tmp_path):
         wait_for_end(gate)
 
 
-def test_a_gate_that_ends_before_its_last_peers_do_says_no_nonsense(tmp_path):
+def test_end_before_the_last_peer(tmp_path):
     """The drain is over, but a client has not closed yet: running() looks for tracebacks."""
     with gate_and_backend(tmp_path, echo_service, "drain_timeout = 0") as (gate, _):
         client = gate.connect().send(handshake())
@@ -2684,7 +2694,8 @@ def test_a_second_quit_stops_as_term_does(tmp_path, constants, first, second):
 
 
 @pytest.mark.parametrize("name, reason", [("SIGQUIT", b"drain"), ("SIGTERM", b"shutdown")])
-def test_a_tunnel_whose_101_comes_behind_the_signal_is_ended_too(tmp_path, name, reason):
+def test_tunnel_opened_while_draining(tmp_path, name, reason):
+    """It is closed too."""
     with gate_and_backend(tmp_path, None, "drain_timeout = " + ini_ms(800)) as (gate, backend):
         client = gate.connect().send(handshake())
         peer = backend.connection()
@@ -2713,7 +2724,8 @@ def test_a_tunnel_that_is_never_quiet_is_ended_too(tmp_path, constants):
 
 
 @needs_signals
-def test_a_tunnel_whose_peers_do_not_close_is_logged_before_the_drained_gate_has_gone(tmp_path):
+def test_drained_tunnels_are_logged(tmp_path):
+    """Even if their peers do not close."""
     with ScriptedBackend(echo_service) as backend, program(
             tmp_path, "proxy_pass = http://" + backend.where,
             "drain_timeout = " + ini_ms(200)) as child:
@@ -2774,7 +2786,8 @@ def test_a_reload_asks_no_name_server(tmp_path):
 
 
 @needs_signals
-def test_a_second_ctrl_c_waits_for_nobody_and_one_more_on_the_way_out_prints_nothing(tmp_path):
+def test_repeated_ctrl_c(tmp_path):
+    """The second ends at once; a third prints no traceback."""
     def pid_file_is_read():
         with contextlib.suppress(OSError):  # ENXIO until then
             return os.open(child.pid_file, os.O_WRONLY | os.O_NONBLOCK)
@@ -2817,7 +2830,7 @@ def test_a_signal_to_a_gate_that_does_not_run_is_an_error(tmp_path, capsys):
 
 
 @needs_signals
-def test_an_upgrade_replaces_the_process_and_nobody_is_refused(tmp_path):
+def test_upgrade_refuses_no_connection(tmp_path):
     with ScriptedBackend(echo_service) as backend:
         lines = "drain_timeout = %dms" % (300 * MS * 1000), "proxy_pass = http://" + backend.where
         with program(tmp_path, *lines) as child:
@@ -2898,7 +2911,8 @@ def test_the_mode_of_a_unix_socket_is_an_option_of_listen(tmp_path, option, mode
 # -------------------------------------------------------------------- Listening
 
 
-def test_a_reload_opens_and_closes_listeners_and_those_that_stay_never_refuse(tmp_path):
+def test_reload_changes_listeners(tmp_path):
+    """Those that stay refuse no connection meanwhile."""
     def ini(*addresses):
         return "[server]\nlisten = %s\nreturn = 200\n" % ", ".join(addresses)
 
@@ -2920,7 +2934,8 @@ def test_a_reload_opens_and_closes_listeners_and_those_that_stay_never_refuse(tm
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat") or wsgate.resource is None,
                     reason="this system has no /proc")
-def test_without_descriptors_the_gate_refuses_does_not_spin_and_recovers(tmp_path):
+def test_out_of_descriptors(tmp_path):
+    """Connections are refused without a busy loop, and served again later."""
     def few_descriptors():
         wsgate.resource.setrlimit(wsgate.resource.RLIMIT_NOFILE, (64, 64))
 
@@ -3016,8 +3031,7 @@ def test_no_bytes_of_either_side_confuse_the_gate(tmp_path):
             assert gate.fetch(request()).body == b"alive"
 
 
-def test_a_flood_of_silent_connections_leaves_descriptors_for_the_backends_of_those_admitted(
-        tmp_path):
+def test_silent_connections_leave_descriptors_for_backends(tmp_path):
     with ScriptedBackend(respond(ok())) as backend, flooded(
             tmp_path, backend, 60) as (child, client):
         eventually(lambda: child.logged("conn_limit") or child.logged("cannot accept")
@@ -3026,8 +3040,7 @@ def test_a_flood_of_silent_connections_leaves_descriptors_for_the_backends_of_th
         assert not child.logged("cannot accept")
 
 
-def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_gate(
-        tmp_path, monkeypatch):
+def test_systemd_without_a_free_descriptor(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
@@ -3035,7 +3048,8 @@ def test_systemd_that_cannot_be_told_for_want_of_descriptors_does_not_end_the_ga
             wsgate.notify("WATCHDOG=1")
 
 
-def test_a_want_of_descriptors_is_503_and_no_failure_of_the_server(tmp_path):
+def test_no_descriptor_for_a_backend_is_503(tmp_path):
+    """It does not count as a failure of the server."""
     location = location_of(load_text(tmp_path, "[server]\nproxy_pass = http://127.0.0.1:9\n"))
     with no_descriptor_free(), pytest.raises(wsgate.HTTPError) as caught:
         wsgate.Attempts(location.proxy, location, "127.0.0.1", wsgate.Headers()).connect()
@@ -3044,7 +3058,8 @@ def test_a_want_of_descriptors_is_503_and_no_failure_of_the_server(tmp_path):
     assert (health.fails, health.active) == (0, 0) and not health.down_until
 
 
-def test_draining_does_not_wait_for_a_connection_that_became_idle_after_it_began(tmp_path):
+def test_quit_and_connections_that_become_idle(tmp_path):
+    """The drain does not wait for them."""
     with gate_and_backend(tmp_path, None, "drain_timeout = 20s") as (gate, backend):
         client = gate.connect().send(request())
         peer = backend.connection()
@@ -3059,7 +3074,8 @@ def test_draining_does_not_wait_for_a_connection_that_became_idle_after_it_began
 
 
 @pytest.mark.parametrize("name", ["\0peer", "\0", "\n"])
-def test_a_client_of_a_unix_socket_that_has_a_name_is_nobody_else(tmp_path, monkeypatch, name):
+def test_clients_of_a_unix_socket_have_no_address(tmp_path, monkeypatch, name):
+    """The name that a client has bound is not taken for one."""
     monkeypatch.chdir(tmp_path)
     path = str(tmp_path / "gate.sock")
     with ScriptedBackend(respond(ok())) as backend:
@@ -3099,7 +3115,7 @@ def kept_alive(peer):
 KEPT = "proxy_keepalive = 60s"
 
 
-def test_a_backend_connection_is_closed_after_each_request_by_default(tmp_path):
+def test_backend_connections_are_not_kept_by_default(tmp_path):
     with gate_and_backend(tmp_path, None) as (gate, backend):
         client = gate.connect()
         for number in range(2):
@@ -3111,7 +3127,7 @@ def test_a_backend_connection_is_closed_after_each_request_by_default(tmp_path):
         client.close()
 
 
-def test_proxy_keepalive_sends_the_requests_of_a_client_over_one_connection(tmp_path):
+def test_proxy_keepalive(tmp_path):
     """Not those of another client, nor the last one of a connection or what HTTP/1.0 asks for."""
     with gate_and_backend(tmp_path, kept_alive, KEPT) as (gate, backend):
         first, second = gate.connect(), gate.connect()
@@ -3152,7 +3168,7 @@ def test_what_may_not_be_repeated_gets_a_connection_of_its_own(tmp_path, raw):
 
 
 @pytest.mark.parametrize("how", ["between", "at the request", "reset"])
-def test_a_kept_connection_that_the_backend_closes_is_replaced_silently(tmp_path, how):
+def test_kept_connection_closed_by_the_backend(tmp_path, how):
     """The client notices nothing, and the server has not failed."""
     with gate_and_backend(tmp_path, None, KEPT) as (gate, backend):
         client = gate.connect().send(request())
@@ -3215,7 +3231,7 @@ def test_a_tls_connection_to_a_backend_is_kept_too(tmp_path, tls):
             client.close()
 
 
-def test_a_kept_connection_with_a_proxy_line_serves_the_client_named_there_alone(tmp_path):
+def test_kept_connection_with_a_proxy_header(tmp_path):
     """A trusted proxy sends requests of several clients over one connection."""
     def script(peer):
         peer.read_until(b"\r\n")
@@ -3230,7 +3246,7 @@ def test_a_kept_connection_with_a_proxy_line_serves_the_client_named_there_alone
         client.close()
 
 
-def test_a_backend_connection_is_kept_no_longer_than_proxy_keepalive(tmp_path):
+def test_kept_connections_expire(tmp_path):
     with gate_and_backend(tmp_path, None, "proxy_keepalive = " + ini_ms(200)) as (gate, backend):
         client = gate.connect().send(request())
         peer = backend.connection()
@@ -3243,7 +3259,7 @@ def test_a_backend_connection_is_kept_no_longer_than_proxy_keepalive(tmp_path):
         client.close()
 
 
-def test_a_client_that_sends_all_before_it_reads_gets_its_refusal(tmp_path):
+def test_refusal_of_a_large_upload(tmp_path):
     """As Python's http.client does: what it still sends is read and dropped."""
     with gate_and_backend(tmp_path, None, "client_max_body_size = 1m") as (gate, _):
         client = gate.connect()
@@ -3255,7 +3271,7 @@ def test_a_client_that_sends_all_before_it_reads_gets_its_refusal(tmp_path):
         client.close()
 
 
-def test_a_client_that_sends_all_before_it_reads_gets_an_early_response(tmp_path):
+def test_early_response_to_a_large_upload(tmp_path):
     with gate_and_backend(tmp_path, None) as (gate, backend):
         client = gate.connect()
         client.send(request(b"POST", b"/", b"Content-Length: 48000000"))
@@ -3325,7 +3341,7 @@ def test_a_redirect_listener_sends_every_request_to_https(tmp_path, tls, raw, st
         assert response.get(b"location") == (location and location % port)
 
 
-def test_a_redirect_listener_has_no_name_for_a_client_without_host(tmp_path, tls):
+def test_redirect_without_host(tmp_path, tls):
     ini = REDIRECTING.replace("gate.test", "") % tls.server
     with running(ini, tmp_path) as gate:
         assert gate.fetch(b"GET / HTTP/1.0\r\n\r\n").status == 400
@@ -3339,7 +3355,7 @@ def test_a_redirect_listener_serves_challenges_of_acme(tmp_path, tls):
         assert gate.fetch(request(b"GET", path)).status == 301
 
 
-def test_limits_and_the_proxy_protocol_hold_on_a_redirect_listener(tmp_path, tls):
+def test_redirect_listener_limits(tmp_path, tls):
     ini = REDIRECTING.replace(" redirect", " redirect proxy_protocol") % tls.server
     ini = ini.replace("[server]", "[server]\nset_real_ip_from = 127.0.0.1\nmax_connections = 1\n"
                       "real_ip_header = proxy_protocol", 1)
@@ -3351,7 +3367,7 @@ def test_limits_and_the_proxy_protocol_hold_on_a_redirect_listener(tmp_path, tls
         assert inside.send(header + request()).response().status == 301
 
 
-def test_forwarding_fields_after_a_proxy_header_are_those_of_the_client(tmp_path):
+def test_forwarding_fields_after_a_proxy_header(tmp_path):
     """A balancer that passes bytes through adds none, so nobody is believed."""
     with ScriptedBackend() as backend:
         ini = (PROXY_INI % ("", "127.0.0.1, 192.0.2.0/24")).replace(
@@ -3406,7 +3422,7 @@ def test_a_connection_with_a_request_under_way_keeps_its_place(tmp_path):
         busy.close()
 
 
-def test_silent_connections_shut_nobody_out(tmp_path, monkeypatch):
+def test_silent_connections(tmp_path, monkeypatch):
     """One without a place is closed for a new one, however many there are."""
     monkeypatch.setattr(wsgate, "REFUSAL_HEADROOM", 2)
     with running("[server]\nmax_connections = 1\nreturn = 200\n", tmp_path) as gate:
@@ -3419,7 +3435,7 @@ def test_silent_connections_shut_nobody_out(tmp_path, monkeypatch):
             peer.close()
 
 
-def test_a_client_that_is_refused_holds_no_place_while_it_reads_on(tmp_path):
+def test_lingering_holds_no_place(tmp_path):
     with gate_and_backend(tmp_path, respond(ok()), "max_connections = 1",
                           "client_max_body_size = 1") as (gate, _):
         slow = gate.connect().send(request(b"POST", b"/", b"Content-Length: 5000000"))
@@ -3430,7 +3446,7 @@ def test_a_client_that_is_refused_holds_no_place_while_it_reads_on(tmp_path):
 
 
 @pytest.mark.parametrize("first", [b"", request()])
-def test_max_connections_per_ip_counts_connections_from_the_start(tmp_path, first):
+def test_max_connections_per_ip(tmp_path, first):
     """Silent and idle ones count too; a refused one is closed and does not count."""
     with running("[server]\nmax_connections_per_ip = 1\nreturn = 200\n", tmp_path) as gate:
         client = gate.connect().send(first)
@@ -3446,7 +3462,7 @@ def test_max_connections_per_ip_counts_connections_from_the_start(tmp_path, firs
         eventually(lambda: gate.fetch(request()).status == 200)
 
 
-def test_max_connections_per_ip_counts_clients_of_a_trusted_proxy_by_request(tmp_path):
+def test_max_connections_per_ip_behind_a_proxy(tmp_path):
     """Its connections carry requests of many clients."""
     with gate_and_backend(tmp_path, None, "max_connections_per_ip = 1",
                           "set_real_ip_from = 127.0.0.1") as (gate, backend):
@@ -3472,7 +3488,7 @@ def test_max_connections_per_ip_counts_clients_of_a_trusted_proxy_by_request(tmp
             client.close()
 
 
-def test_max_connections_per_ip_counts_the_address_in_the_proxy_header(tmp_path):
+def test_max_connections_per_ip_and_the_proxy_header(tmp_path):
     ini = PROXY_INI % ("", "127.0.0.1")
     ini = ini.replace("[server]", "[server]\nmax_connections_per_ip = 1")
     with running(ini, tmp_path) as gate:
@@ -3489,16 +3505,17 @@ def test_max_connections_per_ip_counts_the_address_in_the_proxy_header(tmp_path)
 
 
 @pytest.mark.parametrize("tail", [b"", b"\r\n", b"GET /next HTTP/1.1\r\n", b"\x81\x85 a frame\n\n"])
-def test_a_head_ends_at_its_empty_line_and_the_bytes_behind_it_stay(tail):
+def test_a_head_ends_at_its_empty_line(tail):
     assert head_verdicts(request() + tail) == {(request(), tail)}
 
 
-def test_one_empty_line_before_a_request_is_ignored_and_an_incomplete_head_is_waited_for():
+def test_empty_line_before_a_request():
+    """One is ignored (RFC 9112 2.2); an incomplete head is waited for."""
     assert head_verdicts(b"\r\n" + request()) == {(request(), b"")}
     assert head_verdicts(request()[:-1]) == {(None, request()[:-1])}
 
 
-def test_read_head_waits_for_more_until_the_deadline_or_the_end():
+def test_read_head_waits():
     here, there = socket.socketpair()
     with here, there:
         stream = wsgate.Stream(here)
@@ -3561,7 +3578,7 @@ def test_a_thread_that_never_waits_gives_way(tmp_path, monkeypatch, kind, line, 
     assert len(given) > turns // 10 if not lines else len(given) >= turns - 60
 
 
-def test_an_upload_in_chunks_of_one_byte_gives_way_in_small_turns(tmp_path, monkeypatch):
+def test_tiny_chunks_give_way(tmp_path, monkeypatch):
     """What takes long to scan is read in smaller pieces, so that each turn stays short."""
     given, sizes = [], []
     monkeypatch.setattr(wsgate, "give_way", lambda: given.append(1))
@@ -3613,7 +3630,7 @@ def test_turns_come_back_with_time(monkeypatch):
 @pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3,),
                     reason="older versions of OpenSSL have ciphers for TLS 1.0")
 @pytest.mark.parametrize("version", ["TLSv1", "TLSv1.1"])
-def test_a_version_that_openssl_refuses_is_an_error_with_the_remedy(tmp_path, tls, version):
+def test_versions_refused_by_openssl(tmp_path, tls, version):
     error, = errors_of(tmp_path,
                        "[server]\nreturn = 200\nlisten = 127.0.0.1:0 ssl\nssl_certificate = %s\n"
                                  "ssl_client_certificate = %s\nssl_protocols = %s TLSv1.2\n"
@@ -3642,7 +3659,7 @@ def test_clients_are_served_by_tls(tmp_path, tls, version):
             peer.close()
 
 
-def test_a_version_that_is_not_offered_is_not_spoken(tmp_path, tls):
+def test_ssl_protocols(tmp_path, tls):
     if not getattr(ssl, "HAS_TLSv1_3", False) or not hasattr(ssl, "TLSVersion"):
         pytest.skip("this Python has no TLS 1.3")
     with running(tls_ini(tls, "ssl_protocols = TLSv1.3", "return = 200"), tmp_path) as gate:
@@ -3653,14 +3670,15 @@ def test_a_version_that_is_not_offered_is_not_spoken(tmp_path, tls):
         peer.close()
 
 
-def test_plain_http_on_a_tls_port_gets_an_answer_that_people_can_read(tmp_path, tls):
+def test_plain_http_on_a_tls_port(tmp_path, tls):
+    """It gets a readable response."""
     with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
         answer_ = gate.fetch(request())
         assert answer_.status == 400 and b"https://" in answer_.body
 
 
 @pytest.mark.parametrize("asked", [False, True], ids=["before a request", "after one"])
-def test_rubbish_behind_a_tls_handshake_ends_the_connection(tmp_path, tls, asked):
+def test_garbage_after_a_tls_handshake(tmp_path, tls, asked):
     with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
         peer = tls_connect(gate, tls)
         if asked:
@@ -3672,7 +3690,7 @@ def test_rubbish_behind_a_tls_handshake_ends_the_connection(tmp_path, tls, asked
         peer.close()
 
 
-def test_a_tls_connection_that_is_kept_alive_ends_with_close_notify(tmp_path, tls):
+def test_close_notify_of_kept_connections(tmp_path, tls):
     with running(tls_ini(tls, "return = 200", "keepalive_timeout = " + ini_ms(200)),
                  tmp_path) as gate:
         with contextlib.closing(tls_connect(gate, tls)) as peer:
@@ -3681,7 +3699,8 @@ def test_a_tls_connection_that_is_kept_alive_ends_with_close_notify(tmp_path, tl
                 assert peer.sock.recv(1) == b""  # without a close_notify this raises
 
 
-def test_a_stalled_tls_handshake_is_cut_in_time_and_delays_nobody(tmp_path, tls):
+def test_stalled_tls_handshake(tmp_path, tls):
+    """It is closed in time and delays no other client."""
     with running(tls_ini(tls, "return = 200", "client_header_timeout = %dms" % (400 * MS * 1000)),
                  tmp_path) as gate:
         begun = time.monotonic()
@@ -3696,7 +3715,8 @@ def test_a_stalled_tls_handshake_is_cut_in_time_and_delays_nobody(tmp_path, tls)
             assert 400 * MS - 0.02 <= time.monotonic() - begun < 900 * MS
 
 
-def test_a_client_certificate_is_asked_for_and_its_subject_cannot_be_forged(tmp_path, tls):
+def test_ssl_client_certificate(tmp_path, tls):
+    """Its subject is passed on and cannot be forged."""
     heads = []
 
     def script(peer):
@@ -3719,7 +3739,7 @@ def test_a_client_certificate_is_asked_for_and_its_subject_cannot_be_forged(tmp_
     assert not any(b"root" in head for head in heads)
 
 
-def test_the_certificate_is_chosen_by_the_name_that_the_client_asks_for(tmp_path, tls):
+def test_sni(tmp_path, tls):
     ini = tls_ini(tls,
                   "return = 200")
     ini += "[location OTHER.test/]\nreturn = 200\nssl_certificate = %s\n" % tls.client
@@ -3730,7 +3750,7 @@ def test_the_certificate_is_chosen_by_the_name_that_the_client_asks_for(tmp_path
             assert certificate_shown(gate, tls, asked) == shown
 
 
-def test_a_changed_certificate_is_taken_and_a_broken_one_is_not(tmp_path, tls):
+def test_changed_certificates(tmp_path, tls):
     with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
         assert certificate_shown(gate, tls, "x.test") == "localhost"
         old = tls_connect(gate, tls)
@@ -3746,8 +3766,8 @@ def test_a_changed_certificate_is_taken_and_a_broken_one_is_not(tmp_path, tls):
         old.close()
 
 
-def test_a_connection_from_before_a_reload_that_took_tls_away_is_served_by_tls_or_closed(
-        tmp_path, tls):
+def test_reload_that_removes_tls(tmp_path, tls):
+    """Connections from before are served by TLS or closed."""
     with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
         sock = socket.create_connection(("127.0.0.1", gate.port), 5000 * MS)
         eventually(lambda: gate.connections)
@@ -3786,7 +3806,7 @@ def test_a_key_of_another_certificate_is_a_configuration_error(tmp_path, tls):
     assert "needs ssl_certificate" in error
 
 
-def test_the_proxy_header_and_the_tls_handshake_may_come_in_one_piece(tmp_path, tls):
+def test_proxy_header_before_tls(tmp_path, tls):
     ini = PROXY_INI % (" ssl", "127.0.0.1") + "ssl_certificate = %s\n" % tls.server
     with running(ini, tmp_path) as gate:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -3824,8 +3844,8 @@ def test_the_proxy_header_and_the_tls_handshake_may_come_in_one_piece(tmp_path, 
     ("proxy_ssl_verify = off", "evil.test", True)],
     ids=["address", "name", "wrong name", "wrong CA", "unchecked"])
 @BOTH_WAYS
-def test_the_certificate_of_a_backend_is_checked_before_a_byte_is_sent(
-        tmp_path, tls, raw, trust, name, works):
+def test_backend_certificates_are_verified(tmp_path, tls, raw, trust, name, works):
+    """Before a byte of the request is sent."""
     heads, names = [], []
 
     def script(peer):
@@ -3856,7 +3876,7 @@ def test_unchecked_backend_certificates_are_warned_of(tmp_path, capsys):
     assert "warning" in capsys.readouterr().err and wsgate.load_config(path).warnings
 
 
-def test_the_gate_shows_its_certificate_to_a_backend_that_wants_one(tmp_path, tls):
+def test_proxy_ssl_certificate(tmp_path, tls):
     subjects = []
 
     def script(peer):
@@ -3876,7 +3896,7 @@ def test_the_gate_shows_its_certificate_to_a_backend_that_wants_one(tmp_path, tl
 
 @pytest.mark.parametrize("front, back", [(True, False), (False, True), (True, True)],
                          ids=["client", "backend", "both"])
-def test_a_tunnel_over_tls_changes_no_byte_though_both_sides_stall(tmp_path, tls, front, back):
+def test_tunnel_over_tls_with_stalls(tmp_path, tls, front, back):
     rng = random.Random(7)
     sizes = [0, 1, 125, 126, 65535, 65536, 1000000] + [rng.randint(0, 40000) for _ in range(40)]
     noise = bytes(rng.getrandbits(8) for _ in range(4099)) * 250
@@ -3905,8 +3925,7 @@ def test_a_tunnel_over_tls_changes_no_byte_though_both_sides_stall(tmp_path, tls
             assert "up=%d/" % len(sizes) in line and "down=%d/" % len(sizes) in line
 
 
-def test_what_tls_has_decrypted_and_nobody_has_read_is_not_left_until_more_comes(
-        tmp_path, tls, constants):
+def test_pending_bytes_of_tls(tmp_path, tls, constants):
     """Smaller reads than TLS records: poll() says nothing of the rest of a record."""
     constants(SMALL_READ=1000)
     constants(BIG_READ=2000)
@@ -3921,7 +3940,7 @@ def test_what_tls_has_decrypted_and_nobody_has_read_is_not_left_until_more_comes
                 assert read_frame(client) == (2, b"x" * size)
 
 
-def test_a_tunnel_over_tls_ends_with_close_notify_on_both_sides(tmp_path, tls):
+def test_close_notify_of_tunnels(tmp_path, tls):
     seen = []
 
     def script(peer):
@@ -4052,7 +4071,7 @@ def test_protocols_and_ciphers_towards_a_backend(tmp_path, tls, line, version):
 
 @pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3,), reason="this OpenSSL has TLS 1.0")
 @pytest.mark.parametrize("prefix", ["ssl", "proxy_ssl"])
-def test_a_version_that_this_openssl_refuses_is_an_error_with_its_remedy(tmp_path, tls, prefix):
+def test_version_refused_by_this_openssl(tmp_path, tls, prefix):
     ini = tls_ini(tls, "proxy_pass = https://127.0.0.1:9", prefix + "_protocols = TLSv1 TLSv1.2")
     error, = errors_of(tmp_path, ini)
     assert "%s_protocols: TLSv1 is refused by OpenSSL 3" % prefix in error
@@ -4088,7 +4107,7 @@ def test_an_old_version_works_with_the_remedy(tmp_path, tls):
     ("proxy_ssl_trusted_certificate = CA\nproxy_ssl_name = evil.test",
      "(set proxy_ssl_name to a name of its certificate,"),
 ], ids=["self-signed", "name"])
-def test_the_error_of_an_untrusted_backend_names_the_key_to_set(tmp_path, tls, lines, marks):
+def test_error_of_an_untrusted_backend(tmp_path, tls, lines, marks):
     with ScriptedBackend(echo_service, tls=tls_backend(tls)) as backend:
         lines = lines.replace("CA", tls.ca)
         ini = "[server]\nproxy_pass = https://%s\n%s\n" % (backend.where, lines)
@@ -4099,7 +4118,7 @@ def test_the_error_of_an_untrusted_backend_names_the_key_to_set(tmp_path, tls, l
             assert gate.line("reason=backend_tls", "proxy_ssl_")
 
 
-def test_the_error_of_a_backend_port_without_tls_names_the_cause(tmp_path):
+def test_error_of_a_backend_without_tls(tmp_path):
     with ScriptedBackend(lambda peer: peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as backend:
         with running("[server]\nproxy_pass = https://%s\n" % backend.where, tmp_path) as gate:
             assert gate.fetch(request()).reason == "backend_tls"
@@ -4344,11 +4363,13 @@ BAD_REQUESTS = table_rows((b"", BAD_REQUEST_LINES, HOST_LINE + b"\r\n"), (b"", B
 
 
 @pytest.mark.parametrize("raw, verdict", table_params(BAD_REQUESTS))
-def test_a_malformed_request_is_refused_however_its_bytes_arrive(raw, verdict):
+def test_malformed_requests(raw, verdict):
+    """They are refused in all chunkings."""
     assert head_verdicts(raw) == {verdict}
 
 
-def test_no_backend_ever_hears_of_a_malformed_request_and_the_client_reads_why(tmp_path):
+def test_malformed_requests_reach_no_backend(tmp_path):
+    """The response has the reason."""
     with gate_and_backend(tmp_path) as (gate, backend):
         for raw, why, verdict in BAD_REQUESTS:
             client = gate.connect().send(raw)
@@ -4405,7 +4426,7 @@ BAD_CHUNKS = table_rows((b"", (
 
 
 @pytest.mark.parametrize("raw, verdict", table_params(BAD_CHUNKS))
-def test_a_malformed_chunked_body_is_an_error_however_its_bytes_arrive(raw, verdict):
+def test_malformed_chunked_bodies(raw, verdict):
     for pieces in some_chunkings(raw):
         body, passed = wsgate.ChunkedBody(), b""
         with pytest.raises(ValueError):
@@ -4505,7 +4526,7 @@ BAD_ANSWER_BODIES = (
 
 
 @pytest.mark.parametrize("how", [b"whole", b"drip"])
-def test_a_malformed_answer_of_a_backend_is_502(tmp_path, how):
+def test_malformed_responses(tmp_path, how):
     table = table_rows((b"", BAD_ANSWER_HEADS, b""), (OK, BAD_ANSWER_FIELDS, b""),
                        default="502 backend_bad_response")
     with gate_and_backend(tmp_path, respond_by_row(table)) as (gate, _):
@@ -4515,7 +4536,8 @@ def test_a_malformed_answer_of_a_backend_is_502(tmp_path, how):
 
 
 @pytest.mark.parametrize("how", [b"whole", b"drip"])
-def test_an_answer_that_goes_wrong_in_its_body_never_becomes_complete(tmp_path, how):
+def test_malformed_response_bodies(tmp_path, how):
+    """The client must see that they are incomplete."""
     table = [(OK + row[0],) for row in BAD_ANSWER_BODIES]
     with gate_and_backend(tmp_path, respond_by_row(table)) as (gate, _):
         for number, (_, why, reason) in enumerate(BAD_ANSWER_BODIES):
@@ -4559,8 +4581,8 @@ def test_what_is_unusual_but_right_is_taken(raw):
     (b"http://gate.test:8080//a", b"gate.test:8080", b"//a", "/a"),
     (b"/%61%2Fb%20", b"gate.test", b"/%61%2Fb%20", "/a/b "),
     (b"/a?b/../c", b"gate.test", b"/a?b/../c", "/a")])
-def test_the_target_for_the_backend_is_what_came_and_the_path_is_decoded_for_routing(
-        line, host, target, path):
+def test_target_and_path(line, host, target, path):
+    """The target is unchanged, the path is decoded for routing."""
     parsed = wsgate.parse_request_head(b"GET %s HTTP/1.1\r\nHost: %s\r\n\r\n" % (line, host))
     assert (parsed.target, parsed.path, parsed.authority) == (target, path, host)
     assert parsed.host == "gate.test"
@@ -4590,7 +4612,7 @@ def test_a_response_head_is_taken_apart(raw, status, reason, length, is_chunked)
 
 
 @pytest.mark.parametrize("tail", [b"GET / HTTP/1.1\r\n", b"\r\n", b"0\r\n\r\n"])
-def test_a_body_ends_where_its_framing_says_whatever_follows(tail):
+def test_ends_of_bodies(tail):
     assert body_through(lambda: wsgate.LengthBody(5), b"hello", tail) == b"hello"
     assert body_through(wsgate.ChunkedBody, b"0\r\n\r\n", tail) == b"0\r\n\r\n"
     assert body_through(wsgate.ChunkedBody, CHUNKED_IN, tail) == CHUNKED_OUT
@@ -4608,7 +4630,8 @@ def test_only_a_body_without_framing_may_end_with_the_stream(body, cut):
     assert not body.done and body.at_end() == isinstance(body, wsgate.UntilClose)
 
 
-def test_a_chunked_body_is_limited_by_what_it_says_before_it_comes():
+def test_client_max_body_size_of_a_chunk():
+    """A chunk is refused by its announced size."""
     body = wsgate.ChunkedBody(limit=8)
     assert body.feed(b"8\r\n12345678\r\n", 0) == b"8\r\n12345678\r\n"
     with pytest.raises(wsgate.HTTPError) as caught:
@@ -4757,7 +4780,8 @@ def test_the_most_special_location_takes_a_request(tmp_path, host, path, name):
     assert config.route(message.host, message.path).name == name
 
 
-def test_a_group_of_a_host_that_has_no_such_path_leaves_it_to_the_next(tmp_path):
+def test_a_host_without_the_path(tmp_path):
+    """The next host group takes the request."""
     config = load_text(tmp_path, "".join("[location %s]\n%s" % (name, PASS) for name in
                                          ("a.b.test/x", "*.b.test/y", "*.test/z", "/w")))
     assert [config.route("a.b.test", path).name for path in ("/x", "/y", "/z", "/w")] == [
@@ -4771,12 +4795,12 @@ def test_a_location_of_a_wildcard_host_may_be_the_only_one(tmp_path):
     assert config.route("b.test", "/x") is None and config.route("ab.test", "/x") is None
 
 
-def test_an_exact_root_leaves_the_rest_to_the_backend_of_server(tmp_path):
+def test_exact_root(tmp_path):
     config = load_text(tmp_path, SERVER + "[location = /]\nreturn = 200 here\n")
     assert config.route("any", "/").name == "= /" and config.route("any", "/x").name == "/"
 
 
-def test_a_refused_target_reaches_no_backend_and_an_unknown_path_is_404(tmp_path):
+def test_unknown_path_is_404(tmp_path):
     with ScriptedBackend(respond(ok())) as backend:
         with running("[server]\n[location /a/]\nproxy_pass = http://%s\n" % backend.where,
                      tmp_path) as gate:
@@ -4797,7 +4821,8 @@ def test_the_bytes_of_a_target_reach_the_backend_unchanged(tmp_path):
                               [request(b"GET", target) for target in targets]) == targets
 
 
-def test_absolute_form_goes_on_in_origin_form_and_the_star_of_options_stays(tmp_path):
+def test_absolute_form_and_asterisk_form(tmp_path):
+    """The first is sent in origin-form, the second stays (RFC 9112 3.2)."""
     absolute = {b"ws://gate.test/a": b"/a", b"WSS://gate.test?b": b"/?b", b"http://gate.test": b"/",
                 b"http://gate.test/": b"/", b"HTTP://Gate.test/a//b?c//d": b"/a//b?c//d",
                 b"https://gate.test?a=b": b"/?a=b",
@@ -4830,7 +4855,7 @@ def test_a_uri_in_proxy_pass_replaces_the_matched_prefix(tmp_path, location, uri
         assert location.rewrite(message, location.proxy.uri) == wanted
 
 
-def test_a_backend_on_a_unix_socket_is_asked_with_the_uri_behind_it(tmp_path):
+def test_uri_after_a_unix_socket(tmp_path):
     path = os.path.join(str(tmp_path), "app.sock")
     with ScriptedBackend(respond(ok(b"by unix")), path=path) as backend:
         with running("[location /a/]\nproxy_pass = http://%s:/b/\n[server]\n" % backend.where,
@@ -4839,7 +4864,7 @@ def test_a_backend_on_a_unix_socket_is_asked_with_the_uri_behind_it(tmp_path):
             assert " unix:%s " % path in gate.line("/a/x")
 
 
-def test_return_answers_without_a_backend(tmp_path):
+def test_return(tmp_path):
     ini = ("[server]\n"
            "[location /code]\nreturn = 204\n"
            "[location /text]\nreturn = 200 hello $http_user_agent, 100%\n"
@@ -4896,7 +4921,8 @@ WAYS_TO_ADMIN = [
 
 
 @pytest.mark.parametrize("target", WAYS_TO_ADMIN)
-def test_a_guard_holds_for_every_spelling_by_which_a_backend_may_get_behind_it(tmp_path, target):
+def test_guard_of_a_prefix(tmp_path, target):
+    """It holds for every spelling that a backend may decode to the prefix."""
     with ScriptedBackend(respond(ok())) as backend:
         with running(GUARDED % (backend.where, backend.where, "deny = all"), tmp_path) as gate:
             response = gate.fetch(request(b"GET", target))
@@ -4914,7 +4940,8 @@ def test_a_guard_leaves_other_paths_alone(tmp_path, target):
             assert backend.connections
 
 
-def test_a_target_of_two_readings_passes_both_guards_and_the_first_serves_it(tmp_path):
+def test_target_with_two_readings(tmp_path):
+    """It must pass the guards of both."""
     users = write_file(tmp_path, "users", sha1_line("ann", b"one"))
     with ScriptedBackend(
             respond(ok(b"root"))) as root, ScriptedBackend(respond(ok(b"admin"))) as admin:
@@ -4931,7 +4958,7 @@ def test_a_target_of_two_readings_passes_both_guards_and_the_first_serves_it(tmp
             assert gate.fetch(request(b"GET", b"//admin/y")).body == b"admin"
 
 
-def test_a_path_without_its_slash_is_served_by_the_location_unless_another_takes_it(tmp_path):
+def test_prefix_without_its_slash(tmp_path):
     """It is forwarded as it came, without a redirect: some backends redirect the other way."""
     ini = ("[server]\n[location /app/]\nproxy_pass = http://BACKEND\n[location /both/]\n"
            "return = 204\n"
@@ -4964,7 +4991,8 @@ def test_a_replaced_prefix_without_its_slash_is_redirected(tmp_path, target, loc
 
 
 @BOTH_WAYS
-def test_refusals_come_in_one_order_and_leave_the_backend_alone(tmp_path, raw):
+def test_order_of_refusals(tmp_path, raw):
+    """None of them reaches the backend."""
     passwords = write_file(tmp_path, "users", sha1_line("ann", b"secret"))
     with ScriptedBackend() as backend, refusing_port() as dead:
         plain = "[server]\n[location /in/]\nproxy_pass = http://%s\n" % backend.where
@@ -5019,7 +5047,8 @@ def test_an_address_is_trusted_if_a_network_has_it(address, networks, expected):
     ("10.0.0.0/8 10.1.1.1", "10.1.0.0/16", "10.1.1.2", False), ("unix:", "all", "unix:", True),
     ("unix:", "all", "10.0.0.1", False), ("all", "all", "unix:", False),
     ("::ffff:10.0.0.0/104", "all", "10.0.0.1", True)])
-def test_the_narrowest_network_decides_and_allow_refuses_all_others(allow, deny, address, passes):
+def test_allow_and_deny(allow, deny, address, passes):
+    """The narrowest network decides; allow refuses all others."""
     rules = wsgate.Settings({"allow": wsgate.parse_networks(allow),
                              "deny": wsgate.parse_networks(deny)})
     with contextlib.ExitStack() as stack:
@@ -5090,8 +5119,7 @@ def test_an_origin_is_compared_in_linear_time():
 
 @pytest.mark.parametrize("believed, public, private",
                          [("127.0.0.1", 101, 403), ("10.0.0.1", 403, 101)])
-def test_same_origin_behind_a_trusted_proxy_is_that_of_x_forwarded_host(
-        tmp_path, believed, public, private):
+def test_same_origin_and_x_forwarded_host(tmp_path, believed, public, private):
     lines = "allowed_origins = same", "set_real_ip_from = " + believed
     with gate_and_backend(tmp_path, echo_service, *lines) as (gate, _):
         assert gate.fetch(handshake(b"/", b"Origin: https://public.test:8443",
@@ -5100,7 +5128,8 @@ def test_same_origin_behind_a_trusted_proxy_is_that_of_x_forwarded_host(
                                     b"X-Forwarded-Host: public.test")).status == private
 
 
-def test_a_denied_origin_is_logged_with_the_host_it_was_compared_to(tmp_path):
+def test_denied_origin_in_the_log(tmp_path):
+    """With the host that it was compared to."""
     with gate_and_backend(tmp_path, None, "allowed_origins = same") as (gate, backend):
         answer = gate.fetch(handshake(b"/", b"Origin: https://evil.test"))
         assert (answer.status, answer.reason) == (403, "origin_denied") and not backend.connections
@@ -5128,7 +5157,8 @@ def test_passwords_of_every_scheme_are_checked(tmp_path):
             assert answer.get(b"www-authenticate").startswith(b'Basic realm="')
 
 
-def test_a_changed_password_file_is_read_again_and_a_broken_one_is_not_taken(tmp_path):
+def test_changed_password_file(tmp_path):
+    """A broken one is ignored."""
     users = write_file(tmp_path, "users", sha1_line("ann", b"old"))
     with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users,
                  tmp_path) as gate:
@@ -5144,7 +5174,7 @@ def test_a_changed_password_file_is_read_again_and_a_broken_one_is_not_taken(tmp
         assert status(b"newer") == 200
 
 
-def test_a_bcrypt_line_is_a_configuration_error_that_says_what_to_do(tmp_path):
+def test_bcrypt_is_an_error(tmp_path):
     users = write_file(tmp_path, "users",
                        sha1_line("ann", b"one") + "bob:$2y$05$bvIG6Nmid91Mu9RcmmWZfO\n")
     error, = errors_of(tmp_path,
@@ -5180,7 +5210,8 @@ def test_the_auth_service_decides_and_failure_is_closed(tmp_path, raw, said, sta
                 assert answer_.get(b"x-other") is None
 
 
-def test_the_auth_service_is_asked_without_handshake_and_body(tmp_path):
+def test_request_to_the_auth_service(tmp_path):
+    """It has neither the handshake nor the body."""
     heads = []
 
     def yes(peer):
@@ -5227,7 +5258,7 @@ def test_the_auth_service_is_asked_without_handshake_and_body(tmp_path):
     ("X-Real-IP", "127.0.0.1", [b"X-Real-IP: 2001:db8::7", b"X-Forwarded-For: 6.6.6.6"],
      b"2001:db8::7"),
     ("X-Real-IP", "10.0.0.0/8", [b"X-Real-IP: 6.6.6.6"], b"127.0.0.1")])
-def test_only_trusted_proxies_say_who_the_client_is(tmp_path, header, believed, fields, client):
+def test_client_address_from_trusted_proxies(tmp_path, header, believed, fields, client):
     ini = "[server]\nset_real_ip_from = %s\nreal_ip_header = %s\nreturn = 200 $remote_addr\n" % (
         believed, header)
     with running(ini, tmp_path) as gate:
@@ -5237,7 +5268,7 @@ def test_only_trusted_proxies_say_who_the_client_is(tmp_path, header, believed, 
 
 @pytest.mark.parametrize("named", [b"203.0.113.9", b"203.0.113.9:51234", b"[2001:db8::7]:443",
                                    b"[2001:db8::7]"])
-def test_who_is_named_with_a_port_is_not_taken_for_the_proxy_that_is_allowed(tmp_path, named):
+def test_addresses_with_ports_in_x_forwarded_for(tmp_path, named):
     lines = "set_real_ip_from = 127.0.0.1", "allow = 127.0.0.1"
     with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
         assert gate.fetch(request(b"GET", b"/",
@@ -5257,7 +5288,7 @@ V2_TCP6 = bytes.fromhex("20010db8000000000000000000000009") * 2 + struct.pack("!
     (proxy_v2(0x21, 0x11, V2_TCP4 + b"\x04\0\x01x"), b"203.0.113.9"),
     (proxy_v2(0x21, 0x21, V2_TCP6), b"2001:db8::9"), (proxy_v2(0x20, 0x00, b""), b"127.0.0.1"),
     (proxy_v2(0x20, 0x11, V2_TCP4), b"127.0.0.1"), (proxy_v2(0x21, 0x00, b""), b"127.0.0.1")])
-def test_the_proxy_protocol_says_who_the_client_is(tmp_path, header, client):
+def test_client_address_from_the_proxy_protocol(tmp_path, header, client):
     with running(PROXY_INI % ("", "127.0.0.1"), tmp_path) as gate:
         for pieces in all_chunkings(header + request()):
             peer = gate.connect()
@@ -5288,7 +5319,7 @@ def test_a_proxy_header_of_a_stranger_closes(tmp_path):
 
 
 @pytest.mark.parametrize("raw", [request(), handshake()], ids=["http", "handshake"])
-def test_the_backend_is_told_the_client_by_the_proxy_protocol(tmp_path, raw):
+def test_proxy_protocol_to_the_backend(tmp_path, raw):
     lines = []
 
     def script(peer):
@@ -5324,7 +5355,8 @@ def test_a_limit_refuses_until_a_place_is_free(tmp_path, raw, where, line, statu
 
 
 @pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
-def test_a_flood_of_wrong_passwords_costs_the_memory_of_a_few_hashes(tmp_path):
+def test_memory_of_wrong_passwords(tmp_path):
+    """A flood of them costs the memory of a few hashes."""
     (tmp_path / "passwords").write_bytes(b"me:" + wsgate.hash_password(b"right") + b"\n")
     port = free_port()
     (tmp_path / "hash.ini").write_text("[server]\nlisten = 127.0.0.1:%d\nreturn = 200\n"
@@ -5345,7 +5377,7 @@ def test_a_flood_of_wrong_passwords_costs_the_memory_of_a_few_hashes(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
-def test_a_password_checked_while_its_file_changes_is_not_remembered(tmp_path, monkeypatch):
+def test_password_checked_while_the_file_changes(tmp_path, monkeypatch):
     path = tmp_path / "passwords"
     path.write_bytes(b"me:" + wsgate.hash_password(b"old") + b"\n")
     passwords = wsgate.PasswordFile(str(path))
@@ -5386,7 +5418,7 @@ def test_single_sign_on_from_login_to_socket(tmp_path):
             assert not field(heads[-1], b"remote-email") and not field(heads[-1], b"x-secret")
 
 
-def test_the_service_gets_the_url_that_was_asked_for(tmp_path):
+def test_url_for_the_auth_service(tmp_path):
     lines = "set_real_ip_from = 127.0.0.1",
     with signed_on(tmp_path, *lines) as (gate, sign_on, heads):
         gate.fetch(request(b"POST", b"/a?b", b"X-Forwarded-Proto: https",
@@ -5418,7 +5450,7 @@ SPELLINGS = [b"Remote-User", b"remote-user", b"REMOTE_USER", b"Remote_User", b"R
 @pytest.mark.parametrize("name", SPELLINGS)
 @pytest.mark.parametrize("line", [
     "", "underscores_in_headers = on", "set_real_ip_from = 127.0.0.1"])
-def test_a_client_cannot_set_what_auth_request_says(tmp_path, name, line):
+def test_auth_request_headers_from_clients(tmp_path, name, line):
     """Not in any spelling, not as a trailer, and not by naming it in Connection either."""
     with signed_on(tmp_path, line) as (gate, sign_on, heads):
         cookie = b"Cookie: session=alice"
@@ -5450,7 +5482,7 @@ def test_the_login_url_cannot_be_turned_into_another_host(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
-def test_a_wrong_password_costs_the_dearest_hash_whoever_is_named(tmp_path, monkeypatch):
+def test_time_of_wrong_passwords(tmp_path, monkeypatch):
     """Else the time of a refusal would show which users there are."""
     users = write_file(tmp_path, "users", sha1_line("ann", b"one") + "eve:%s\n"
                        % wsgate.hash_password(b"two").decode())
@@ -5466,7 +5498,8 @@ def test_a_wrong_password_costs_the_dearest_hash_whoever_is_named(tmp_path, monk
 
 
 @pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
-def test_wrong_passwords_beyond_a_queue_are_503_and_known_ones_pass(tmp_path):
+def test_queue_of_wrong_passwords(tmp_path):
+    """Beyond it 503; known passwords pass."""
     users = write_file(tmp_path, "users", "eve:%s\n" % wsgate.hash_password(b"two").decode())
     with running("[server]\nreturn = 200 in\nauth_basic_user_file = %s\n" % users,
                  tmp_path) as gate:
@@ -5485,7 +5518,7 @@ def test_wrong_passwords_beyond_a_queue_are_503_and_known_ones_pass(tmp_path):
         assert gate.fetch(request(b"GET", b"/", basic(b"eve", b"no"))).status == 401
 
 
-def test_a_password_file_may_begin_with_a_bom_and_have_comments(tmp_path):
+def test_password_file_with_bom_and_comments(tmp_path):
     lines = "\ufeff" + sha1_line("ann", b"one",
                                  b"salt").strip() + ":a comment\r\n\n#x\n" + sha1_line(
                                      "bob", b"two")
@@ -5498,7 +5531,7 @@ def test_a_password_file_may_begin_with_a_bom_and_have_comments(tmp_path):
 @pytest.mark.parametrize("line", ["ann", "ann:", "ann:{SHA}", "ann:{SHA}????", "ann:{SSHA}c2hvcnQ=",
                                   "ann:{MD5}x", "ann:{SHA}" + base64.b64encode(bytes(24)).decode(),
                                   "ann:{SCRYPT}c2hvcnQ="])
-def test_a_hash_that_cannot_be_checked_is_an_error_with_its_line(tmp_path, line):
+def test_unknown_hashes(tmp_path, line):
     with pytest.raises(ValueError, match="users:2: "):
         wsgate.PasswordFile(write_file(tmp_path, "users", "# one\n%s\n" % line))
 
@@ -5533,7 +5566,8 @@ def test_least_conn_never_differs_by_more_than_one_per_weight():
     assert [upstream.pick([], b"x").name for _ in range(10)] == ["a:1"] * 10
 
 
-def test_ip_hash_chooses_alike_everywhere_and_a_lost_server_moves_only_its_clients():
+def test_ip_hash():
+    """All processes agree, and a failed server moves only its own clients."""
     def choices(*lines):
         upstream = pool(*lines, balance="ip_hash")
         return [upstream.pick([], client.encode()).name for client in CLIENTS[:1000]]
@@ -5544,7 +5578,7 @@ def test_ip_hash_chooses_alike_everywhere_and_a_lost_server_moves_only_its_clien
         assert old == new if old != "b:1" else new in ("a:1", "c:1")
 
 
-def test_backups_serve_only_when_all_others_rest_and_a_down_server_never():
+def test_backup_and_down():
     upstream = pool("a:1", "b:1 backup", "c:1 down")
     assert {upstream.pick([], b"x").name for _ in range(5)} == {"a:1"}
     upstream.failed(upstream.servers[0], wsgate.BackendError(502, "backend_refused"))
@@ -5609,7 +5643,7 @@ def test_when_all_rest_each_is_tried_once(tmp_path):
             assert len(one.connections) + len(two.connections) == 7
 
 
-def test_a_get_is_asked_of_another_server_after_a_close_without_a_byte(tmp_path):
+def test_get_is_retried_after_an_empty_response(tmp_path):
     with ScriptedBackend(
             lambda peer: peer.head()) as mute, ScriptedBackend(echo_service) as backend:
         with running(ini_for_pool([mute.where + " weight=100", backend.where]), tmp_path) as gate:
@@ -5617,7 +5651,7 @@ def test_a_get_is_asked_of_another_server_after_a_close_without_a_byte(tmp_path)
             assert gate.line("failed=1", backend.where)
 
 
-def test_a_server_that_answered_half_a_head_is_not_replaced(tmp_path):
+def test_no_retry_after_half_a_head(tmp_path):
     with ScriptedBackend(
             respond(b"HTTP/1.1 200")) as half, ScriptedBackend(echo_service) as backend:
         with running(ini_for_pool([half.where + " weight=100", backend.where]), tmp_path) as gate:
@@ -5687,7 +5721,8 @@ def test_a_server_that_does_not_accept_in_time_is_504(tmp_path):
             sock.close()
 
 
-def test_a_name_that_does_not_resolve_is_a_warning_at_load_and_502_later(tmp_path):
+def test_unresolvable_backend(tmp_path):
+    """A warning at load, 502 later."""
     # The name of an interface that is not there: no name server is asked.
     ini = "[server]\nproxy_pass = http://[fe80::1%nosuch0]:9\n"
     with running(ini, tmp_path) as gate:
@@ -5726,7 +5761,8 @@ def test_a_backend_on_ipv6(tmp_path):
 
 
 @needs_unix
-def test_unix_sockets_on_both_sides_and_a_stale_one_is_replaced(tmp_path):
+def test_unix_sockets(tmp_path):
+    """A stale one is replaced."""
     front, back = str(tmp_path / "front"), str(tmp_path / "back")
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(front)
@@ -5762,7 +5798,7 @@ def test_who_comes_over_a_unix_socket_can_be_trusted(tmp_path, flag, lines, befo
 
 
 @needs_unix
-def test_a_unix_socket_that_answers_is_not_taken_away(tmp_path):
+def test_unix_socket_in_use(tmp_path):
     with ScriptedBackend(echo_service, path=str(tmp_path / "front")) as owner:
         with pytest.raises(wsgate.ConfigError, match="another program"):
             with running("[server]\nlisten = %s\nreturn = 200\n" % owner.where, tmp_path):
@@ -5790,7 +5826,7 @@ def test_a_backend_killed_under_live_tunnels_ends_only_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_a_resolver_that_hangs_does_not_outlast_proxy_connect_timeout(tmp_path, monkeypatch, count):
+def test_hanging_resolver(tmp_path, monkeypatch, count):
     """Requests for one name wait for one lookup, which runs in one thread until it ends."""
     release, asked = threading.Event(), []
 
@@ -5846,7 +5882,8 @@ def test_lookups_are_bounded_and_a_free_thread_takes_the_next(monkeypatch):
     eventually(lambda: not resolver.lookups)
 
 
-def test_an_address_that_failed_is_tried_last_and_the_one_that_worked_first():
+def test_order_of_addresses():
+    """The one that worked is first, those that failed are last."""
     with refusing_port() as dead, ScriptedBackend() as backend:
         server = wsgate.parse_server_line("name.test:80")
         where = [dead.sock.getsockname(), backend.listener.getsockname()]
@@ -5862,7 +5899,7 @@ def test_an_address_that_failed_is_tried_last_and_the_one_that_worked_first():
         assert [address for _, address in server.in_order(server.addresses(None))] == where
 
 
-def test_a_server_that_is_down_is_one_line_and_so_is_its_return(tmp_path):
+def test_log_of_a_failed_server(tmp_path):
     """Refused requests are lines of the access log only; the second line has their number."""
     with refusing_port() as dead:
         with running("[server]\nproxy_pass = http://%s\n" % dead.where, tmp_path) as gate:
@@ -5884,7 +5921,7 @@ def lines_about(gate, server):
     return [line for line in gate.errors if line.startswith("backend %s " % server.where)]
 
 
-def test_an_unavailable_server_is_tried_by_one_request_at_a_time():
+def test_unavailable_server():
     upstream = pool("a:1 fail_timeout=100s", "b:1")
     server = upstream.servers[0]
     upstream.failed(server, wsgate.BackendError(502, "backend_refused"))
@@ -5895,7 +5932,7 @@ def test_an_unavailable_server_is_tried_by_one_request_at_a_time():
     assert [upstream.pick([], b"x").name for _ in range(8)].count("a:1") == 4
 
 
-def test_a_response_to_a_request_from_before_the_failure_brings_no_server_back():
+def test_response_from_before_the_failure():
     """A backend that restarts finishes old requests while it refuses new connections."""
     upstream = pool("a:1", "b:1")
     server = upstream.servers[0]
@@ -5907,7 +5944,7 @@ def test_a_response_to_a_request_from_before_the_failure_brings_no_server_back()
     assert server.available(time.monotonic())
 
 
-def test_a_failure_while_unavailable_extends_it_whatever_max_fails_is():
+def test_failure_while_unavailable():
     upstream = pool("a:1 max_fails=3 fail_timeout=10s", "b:1")
     server, error = upstream.servers[0], wsgate.BackendError(502, "backend_refused")
     for _ in range(3):
@@ -5940,7 +5977,8 @@ COOKIES = {b"Cookie: a=1; io=%s": True, b"Cookie: io=%s; a=1": True, b"Cookie: I
 
 
 @pytest.mark.parametrize("field_, counts", COOKIES.items())
-def test_balance_by_cookie_hashes_its_value_and_the_address_where_it_is_absent(field_, counts):
+def test_balance_by_cookie(field_, counts):
+    """By address where the cookie is absent."""
     upstream = pool("a:1", "b:1", "c:1", balance="cookie io")
 
     def choose(value, client="10.0.0.1"):
@@ -5974,7 +6012,8 @@ HOP_BY_HOP_LINES = (b"Keep-Alive: timeout=5", b"Proxy-Connection: keep-alive", b
                     b"Upgrade: h2c", b"HTTP2-Settings: AAMA", b"X-Named: 1", b"x-named: 2")
 
 
-def test_a_request_goes_on_as_it_came_without_what_is_for_one_connection_only(tmp_path):
+def test_request_fields_for_the_backend(tmp_path):
+    """All but hop-by-hop fields are unchanged."""
     raw = request(b"GET", b"/%61//?b=c&&%zz", b"x-Lower: 1", b"Host: App.example:8080",
                   b"X-UPPER:2",
                   b"Connection: keep-alive , X-NAMED", b"Accept-Encoding:", b"X_Under: 1",
@@ -5992,7 +6031,8 @@ def test_a_request_goes_on_as_it_came_without_what_is_for_one_connection_only(tm
             b"X-Forwarded-Host: App.example:8080", b"X-Real-IP: 127.0.0.1"]
 
 
-def test_an_answer_goes_on_as_it_came_without_what_is_for_one_connection_only(tmp_path):
+def test_response_fields_for_the_client(tmp_path):
+    """All but hop-by-hop fields are unchanged."""
     with http_exchange(tmp_path, request()) as (_, client, peer, _):
         peer.send(ok(b"ok", b"set-cookie: a=1; Expires=Thu, 01 Jan 2026 00:00:00 GMT", b"X-b:1",
                      b"X_Under: 1",
@@ -6026,7 +6066,7 @@ FORWARDED_LINES = (b"X-Forwarded-For: 9.9.9.9, 10.0.0.1", b"X-Forwarded-For: 10.
      (b"9.9.9.9, unknown, 127.0.0.1", b"http", b"gate.test", b"127.0.0.1", None, None)),
     (("set_real_ip_from = 127.0.0.1",), (), (b"127.0.0.1", b"http", b"gate.test", b"127.0.0.1",
                                              None, None))])
-def test_only_a_trusted_proxy_may_say_who_the_client_is(tmp_path, lines, fields, expected):
+def test_forwarding_fields_of_trusted_proxies(tmp_path, lines, fields, expected):
     with http_exchange(tmp_path, request(b"GET", b"/", *fields), *lines) as (_, _, _, head):
         names = (b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip",
                  b"forwarded", b"x-forwarded-prefix")
@@ -6035,13 +6075,15 @@ def test_only_a_trusted_proxy_may_say_who_the_client_is(tmp_path, lines, fields,
         assert len(field(head, b"x-forwarded-unheard")) == bool(expected[4])
 
 
-def test_the_backend_of_a_request_without_host_gets_its_own_name_for_one(tmp_path):
+def test_host_of_a_request_without_host(tmp_path):
+    """It is the name of the backend."""
     with http_exchange(tmp_path, b"GET / HTTP/1.0\r\nX: y\r\n\r\n") as (_, client, peer, head):
         assert field(head, b"host") == [b"127.0.0.1:%d" % peer.sock.getsockname()[1]]
         assert not field(head, b"x-forwarded-host") and head.startswith(b"GET / HTTP/1.1\r\n")
 
 
-def test_the_backend_on_a_unix_socket_of_a_request_without_host_is_localhost(tmp_path):
+def test_host_for_a_unix_socket(tmp_path):
+    """Without Host it is localhost."""
     with ScriptedBackend(
             lambda peer: peer.send(ok(peer.head())), path=str(tmp_path / "back")) as backend:
         with running(ini_for(backend), tmp_path) as gate:
@@ -6052,7 +6094,7 @@ ADDED = ("add_header = Strict-Transport-Security: max-age=63072000", "    Server
          "    X-Up: $remote_addr", "    Set-Cookie: edge=1")
 
 
-def test_add_header_sets_replaces_and_removes_fields_of_a_response(tmp_path):
+def test_add_header(tmp_path):
     answered = ok(b"ok", b"Server: secret/1", b"x-up: backend", b"Set-Cookie: a=1",
                   b"strict-transport-security: no")
     with gate_and_backend(tmp_path, respond(answered), *ADDED) as (gate, _):
@@ -6164,7 +6206,7 @@ def test_x_forwarded_prefix_is_what_was_replaced(tmp_path, location, uri, lines,
             assert field(head, b"x-forwarded-prefix") == prefix
 
 
-def test_proxy_pass_websocket_takes_the_sockets_and_proxy_pass_the_rest(tmp_path):
+def test_proxy_pass_websocket(tmp_path):
     with ScriptedBackend(respond(ok(b"page"))) as pages, ScriptedBackend(echo_service) as sockets:
         ini = ("[server]\n[location /live/]\nproxy_pass = http://%s\n"
                "proxy_pass_websocket = http://%s/sub/\n" % (pages.where, sockets.where))
@@ -6203,7 +6245,8 @@ def test_fields_with_underscores_pass_only_if_allowed(tmp_path, line, names):
 @pytest.mark.parametrize("spelling", [
     b"X.Forwarded.For", b"X!Forwarded!For", b"x-forwarded_for", b"X-Forwarded.Proto", b"X.Real.IP",
     b"Forwarded", b"X-Original-URL", b"X-Original.URI", b"X-Rewrite-URL"])
-def test_forwarding_fields_of_strangers_are_dropped_in_every_spelling(tmp_path, spelling):
+def test_forwarding_fields_of_clients(tmp_path, spelling):
+    """They are dropped, in every spelling."""
     with gate_and_backend(tmp_path, lambda peer: peer.send(ok(peer.head()))) as (gate, _):
         assert b"6.6.6.6" not in gate.fetch(request(b"GET", b"/", spelling + b": 6.6.6.6")).body
 
@@ -6217,7 +6260,8 @@ def test_forwarding_fields_of_strangers_are_dropped_in_every_spelling(tmp_path, 
     (b"/ok?\xe9", b"gate.test"),
     (b"/", b"evil.test"),
 ])
-def test_no_byte_of_host_or_uri_splits_a_response_or_names_another_host(tmp_path, target, host):
+def test_redirects_are_safe(tmp_path, target, host):
+    """No byte of Host or URI splits a response or names another host."""
     ini = ("[server]\nadd_header = X-Host: $host\n  X-URI: $request_uri\n"
            "[location /]\nreturn = 302 $request_uri\n"
            "[location /ok]\nreturn = 301 https://$host$request_uri\n")
@@ -6281,7 +6325,8 @@ def test_a_peer_on_a_unix_socket_is_not_in_forwarding_fields(tmp_path):
     custom_handshake(more=b"Sec-WebSocket-Protocol: chat, v2\r\nsec-websocket-PROTOCOL: v3\r\n"
                 b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits"),
 ])
-def test_a_handshake_reaches_the_backend_with_upgrade_and_connection_said_once(tmp_path, raw):
+def test_handshake_for_the_backend(tmp_path, raw):
+    """Upgrade and Connection appear once."""
     with gate_and_backend(tmp_path) as (gate, backend):
         client = gate.connect().send(raw)
         head = backend.connection().head()
@@ -6309,7 +6354,8 @@ def test_a_handshake_reaches_the_backend_with_upgrade_and_connection_said_once(t
     custom_handshake(upgrade=b"Upgrade: TLS/1.0", key=b""),
     custom_handshake(upgrade=b"Upgrade: websockets", key=b""),
 ])
-def test_what_is_no_handshake_goes_on_as_plain_http_without_upgrade(tmp_path, raw):
+def test_upgrade_without_a_handshake(tmp_path, raw):
+    """It is forwarded as plain HTTP, without Upgrade."""
     with gate_and_backend(tmp_path, lambda peer: peer.send(ok(peer.head()))) as (gate, backend):
         method = raw.split(b" ")[0]
         response = gate.fetch(raw, method)
@@ -6342,8 +6388,8 @@ def test_what_is_no_handshake_goes_on_as_plain_http_without_upgrade(tmp_path, ra
     (custom_handshake(more=b"Transfer-Encoding: chunked", body=b"0\r\n\r\n"), 400, "bad_handshake",
      b"body"),
 ])
-def test_a_broken_handshake_is_refused_with_an_explanation_and_no_backend_sees_it(
-        tmp_path, raw, status, reason, text):
+def test_invalid_handshakes(tmp_path, raw, status, reason, text):
+    """They are refused with an explanation and reach no backend."""
     with gate_and_backend(tmp_path) as (gate, backend):
         client = gate.connect().send(raw, frame(1, b"early", b"abcd"))
         response = client.response()
@@ -6390,7 +6436,7 @@ UNASKED = request()
     (request(b"POST", b"/", b"Upgrade: websocket", b"Connection: Upgrade", body=b"abc"),
      switching()),
 ])
-def test_a_101_that_does_not_answer_the_question_is_502_and_no_tunnel(tmp_path, raw, answered):
+def test_invalid_101(tmp_path, raw, answered):
     with nothing_left(), gate_and_backend(tmp_path) as (gate, backend):
         client = gate.connect().send(raw)
         server = backend.connection()
@@ -6430,7 +6476,7 @@ def test_a_subprotocol_that_was_offered_is_chosen(tmp_path):
      b"websocket"),
     ("strict_handshake = off", custom_handshake(upgrade=b""), 200, None),
 ])
-def test_the_location_says_what_may_be_upgraded(tmp_path, line, raw, status, reaches):
+def test_upgrade(tmp_path, line, raw, status, reaches):
     heads = []
 
     def script(peer):
@@ -6457,7 +6503,7 @@ TWO_LINES = custom_handshake(upgrade=b"Upgrade: foo/1\r\nupgrade: bar", key=b"",
     (LIST_OF_TWO, b"foo/1, bar", 101), (LIST_OF_TWO, b"other", 502),
     (LIST_OF_TWO, b"foo/1, other", 502), (LIST_OF_TWO, b"", 502),
 ])
-def test_of_several_protocols_that_are_asked_for_one_is_chosen(tmp_path, raw, chosen, status):
+def test_upgrade_to_one_of_several_protocols(tmp_path, raw, chosen, status):
     with gate_and_backend(tmp_path, None, "upgrade = any") as (gate, backend):
         client = gate.connect().send(raw)
         server = backend.connection()
@@ -6472,7 +6518,7 @@ def test_of_several_protocols_that_are_asked_for_one_is_chosen(tmp_path, raw, ch
         server.close()
 
 
-def test_a_websocket_handshake_is_checked_also_where_any_protocol_may_be_asked_for(tmp_path):
+def test_upgrade_any_checks_websocket(tmp_path):
     with gate_and_backend(tmp_path, None, "upgrade = any") as (gate, backend):
         raw = custom_handshake(upgrade=b"Upgrade: websocket, foo", key=b"Sec-WebSocket-Key: short")
         response = gate.fetch(raw)
@@ -6494,8 +6540,8 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("status, answered", REFUSALS, ids=[str(status) for status, _ in REFUSALS])
-def test_a_refused_handshake_is_passed_on_whole_and_both_sides_are_closed(
-        tmp_path, status, answered):
+def test_handshake_refused_by_the_backend(tmp_path, status, answered):
+    """Its response is passed on, then both sides are closed."""
     seen = []
 
     def script(peer):
@@ -6524,7 +6570,7 @@ def test_a_refused_handshake_is_passed_on_whole_and_both_sides_are_closed(
 
 @pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n",
                                      b"HTTP/1.1 103 Hints\r\nLink: </a>\r\n\r\n" * 2])
-def test_an_interim_answer_is_not_taken_for_the_101(tmp_path, interim):
+def test_interim_response_before_the_101(tmp_path, interim):
     with gate_and_backend(tmp_path) as (gate, backend):
         client = gate.connect().send(handshake())
         server = backend.connection()
@@ -6538,7 +6584,8 @@ def test_an_interim_answer_is_not_taken_for_the_101(tmp_path, interim):
         line_of(gate, client, server)
 
 
-def test_early_bytes_are_held_until_the_101_and_those_behind_it_belong_to_the_tunnel(tmp_path):
+def test_early_bytes(tmp_path):
+    """They wait for the 101; bytes after it belong to the tunnel."""
     with gate_and_backend(tmp_path) as (gate, backend):
         early, behind = frame(1, b"early", b"abcd"), frame(2, b"behind")
         client = gate.connect().send(handshake(), early)
@@ -6551,7 +6598,7 @@ def test_early_bytes_are_held_until_the_101_and_those_behind_it_belong_to_the_tu
         assert "up=1/11B down=1/8B" in line_of(gate, client, server)
 
 
-def test_much_early_data_is_not_lost(tmp_path, relay_mode):
+def test_much_early_data(tmp_path, relay_mode):
     early = frame(2, os.urandom(300000), b"abcd")
     with nothing_left(), gate_and_backend(tmp_path) as (gate, backend):
         client = gate.connect()
@@ -6566,7 +6613,8 @@ def test_much_early_data_is_not_lost(tmp_path, relay_mode):
         line_of(gate, client, server)
 
 
-def test_hop_by_hop_fields_leave_the_101_and_cookies_stay_apart(tmp_path):
+def test_fields_of_the_101(tmp_path):
+    """Hop-by-hop fields are removed, cookies stay separate."""
     answered = switching(b"Set-Cookie: a=1, b", b"Keep-Alive: timeout=5", b"X-Private: 1",
                          b"Proxy-Connection: x",
                          b"Content-Length: 5", b"Set-Cookie: c=2", b"X-Kept: yes",
@@ -6589,8 +6637,7 @@ def test_hop_by_hop_fields_leave_the_101_and_cookies_stay_apart(tmp_path):
     (b"good", b"nonsense\r\n\r\n", 4502, b"backend_bad_response"),
     (b"evil", b"", 4403, b"origin_denied"),
 ])
-def test_reject_with_close_says_it_in_a_close_frame_that_javascript_can_read(
-        tmp_path, origin, answered, code, reason):
+def test_reject_with_close(tmp_path, origin, answered, code, reason):
     lines = "reject_with = close", "allowed_origins = https://good.test"
     with gate_and_backend(tmp_path, respond(answered), *lines) as (gate, _):
         client = gate.connect().send(handshake(b"/", b"Origin: https://%s.test" % origin))
@@ -6635,7 +6682,7 @@ DOCKER_CHUNKED = (b"POST /exec/1/start HTTP/1.1\r\nHost: gate.test\r\nConnection
     (request(b"PUT", b"/", b"Connection: x, UPGRADE", b"Upgrade: a/1", b"Upgrade: B"),
      b"", b"a/1, B"),
 ])
-def test_any_protocol_is_tunnelled_after_the_body_of_any_method(tmp_path, raw, body, protocol):
+def test_upgrade_of_a_request_with_a_body(tmp_path, raw, body, protocol):
     """docker exec, kubectl exec and headscale upgrade a POST; its body is not of the tunnel."""
     with nothing_left(), gate_and_backend(tmp_path, None, "upgrade = any") as (gate, backend):
         client = gate.connect().send(raw, b"early")
@@ -6779,7 +6826,8 @@ def test_bodies_pass_whole_in_every_framing(tmp_path, up, down):
         assert gate.line("up=0/3000", "down=0/3000")
 
 
-def test_chunks_are_written_again_without_extensions_and_trailers_pass_unless_forbidden(tmp_path):
+def test_chunked_bodies_are_rewritten(tmp_path):
+    """Without extensions and without forbidden trailers."""
     with http_exchange(tmp_path, CHUNKED_POST + CHUNKED_IN) as (_, client, peer, head):
         assert field(head, b"transfer-encoding") == [b"chunked"]
         assert peer.read(len(CHUNKED_OUT)) == CHUNKED_OUT
@@ -6798,8 +6846,7 @@ def test_chunks_are_written_again_without_extensions_and_trailers_pass_unless_fo
     (b"GET", b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", None),
     (b"GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", b"5"),
     (b"GET", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"0")])
-def test_answers_without_a_body_leave_the_connection_for_the_next_request(
-        tmp_path, method, raw, kept):
+def test_responses_without_a_body(tmp_path, method, raw, kept):
     def script(peer):
         peer.send(raw if read_request(peer)[0].split(b" ")[1] == b"/first" else ok(b"second"))
         peer.ended()
@@ -6814,7 +6861,8 @@ def test_answers_without_a_body_leave_the_connection_for_the_next_request(
 @pytest.mark.parametrize("raw, body", [(OK + CHUNKED + CHUNKED_IN, b"hello, world0123456789"),
                                        (ok(b"hello"), b"hello"),
                                        (b"HTTP/1.1 200 OK\r\n\r\nhello", b"hello")])
-def test_an_http_1_0_client_gets_no_chunks_no_interim_answer_and_one_answer(tmp_path, raw, body):
+def test_http_1_0_clients(tmp_path, raw, body):
+    """No chunks, no interim responses, one response."""
     early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
     with gate_and_backend(tmp_path, respond(early + raw)) as (gate, _):
         client = gate.connect().send(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
@@ -6825,7 +6873,8 @@ def test_an_http_1_0_client_gets_no_chunks_no_interim_answer_and_one_answer(tmp_
         client.close()
 
 
-def test_interim_answers_pass_and_the_body_is_sent_when_the_backend_wants_it(tmp_path):
+def test_interim_responses(tmp_path):
+    """The body follows when the backend sends 100."""
     raw = request(b"POST", b"/", b"Expect: 100-continue", b"Content-Length: 5")
     with http_exchange(tmp_path, raw) as (_, client, peer, head):
         assert field(head, b"expect") == [b"100-continue"] and peer.silent(20 * MS)
@@ -6840,7 +6889,7 @@ def test_interim_answers_pass_and_the_body_is_sent_when_the_backend_wants_it(tmp
         assert client.response().body == b"ok"
 
 
-def test_as_many_as_32_interim_answers_pass(tmp_path):
+def test_at_most_32_interim_responses(tmp_path):
     hints = b"HTTP/1.1 103 Early Hints\r\n\r\n"
     with gate_and_backend(tmp_path, respond(hints * 32, ok())) as (gate, _):
         client = gate.connect().send(request())
@@ -6849,7 +6898,7 @@ def test_as_many_as_32_interim_answers_pass(tmp_path):
         client.close()
 
 
-def test_a_backend_that_does_not_want_the_body_says_so_instead_of_100(tmp_path):
+def test_final_response_in_place_of_100(tmp_path):
     raw = request(b"POST", b"/", b"Expect: 100-continue", b"Content-Length: 5")
     with http_exchange(tmp_path, raw) as (_, client, peer, _):
         peer.send(b"HTTP/1.1 417 Expectation Failed\r\nContent-Length: 0\r\n\r\n")
@@ -6871,7 +6920,8 @@ def test_upload_and_download_run_at_once(tmp_path):
         assert (peer.read(5), client.read(5)) == (b"0\r\n\r\n", b"0\r\n\r\n")
 
 
-def test_an_answer_may_come_before_the_upload_is_over_and_ends_the_connection(tmp_path):
+def test_response_before_the_end_of_the_upload(tmp_path):
+    """It closes the connection."""
     with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: 1000")
                        + b"begun") as (_, client, peer, _):
         peer.send(ok(b"enough"))
@@ -6881,7 +6931,7 @@ def test_an_answer_may_come_before_the_upload_is_over_and_ends_the_connection(tm
         assert client.ended()
 
 
-def test_what_is_left_of_an_upload_is_never_a_request_though_the_backend_resets(tmp_path):
+def test_rest_of_an_upload_is_no_request(tmp_path):
     def script(peer):
         peer.read_until(b"x" * 100)
         peer.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
@@ -6918,7 +6968,8 @@ def test_a_slow_backend_is_not_buffered_for(tmp_path):
         assert receives(peer, sent)
 
 
-def test_requests_follow_each_other_on_one_connection_and_each_has_a_backend_connection(tmp_path):
+def test_pipelined_requests(tmp_path):
+    """Each has a backend connection of its own."""
     targets = [b"/%d" % number for number in range(5)]
 
     def script(peer):
@@ -6941,7 +6992,8 @@ def test_requests_follow_each_other_on_one_connection_and_each_has_a_backend_con
 
 
 @pytest.mark.parametrize("raw", [ok(b"right"), OK + CHUNKED + chunked_body(b"right")])
-def test_bytes_behind_a_complete_answer_are_never_the_next_answer(tmp_path, raw):
+def test_bytes_after_a_response(tmp_path, raw):
+    """They are not the next response."""
     with gate_and_backend(tmp_path, respond(raw, ok(b"wrong"))) as (gate, _):
         client = gate.connect()
         for _ in range(3):
@@ -6953,7 +7005,7 @@ def test_bytes_behind_a_complete_answer_are_never_the_next_answer(tmp_path, raw)
 @pytest.mark.parametrize("begun", [b"Content-Length: 9\r\n\r\nhell", CHUNKED + b"9\r\nhell",
                                    b"\r\nhell"])
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_an_answer_cut_by_its_backend_is_cut_for_the_client(tmp_path, begun, how):
+def test_truncated_response(tmp_path, begun, how):
     with http_exchange(tmp_path, request()) as (gate, client, peer, _):
         peer.send(b"HTTP/1.1 200 OK\r\n" + begun)
         client.read_until(b"hell")
@@ -6965,7 +7017,8 @@ def test_an_answer_cut_by_its_backend_is_cut_for_the_client(tmp_path, begun, how
                                                and how == "close" else "backend_"))
 
 
-def test_a_backend_that_dies_before_it_answers_is_502_and_the_client_may_ask_again(tmp_path):
+def test_backend_closes_before_responding(tmp_path):
+    """502, and the client connection stays open."""
     with http_exchange(tmp_path, request()) as (_, client, peer, _):
         peer.reset()
         response = client.response()
@@ -6986,8 +7039,8 @@ def test_a_head_that_drips_is_408_in_time(tmp_path):
         client.close()
 
 
-def test_the_second_head_has_its_own_time_and_a_silent_connection_is_closed_without_a_word(
-        tmp_path):
+def test_time_limits_of_heads(tmp_path):
+    """Each head has its own; a silent connection is closed without a response."""
     with gate_and_backend(tmp_path, respond(ok()), *TIMES_200MS) as (gate, _):
         client = gate.connect()
         assert client.silent(120 * MS) and client.send(request()).response().status == 200
@@ -7004,7 +7057,7 @@ def test_the_second_head_has_its_own_time_and_a_silent_connection_is_closed_with
         client.close()
 
 
-def test_an_empty_line_behind_a_body_is_not_the_beginning_of_a_request(tmp_path):
+def test_empty_line_after_a_body(tmp_path):
     lines = ["client_header_timeout = " + ini_ms(60), "keepalive_timeout = " + ini_ms(400)]
     with gate_and_backend(tmp_path, respond(ok()), *lines) as (gate, _):
         client = gate.connect()
@@ -7028,14 +7081,15 @@ def test_a_body_that_stops_is_408_and_one_that_drips_is_not(tmp_path):
         assert (response.status, response.reason) == (408, "body_timeout") and peer.ended()
 
 
-def test_a_backend_that_does_not_answer_is_504(tmp_path):
+def test_backend_timeout(tmp_path):
     with http_exchange(tmp_path, request(), *TIMES_200MS) as (_, client, peer, _):
         with takes(150, 700):
             response = client.response()
         assert (response.status, response.reason) == (504, "backend_timeout") and peer.ended()
 
 
-def test_a_backend_that_stops_in_its_answer_is_cut_and_one_that_drips_is_not(tmp_path):
+def test_backend_that_stops_in_a_body(tmp_path):
+    """One that is slow is not cut."""
     with http_exchange(tmp_path, request(), *TIMES_200MS) as (gate, client, peer, _):
         peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n")
         client.head()
@@ -7058,7 +7112,7 @@ def test_a_backend_that_takes_no_more_of_the_body_is_504(tmp_path):
         assert (response.status, response.reason) == (504, "backend_timeout")
 
 
-def test_a_client_that_takes_no_more_of_the_answer_is_cut(tmp_path):
+def test_send_timeout(tmp_path):
     with http_exchange(tmp_path, request(), *TIMES_200MS) as (gate, client, peer, _):
         peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 << 20))
         with takes(180, 4000):
@@ -7068,7 +7122,7 @@ def test_a_client_that_takes_no_more_of_the_answer_is_cut(tmp_path):
         assert ends_by_reset(client) and peer.ended()
 
 
-def test_keepalive_timeout_0_means_one_request_each_also_for_the_gates_own_answers(tmp_path):
+def test_keepalive_timeout_0(tmp_path):
     lines = "keepalive_timeout = 0", "[location /own]", "return = 200 own", "[location /]"
     with gate_and_backend(tmp_path, respond(ok()), *lines) as (gate, _):
         for target in (b"/", b"/own"):
@@ -7097,7 +7151,7 @@ def test_client_max_body_size_holds_for_both_framings(tmp_path, raw, status):
         assert (b"Content-Length: 9" not in raw or not backend.connections)
 
 
-def test_the_backend_of_a_client_that_went_away_is_let_go_within_a_second(tmp_path):
+def test_client_gone_closes_the_backend(tmp_path):
     cases = [(how, raw, begun) for how in ("close", "finish", "reset") for raw, begun in (
         (request(), b""), (request(b"POST", body=b"hello"), b""), (CHUNKED_POST + b"5\r\nhel", b""),
         (request(), b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhell"))]
@@ -7118,7 +7172,8 @@ def test_the_backend_of_a_client_that_went_away_is_let_go_within_a_second(tmp_pa
             client.close()
 
 
-def test_a_client_that_only_says_it_will_send_no_more_gets_an_answer_that_comes_soon(tmp_path):
+def test_half_closed_client(tmp_path):
+    """It gets a response that comes soon."""
     with http_exchange(tmp_path, request(b"POST", body=b"hello")) as (_, client, peer, _):
         client.finish()
         assert peer.read(5) == b"hello" and peer.silent(50 * MS)
@@ -7126,7 +7181,7 @@ def test_a_client_that_only_says_it_will_send_no_more_gets_an_answer_that_comes_
         assert client.response().body == b"ok"
 
 
-def test_a_broken_backend_behind_a_slow_reader_costs_no_cpu(tmp_path):
+def test_no_cpu_for_a_broken_backend(tmp_path):
     with http_exchange(tmp_path, request()) as (_, client, peer, _):
         peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 << 20))
         fill(peer)
@@ -7136,7 +7191,7 @@ def test_a_broken_backend_behind_a_slow_reader_costs_no_cpu(tmp_path):
         assert not ends_by_reset(client)
 
 
-def test_what_a_backend_has_sent_before_it_died_reaches_a_slow_reader(tmp_path):
+def test_bytes_before_a_reset_reach_a_slow_reader(tmp_path):
     script = respond(OK + b"Content-Length: 900000\r\n\r\n" + b"x" * 600000)
     with gate_and_backend(tmp_path, script) as (gate,
                                                 _), contextlib.closing(socket.socket()) as sock:
@@ -7147,7 +7202,7 @@ def test_what_a_backend_has_sent_before_it_died_reaches_a_slow_reader(tmp_path):
         assert client.read(600000) == b"x" * 600000 and not ends_by_reset(client)
 
 
-def test_a_client_that_ends_in_an_upload_that_nobody_takes_costs_no_cpu(tmp_path):
+def test_no_cpu_for_a_stalled_upload(tmp_path):
     with http_exchange(tmp_path, request(b"POST", b"/",
                                          b"Content-Length: %d"
                                          % (64 << 20))) as (gate, client, peer, _):
@@ -7159,7 +7214,7 @@ def test_a_client_that_ends_in_an_upload_that_nobody_takes_costs_no_cpu(tmp_path
         assert cpu_while_waiting(300) < 50 * MS
 
 
-def test_a_refused_upload_still_gets_to_read_its_answer(tmp_path):
+def test_refused_upload(tmp_path):
     with gate_and_backend(tmp_path, None, "client_max_body_size = 1m") as (gate, _):
         client = gate.connect().send(request(b"POST", b"/", body=b"x" * (3 << 20)))
         response = client.response()
@@ -7180,8 +7235,8 @@ def test_a_refused_upload_still_gets_to_read_its_answer(tmp_path):
     ("client_max_body_size = 1", request(b"POST", b"/app/", body=b"xy"), b"413 ", "body_too_large",
      b"client_max_body_size is 1\n", False),
     ("", request(b"GET", b"/app/"), b"502 Bad Gateway", "backend_refused", b"", True)])
-def test_an_answer_of_the_gate_itself_says_why_in_three_places(tmp_path, line, raw, status, reason,
-                                                               detail, kept):
+def test_responses_of_the_gate(tmp_path, line, raw, status, reason, detail, kept):
+    """The reason is in the body, in X-Wsgate-Reason and in the log."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and never listens
         ini = "[server]\n%s\n[location /app]\nproxy_pass = http://127.0.0.1:%d" % (
@@ -7201,7 +7256,7 @@ def test_an_answer_of_the_gate_itself_says_why_in_three_places(tmp_path, line, r
             assert gate.line(" %d " % response.status, "reason=" + reason)
 
 
-def test_a_response_head_that_drips_is_504_after_proxy_read_timeout(tmp_path):
+def test_slow_response_head(tmp_path):
     """The time is that of the whole head: a byte now and then does not extend it."""
     with http_exchange(tmp_path, request(), "proxy_read_timeout = " + ini_ms(300)) as (
             gate, client, peer, _):
@@ -7211,7 +7266,7 @@ def test_a_response_head_that_drips_is_504_after_proxy_read_timeout(tmp_path):
         assert (response.status, response.reason) == (504, "backend_timeout")
 
 
-def test_trailers_that_the_gate_or_connection_names_are_dropped(tmp_path):
+def test_dropped_trailers(tmp_path):
     head = request(b"POST", b"/", b"Transfer-Encoding: chunked", b"Connection: X-Hop")
     lines = ["proxy_set_header = X-User: none"]
     with http_exchange(tmp_path, head + chunked_body(b"x")[:-2] + b"X-User: root\r\nX-Hop: 1\r\n"
@@ -7224,7 +7279,7 @@ def test_trailers_that_the_gate_or_connection_names_are_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["up", "down"])
-def test_a_large_body_is_spliced_and_its_pipe_is_closed_after_it(tmp_path, monkeypatch, what):
+def test_large_bodies_are_spliced(tmp_path, monkeypatch, what):
     if not wsgate.CAN_SPLICE:
         pytest.skip("no os.splice here")
     spliced, splice = [], os.splice
@@ -7277,7 +7332,7 @@ def test_bytes_pass_unchanged_both_ways_at_once_in_any_pieces(tmp_path, relay_mo
         assert ("frames=lost" in line) == (kind == "lost")
 
 
-def test_two_sides_that_both_stop_reading_are_held_back_and_do_not_deadlock(tmp_path, relay_mode):
+def test_back_pressure_both_ways(tmp_path, relay_mode):
     with raw_tunnel(tmp_path) as (gate, client, server):
         small_buffers(gate, client, server)
         block = os.urandom(65521)
@@ -7292,8 +7347,8 @@ def test_two_sides_that_both_stop_reading_are_held_back_and_do_not_deadlock(tmp_
 
 @pytest.mark.parametrize("first", ["client", "backend"])
 @pytest.mark.parametrize("kind", ["bytes", "frames"])
-def test_whoever_ends_first_all_its_bytes_are_delivered_before_the_end(
-        tmp_path, relay_mode, first, kind):
+def test_all_bytes_before_the_end(tmp_path, relay_mode, first, kind):
+    """Whichever side ends first."""
     with (raw_tunnel if kind == "bytes" else tunnel)(tmp_path) as (gate, client, server):
         ending, other = (client, server) if first == "client" else (server, client)
         mask = b"abcd" if first == "client" else None
@@ -7310,8 +7365,7 @@ def test_whoever_ends_first_all_its_bytes_are_delivered_before_the_end(
 
 
 @pytest.mark.parametrize("first", ["client", "backend"])
-def test_a_half_close_of_raw_bytes_is_passed_on_and_the_other_way_goes_on(
-        tmp_path, relay_mode, first):
+def test_half_close(tmp_path, relay_mode, first):
     with raw_tunnel(tmp_path) as (gate, client, server):
         ending, other = (client, server) if first == "client" else (server, client)
         ending.send(b"last words").finish()
@@ -7362,7 +7416,8 @@ def test_a_reset_is_noticed_while_the_tunnel_is_stalled(tmp_path, constants, fir
         assert "close=" + first in line_of(gate, client, server)
 
 
-def test_a_tunnel_is_closed_after_idle_timeout_and_any_byte_either_way_starts_it_afresh(tmp_path):
+def test_idle_timeout(tmp_path):
+    """Any byte in either direction restarts it."""
     http = ["%s = %s" % (name, ini_ms(100))
             for name in ("client_header_timeout", "keepalive_timeout")]
     with tunnel(tmp_path, "idle_timeout = " + ini_ms(300), *http) as (gate, client, server):
@@ -7413,7 +7468,7 @@ def test_bulk_has_a_pipe_and_only_while_it_lasts(tmp_path):
         assert client.read(len(big)) == big
 
 
-def test_hundreds_of_tunnels_live_side_by_side_with_descriptors_above_1024(tmp_path):
+def test_descriptors_above_1024(tmp_path):
     resource = pytest.importorskip("resource")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < 3500:
@@ -7436,7 +7491,7 @@ def test_hundreds_of_tunnels_live_side_by_side_with_descriptors_above_1024(tmp_p
             peer.close()
 
 
-def test_a_client_that_says_nothing_or_reads_nothing_costs_nobody_anything(tmp_path):
+def test_stalled_clients_do_not_delay_others(tmp_path):
     with gate_and_backend(tmp_path) as (gate, backend):
         idle = [gate.connect() for _ in range(20)] + [gate.connect().send(b"GET / HT")]
         stalled, flooding = gate.tunnel(backend)
@@ -7454,7 +7509,7 @@ def test_a_client_that_says_nothing_or_reads_nothing_costs_nobody_anything(tmp_p
 
 
 @pytest.mark.parametrize("name", ["check_101", "Tunnel.check_timers"])
-def test_an_internal_error_is_logged_and_leaves_nothing_behind(tmp_path, monkeypatch, name):
+def test_internal_error(tmp_path, monkeypatch, name):
     def broken(*arguments):
         raise RuntimeError("a defect")
 
@@ -7475,7 +7530,7 @@ def test_an_internal_error_is_logged_and_leaves_nothing_behind(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("who", ["client", "backend"])
-def test_a_direction_that_remains_lasts_until_it_has_been_silent(tmp_path, constants, who):
+def test_half_closed_tunnel_lasts_until_silence(tmp_path, constants, who):
     """One side has ended; the other may go on for longer than HALF_CLOSE while bytes come."""
     constants(HALF_CLOSE=200 * MS)
     with raw_tunnel(tmp_path) as (gate, client, server):
@@ -7523,7 +7578,7 @@ def test_ping_peers_pings_one_side_alone(tmp_path, peers):
 # ------------------------------------------------------------- WebSocket frames
 
 
-def test_a_close_that_comes_in_pieces_behind_bulk_is_read_and_not_spliced():
+def test_close_in_pieces_after_bulk():
     with contextlib.ExitStack() as stack:
         ends = [stack.enter_context(contextlib.closing(end))
                 for end in socket.socketpair() + socket.socketpair()]
@@ -7540,7 +7595,7 @@ def test_a_close_that_comes_in_pieces_behind_bulk_is_read_and_not_spliced():
 
 
 @pytest.mark.parametrize("begun", [b"\x82", b"\x82\x7f\0\0\0", b"\x8a", b"\x8a\4ga"], ids=repr)
-def test_behind_bulk_no_splice_begins_inside_a_header_or_a_pong(begun):
+def test_splice_stops_before_headers_and_pongs(begun):
     with contextlib.ExitStack() as stack:
         ends = [stack.enter_context(contextlib.closing(end))
                 for end in socket.socketpair() + socket.socketpair()]
@@ -7554,7 +7609,8 @@ def test_behind_bulk_no_splice_begins_inside_a_header_or_a_pong(begun):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_scanner_knows_where_frames_end_and_counts_messages_however_the_bytes_come(masked):
+def test_frame_scanner(masked):
+    """It finds the ends of frames and counts messages in all chunkings."""
     data, ends = wire(masked, (1, b"hello", True), (1, b"", True), (2, b"x" * 125, True),
                       (2, b"y" * 126, True),
                       (1, b"one", False), (9, b"ping", True), (0, b"two" * 100, False),
@@ -7595,7 +7651,7 @@ def test_the_scanner_reads_the_code_and_reason_of_a_close(masked, payload, close
     (False, b"GET / HTTP/1.1\r\n"),
     (True, b"raw bytes and no frames"),
 ], ids=lambda value: repr(value)[:40])
-def test_the_scanner_gives_up_on_what_is_no_frame(masked, data):
+def test_frame_scanner_gives_up(masked, data):
     good = frame(1, b"good", b"abcd" if masked else None)
     for before in (b"", good, good * 3):
         for pieces in all_chunkings(before + data):
@@ -7627,7 +7683,7 @@ def test_a_burst_of_frames_of_one_size_in_one_piece_is_counted(masked, size):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [101, 201])
-def test_in_a_burst_of_frames_too_large_nothing_may_stand_behind_half_a_header(masked, size):
+def test_no_close_after_half_a_header(masked, size):
     one = frame(2, b"x" * size, b"\x82\x05ab" if masked else None)
     for half in range(len(one) - size):
         scanner = wsgate.FrameScanner(masked, False, 100, 0.0)
@@ -7676,7 +7732,8 @@ def test_a_silent_side_is_pinged_and_its_pong_is_not_passed_on(tmp_path):
         assert 0 < float(re.search(r" rtt=(\S+)", line).group(1)) < 1
 
 
-def test_a_pong_is_swallowed_in_pieces_and_glued_to_others_and_foreign_pongs_pass(tmp_path):
+def test_pongs_in_pieces(tmp_path):
+    """Those for the gate are removed, others pass."""
     with tunnel(tmp_path, PINGING) as (gate, client, server):
         payload = read_ping(client, False)
         read_ping(server, True)  # it does not answer, so there is no other one
@@ -7693,7 +7750,7 @@ def test_a_pong_is_swallowed_in_pieces_and_glued_to_others_and_foreign_pongs_pas
 
 
 @pytest.mark.parametrize("glued", ["alone", "before bulk", "behind bulk"])
-def test_a_pong_next_to_bulk_is_swallowed_and_the_tunnel_goes_on(tmp_path, glued):
+def test_pong_next_to_bulk(tmp_path, glued):
     with tunnel(tmp_path, PINGING) as (gate, client, server):
         payload = read_ping(client, False)
         read_ping(server, True)
@@ -7724,7 +7781,7 @@ def test_pings_go_between_frames_only(tmp_path):
         read_ping(server, True)
 
 
-def test_a_side_that_answers_no_ping_is_dead_after_ping_timeout(tmp_path):
+def test_ping_timeout(tmp_path):
     with tunnel(tmp_path, PINGING, "ping_timeout = " + ini_ms(250)) as (gate, client, server):
         with takes(250, 1400):
             read_ping(client, False)
@@ -7733,7 +7790,7 @@ def test_a_side_that_answers_no_ping_is_dead_after_ping_timeout(tmp_path):
         assert "reason=ping_timeout" in line and "close=gate:" in line
 
 
-def test_a_backend_that_answers_no_ping_is_gone_for_the_client(tmp_path):
+def test_ping_timeout_of_the_backend(tmp_path):
     with tunnel(tmp_path, PINGING, "ping_timeout = " + ini_ms(250)) as (gate, client, server):
         with takes(250, 1400):
             answering = PongThread(client, b"abcd")
@@ -7756,7 +7813,8 @@ def test_pings_keep_a_tunnel_alive_beyond_idle_timeout(tmp_path):
             each.thread.join()
 
 
-def test_whatever_two_sides_say_arrives_as_it_was_said_among_many_pings(tmp_path, relay_mode):
+def test_random_frames_among_pings(tmp_path, relay_mode):
+    """They arrive unchanged."""
     with tunnel(tmp_path, "ping_interval = " + ini_ms(3)) as (gate, client, server):
         one, two = RandomPeer(client, random.Random(relay_mode),
                               True), RandomPeer(server, random.Random(6455), False)
@@ -7818,7 +7876,7 @@ def test_only_the_gate_ends_a_tunnel_with_a_close_frame(tmp_path, constants, wha
 
 
 @pytest.mark.parametrize("who", ["client", "backend"])
-def test_where_a_close_has_passed_the_gate_puts_no_second_one(tmp_path, who):
+def test_no_second_close(tmp_path, who):
     with tunnel(tmp_path, "idle_timeout = " + ini_ms(200)) as (gate, client, server):
         saying, other, mask = (client, server,
                                b"abcd") if who == "client" else (server, client, None)
@@ -7830,7 +7888,7 @@ def test_where_a_close_has_passed_the_gate_puts_no_second_one(tmp_path, who):
 
 
 @pytest.mark.parametrize("who, code", [("client", 1000), ("backend", 1011), ("client", 1005)])
-def test_the_log_says_who_closed_and_how_much_was_said(tmp_path, who, code):
+def test_close_and_counters_in_the_log(tmp_path, who, code):
     with tunnel(tmp_path) as (gate, client, server):
         client.send(frame(1, b"a", b"abcd"), frame(2, b"", b"abcd"), frame(9, b"", b"abcd"))
         server.send(frame(1, b"part", fin=False), frame(0, b"part"))
@@ -7849,7 +7907,7 @@ def test_the_log_says_who_closed_and_how_much_was_said(tmp_path, who, code):
         assert ending in line_of(gate, client)
 
 
-def test_when_both_have_said_close_the_sockets_are_closed_in_a_limited_time(tmp_path, constants):
+def test_sockets_close_after_both_closes(tmp_path, constants):
     constants(HALF_CLOSE=200 * MS)
     with tunnel(tmp_path) as (gate, client, server):
         with takes(200, 1200):
@@ -7862,7 +7920,7 @@ def test_when_both_have_said_close_the_sockets_are_closed_in_a_limited_time(tmp_
 
 @pytest.mark.parametrize("who", ["client", "backend"])
 @pytest.mark.parametrize("shape", ["whole", "fragments", "header in pieces", "bulk"])
-def test_too_large_a_message_ends_the_tunnel_and_is_not_passed_on(tmp_path, who, shape):
+def test_max_message_size(tmp_path, who, shape):
     with tunnel(tmp_path, "max_message_size = "
                 + ("2m" if shape == "bulk" else "200")) as (gate, client, server):
         saying, other, mask = (client, server,
@@ -7886,8 +7944,8 @@ def test_too_large_a_message_ends_the_tunnel_and_is_not_passed_on(tmp_path, who,
         assert "reason=message_too_big" in line and "close=gate:" in line
 
 
-def test_the_gate_ends_with_its_close_frame_and_lets_go_though_the_peers_do_nothing(
-        tmp_path, monkeypatch):
+def test_close_to_unresponsive_peers(tmp_path, monkeypatch):
+    """Their sockets are closed in a limited time."""
     monkeypatch.setattr(wsgate, "LINGER", 1000 * MS)
     monkeypatch.setattr(wsgate, "HALF_CLOSE", 1000 * MS)
     monkeypatch.setattr(wsgate.Tunnel.finish, "__defaults__", (1000 * MS,))  # its `seconds`: LINGER
@@ -7907,7 +7965,7 @@ def test_the_gate_ends_with_its_close_frame_and_lets_go_though_the_peers_do_noth
             peer.close()
 
 
-def test_bytes_that_are_no_frames_do_not_get_round_max_message_size(tmp_path):
+def test_max_message_size_and_invalid_frames(tmp_path):
     with gate_and_backend(tmp_path, None, "max_message_size = 1k") as (gate, backend):
         client, peer = gate.tunnel(backend)
         client.send(frame(2, b"unmasked, as some backends accept"))
@@ -7919,8 +7977,7 @@ def test_bytes_that_are_no_frames_do_not_get_round_max_message_size(tmp_path):
 @pytest.mark.parametrize("data, code, reason", [
     (frame(2, b"x" * 1025, b"abcd", rsv=4), 1009, b"message_too_big"),
     (b"these are no frames", 1002, b"bad_frames")])
-def test_an_extension_that_nobody_knows_does_not_get_round_max_message_size(
-        tmp_path, data, code, reason):
+def test_max_message_size_and_extensions(tmp_path, data, code, reason):
     with gate_and_backend(tmp_path, None, "max_message_size = 1k") as (gate, backend):
         client = gate.connect().send(handshake(b"/", b"Sec-WebSocket-Extensions: x-unknown"))
         peer = backend.connection()
@@ -8017,7 +8074,7 @@ def test_any_frames_in_any_pieces_pass_and_are_counted(tenth):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_header_alike_in_its_first_two_bytes_does_not_evade_max_message_size(masked):
+def test_max_message_size_and_similar_headers(masked):
     """Two small frames with 64-bit lengths, then a large one whose payload repeats a header."""
     mask = b"abcd" if masked else b""
     header = bytes((0x82, 0xFF if masked else 0x7F))
@@ -8032,7 +8089,7 @@ def test_a_header_alike_in_its_first_two_bytes_does_not_evade_max_message_size(m
     assert scanner.feed(bytes(large), 1.0) == b"" and scanner.too_big and scanner.messages == 2
 
 
-def test_a_pong_held_back_passes_when_the_other_direction_turns_out_not_to_be_frames(tmp_path):
+def test_held_pong_passes_after_invalid_frames(tmp_path):
     with tunnel(tmp_path, PINGING) as (gate, client, server):
         payload = read_ping(client, False)
         read_ping(server, True)
@@ -8049,7 +8106,8 @@ def test_a_pong_held_back_passes_when_the_other_direction_turns_out_not_to_be_fr
 # ------------------------------------------------------------------- Access log
 
 
-def test_a_tunnel_has_two_lines_with_one_id_and_the_fields_in_order(tmp_path):
+def test_access_log_of_a_tunnel(tmp_path):
+    """Two lines with one ID."""
     with ScriptedBackend() as backend:
         ini = "[location /chat/]\nproxy_pass = http://%s\n[server]\n" % backend.where
         with running(ini, tmp_path) as gate:
@@ -8079,7 +8137,8 @@ def test_a_tunnel_has_two_lines_with_one_id_and_the_fields_in_order(tmp_path):
     assert opened.split()[0] == closed.split()[0]
 
 
-def test_a_plain_exchange_is_one_line_and_each_has_an_id_of_its_own(tmp_path):
+def test_access_log_of_requests(tmp_path):
+    """One line each, with an ID of its own."""
     with gate_and_backend(tmp_path, respond(ok(b"12345"))) as (gate, backend):
         gate.fetch(request(b"POST", b"/one", body=b"abc"))
         gate.fetch(request(b"GET", b"/two"))
@@ -8121,7 +8180,7 @@ def test_what_a_peer_sends_cannot_forge_a_line(tmp_path, raw):
     b"Authorization : Bearer REDACTED_FIELDS", b"Authorization: Bearer REDACTED_FIELDS\x01",
     b"Authorization Bearer REDACTED_FIELDS", b"Authorization: Bearer\r\n REDACTED_FIELDS:",
     b"REDACTED_FIELDS", b"X: y\nSECRET: z"])
-def test_what_a_malformed_field_line_says_is_not_told(tmp_path, line):
+def test_malformed_field_lines_are_not_logged(tmp_path, line):
     with running("[server]\nreturn = 204\n", tmp_path) as gate:
         response = gate.fetch(request(b"GET", b"/", line))
         assert response.status == 400 and b"REDACTED_FIELDS" not in response.head + response.body
@@ -8187,7 +8246,7 @@ def test_json_is_one_object_a_line_with_the_same_story(tmp_path):
     assert "secret" not in json.dumps(lines)
 
 
-def test_logs_go_to_files_that_are_made_anew_after_a_rename(tmp_path):
+def test_logs_reopen_after_a_rename(tmp_path):
     with own_logging():
         paths, reopen = log_to_files(tmp_path)
         for round_ in ("one", "two", "three"):
@@ -8252,7 +8311,7 @@ def test_lines_for_syslog_begin_with_the_name_of_the_program(tmp_path):
     assert re.fullmatch("<28>wsgate: [-0-9T:.]+Z WARNING beware", lines[1])
 
 
-def test_a_draining_gate_says_that_it_is_not_ready(tmp_path):
+def test_readyz_while_draining(tmp_path):
     with ScriptedBackend(echo_service) as backend, with_status(tmp_path, backend,
                                                                "drain_timeout = 60s") as (
                                                                    gate, ask):
@@ -8271,7 +8330,7 @@ def test_a_draining_gate_says_that_it_is_not_ready(tmp_path):
 
 
 @needs_signals
-def test_a_stalled_reader_of_stdout_costs_lines_and_holds_up_nothing(tmp_path):
+def test_stalled_reader_of_stdout(tmp_path):
     """Lines are dropped, counted in log and metrics; TERM ends the process."""
     errors, status = str(tmp_path / "error.log"), free_port()
     with unread_program(tmp_path, "return = 200", "error_log = " + errors,
@@ -8323,7 +8382,7 @@ def test_lines_that_cannot_be_written_are_counted(tmp_path):
         eventually(lambda: writer.dropped == 3)
 
 
-def test_a_destination_that_stays_keeps_its_writer_and_its_count(tmp_path):
+def test_log_writers_survive_a_reload(tmp_path):
     """Else each reload beside a stalled reader would leave a thread behind."""
     with own_logging():
         text = "[server]\nreturn = 200\naccess_log = syslog:127.0.0.1:9\nerror_log = %s\n" % (
@@ -8345,7 +8404,7 @@ METRIC_SAMPLE = re.compile(r"[a-z_]+(\{%s(,%s)*\})? [0-9.]+(e[-+]?[0-9]+)?" % (L
 COMMENT = re.compile(r"# (HELP [a-z_]+ \S.*|TYPE [a-z_]+ (counter|gauge|histogram))")
 
 
-def test_the_status_pages_tell_of_traffic(tmp_path):
+def test_status_pages(tmp_path):
     with ScriptedBackend(echo_service) as backend, with_status(tmp_path, backend) as (gate, ask):
         client = gate.connect().send(handshake())
         assert client.response().status == 101
@@ -8381,7 +8440,7 @@ def test_the_status_pages_tell_of_traffic(tmp_path):
     (b"/healthz", b"GET", 200, b"ok\n"), (b"/readyz", b"GET", 200, b"ready\n"),
     (b"/healthz", b"HEAD", 200, b""), (b"/nothing", b"GET", 404, b"no_route: no such page\n"),
     (b"/nothing", b"HEAD", 404, b""), (b"/", b"POST", 405, b"method_not_allowed\n")])
-def test_the_status_listener_answers_by_path(tmp_path, path, method, status, body):
+def test_status_paths(tmp_path, path, method, status, body):
     with ScriptedBackend() as backend, with_status(tmp_path, backend) as (_, ask):
         answer_ = ask(path, method)
         assert (answer_.status, answer_.body) == (status, body)
@@ -8407,7 +8466,7 @@ def test_the_status_page_is_only_for_its_own_names(tmp_path, host, status):
         assert b"default-src 'none'" in response.get(b"content-security-policy")
 
 
-def test_a_name_in_status_listen_may_be_asked_for(tmp_path):
+def test_status_host_names(tmp_path):
     with running("[server]\nreturn = 200\nlisten = 127.0.0.1:0\nstatus_listen = 127.0.0.1:0\n",
                  tmp_path) as gate:
         listener = gate.listeners[1]
@@ -8418,7 +8477,7 @@ def test_a_name_in_status_listen_may_be_asked_for(tmp_path):
 
 @needs_unix
 @pytest.mark.parametrize("name", [None, "bound", b"\0wsgate-test-abstract"])
-def test_every_client_of_a_unix_socket_may_read_the_status_page(tmp_path, name):
+def test_status_page_on_a_unix_socket(tmp_path, name):
     """Who may connect is decided by the permissions of the socket; a client may have any name."""
     path = str(tmp_path / "status")
     with running("[server]\nreturn = 200\nstatus_listen = unix:%s\n" % path, tmp_path), \
@@ -8454,7 +8513,7 @@ def test_metrics_do_not_build_the_table_of_tunnels(tmp_path, monkeypatch):
 # ----------------------------------------------------------------- Command line
 
 
-def test_t_says_that_a_good_file_is_good_and_what_to_mind(tmp_path):
+def test_t_of_a_valid_file(tmp_path):
     load_text(tmp_path, SERVER + "[location /a]\nproxy_pass = http://127.0.0.1:9/\n")
     status, output = run_program("-t", cwd=str(tmp_path))
     assert status == 0
@@ -8463,7 +8522,7 @@ def test_t_says_that_a_good_file_is_good_and_what_to_mind(tmp_path):
     assert good == "wsgate: configuration file wsgate.ini test is successful"
 
 
-def test_t_says_everything_that_is_wrong_and_fails(tmp_path):
+def test_t_of_a_wrong_file(tmp_path):
     assert len(errors_of(tmp_path, SERVER + "listen = x\nlisten_on = 1\n")) == 2
     path = os.path.join(str(tmp_path), "wsgate.ini")
     status, output = run_program("-t", "-c", path)
@@ -8497,7 +8556,7 @@ def test_misuse_is_exit_status_2(capsys, arguments):
     assert caught.value.code == 2 and capsys.readouterr().err.startswith("usage: wsgate.py")
 
 
-def test_without_any_wsgate_ini_it_says_so_and_what_to_do(tmp_path):
+def test_no_configuration_file(tmp_path):
     alone = os.path.join(str(tmp_path), "wsgate.py")
     with open(WSGATE, "rb") as file, open(alone, "wb") as copy:
         copy.write(file.read())
@@ -8508,12 +8567,12 @@ def test_without_any_wsgate_ini_it_says_so_and_what_to_do(tmp_path):
     assert "proxy_pass" in lines[-1] and len(lines) <= 2
 
 
-def test_a_wsgate_ini_here_is_taken_before_the_one_beside_the_program(tmp_path):
+def test_default_configuration_files(tmp_path):
     assert errors_of(tmp_path, "[server]\nreturn = 200\nhere = 1\n")
     assert "wsgate.ini:3: [server] here: unknown key" in run_program("-t", cwd=str(tmp_path))[1]
 
 
-def test_two_options_are_enough_to_serve_and_a_signal_ends_it_within_a_second():
+def test_listen_and_backend_options():
     with ScriptedBackend() as backend, process("--listen", "127.0.0.1:0", "--backend",
                                                backend.where) as child:
         port = port_of(child)
@@ -8542,7 +8601,7 @@ def test_a_port_in_use_is_one_line_that_helps():
     assert status == 1 and other.where in line and "already in use by another program" in line
 
 
-def test_v_h_and_print_options_say_what_they_should():
+def test_print_options():
     assert re.fullmatch(r"wsgate %s, Python 3\.\d+\.\S+\n" % re.escape(wsgate.VERSION),
                         run_program("-v")[1])
     status, output = run_program("-h")
@@ -8713,7 +8772,8 @@ def test_a_probe_ends_in_one_verdict(capsys, word, script, options):
     assert all(" " <= char <= "~" or char == "\n" for char in report)
 
 
-def test_a_probe_names_origin_host_and_the_redirect_and_hides_secrets(capsys):
+def test_probe_hints(capsys):
+    """Origin, Host and redirects are named, secrets hidden."""
     with ScriptedBackend(respond_status(b"403 Forbidden", b"Set-Cookie: hidden")) as backend:
         _, _, report = run_probe(capsys, "ws://" + backend.where, "--origin", "https://a.test",
                                  "--header", "Host: b.test",
@@ -8724,7 +8784,7 @@ def test_a_probe_names_origin_host_and_the_redirect_and_hides_secrets(capsys):
         assert "301: redirect to /new/" in run_probe(capsys, "ws://" + backend.where)[2]
 
 
-def test_a_probe_without_a_connection_says_why(capsys):
+def test_probe_without_a_connection(capsys):
     with ScriptedBackend(read_nothing) as backend:
         began = time.monotonic()
         assert run_probe(capsys, "ws://" + backend.where, "--timeout",
@@ -8747,7 +8807,7 @@ def test_a_probe_of_an_untrusted_certificate_names_the_keys(capsys, tls):
         assert run_probe(capsys, "wss://" + backend.where, "--cafile", tls.ca)[1] == "works"
 
 
-def test_a_probe_tries_every_address_and_says_which_one_answers(capsys, monkeypatch):
+def test_probe_tries_every_address(capsys, monkeypatch):
     with ScriptedBackend(upgrade_then()) as backend:
         both = [(socket.AF_INET, (host, backend.port)) for host in ("127.0.0.2", "127.0.0.1")]
         monkeypatch.setattr(wsgate.Server, "addresses", lambda self, deadline: both)
@@ -8756,7 +8816,7 @@ def test_a_probe_tries_every_address_and_says_which_one_answers(capsys, monkeypa
     assert "127.0.0.2: Connection refused" in report and "connected to 127.0.0.1" in report
 
 
-def test_a_probe_measures_echoes_and_says_so_when_none_comes(capsys):
+def test_probe_measures_echoes(capsys):
     with ScriptedBackend(upgrade_then()) as backend:
         result, _, report = run_probe(capsys, "ws://" + backend.where, "--count", "3", "--message",
                                       "x" * 200)
@@ -8768,7 +8828,8 @@ def test_a_probe_measures_echoes_and_says_so_when_none_comes(capsys):
         assert result == 0 and "0 of 1 echoed; is it an echo server?" in report
 
 
-def test_an_idle_probe_says_who_cut_it_when_and_with_what(capsys, tmp_path):
+def test_idle_probe(capsys, tmp_path):
+    """It reports who closed, when and how."""
     with gate_and_backend(tmp_path, upgrade_then(read_nothing),
                           "idle_timeout = %dms" % (400000 * MS)) as (gate, _):
         url = "ws://127.0.0.1:%d/" % gate.port
@@ -8792,7 +8853,7 @@ def test_a_flood_of_frames_does_not_keep_a_probe(capsys):
     assert 199 * MS < time.monotonic() - began < 4000 * MS
 
 
-def test_a_probe_by_the_configuration_compares_backends_and_gate(capsys, tmp_path):
+def test_probe_of_a_configuration(capsys, tmp_path):
     with ScriptedBackend(upgrade_then()) as backend:
         ini = "[server]\nlisten = 127.0.0.1:%d\n[location /app/]\nproxy_pass = http://%s/x/\n"
         with running(ini % (free_port(), backend.where), tmp_path) as gate:
@@ -8816,7 +8877,7 @@ def test_a_probe_by_the_configuration_compares_backends_and_gate(capsys, tmp_pat
     ("nonsense",), ("ws://",), ("ws://h:99999",), ("ws://u:p@h/",),
     ("ws://h", "--header", "no colon"), ("ws://h", "--header", "A: b\r\nC: d"),
     ("wss://h", "--cafile", "/nowhere"), ("/x", "-c", "/nowhere")])
-def test_a_probe_that_cannot_begin_says_so_in_one_sentence(capsys, arguments):
+def test_probe_that_cannot_begin(capsys, arguments):
     result, word, output = run_probe(capsys, *arguments)
     assert (result, word) == (1,
                               None) and output.startswith(
@@ -8884,7 +8945,7 @@ def test_soak_leaves_threads_descriptors_and_memory_flat(tmp_path, tls):
 # --------------------------------------------------------------------- The file
 
 
-def test_the_file_is_ascii_and_no_line_is_longer_than_130_columns():
+def test_ascii_and_100_columns():
     assert not [(number, len(line)) for number, line in enumerate(source_lines(), 1)
                 if len(line) > 130 or max(line, default=0) > 126]
 
@@ -8905,13 +8966,13 @@ def test_the_map_names_the_sections_of_the_file_in_their_order():
     assert len(banners) == len(titles)
 
 
-def test_the_readme_names_every_key():
+def test_readme_names_every_key():
     words = set(re.findall(r"[a-z_]+", readme()))
     keys = set(wsgate.SERVER_KEYS) | set(wsgate.LOCATION_KEYS) | set(wsgate.UPSTREAM_KEYS)
     assert not keys - words
 
 
-def test_the_readme_is_plain_text_that_begins_with_its_two_commands():
+def test_readme_format():
     lines = readme().splitlines()
     assert max(map(len, lines)) <= 80
     first = "\n".join(lines[:20])
