@@ -4959,6 +4959,17 @@ def test_target_with_two_readings(tmp_path):
             assert gate.fetch(request(b"GET", b"//admin/y")).body == b"admin"
 
 
+def test_return_guards_unless_the_first_location_is_below_it(tmp_path):
+    """Whatever their lengths: //application/in/x is /in/x to backends that take it for a host."""
+    ini = ("[server]\n[location /]\nreturn = 404\n[location /in/]\nreturn = 403\n"
+           "[location /application/]\nproxy_pass = http://%s\n")
+    with ScriptedBackend(respond(ok())) as backend:
+        with running(ini % backend.where, tmp_path) as gate:
+            statuses = [gate.fetch(request(b"GET", target)).status for target in (
+                b"//application/in/x", b"//application/x", b"/application/in/x")]
+            assert statuses == [403, 200, 200]
+
+
 def test_prefix_without_its_slash(tmp_path):
     """It is forwarded as it came, without a redirect: some backends redirect the other way."""
     ini = ("[server]\n[location /app/]\nproxy_pass = http://BACKEND\n[location /both/]\n"

@@ -1579,8 +1579,8 @@ class Config:
         first = found[0]
         for path in request.paths[1:]:
             found += self.matching(request.host, path)
-        for location in found:  # a `return` is a guard too, unless it is for all that is left
-            if location.return_ and len(location.path) > len(first.path):
+        for location in found:  # a `return` is a guard too, unless the first is carved out of it
+            if location.return_ and not first.path.startswith(location.path):
                 return [location] + found
         return found
 
