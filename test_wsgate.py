@@ -4119,6 +4119,17 @@ def test_error_of_an_untrusted_backend(tmp_path, tls, lines, marks):
             assert gate.line("reason=backend_tls", "proxy_ssl_")
 
 
+@needs_unix
+def test_backend_tls_on_a_unix_socket(tmp_path, tls):
+    """There is no host to verify the certificate for, so the error names proxy_ssl_name."""
+    with ScriptedBackend(echo_service, tls=tls_backend(tls), path=str(tmp_path / "back")) as backend:
+        ini = "[server]\nproxy_pass = https://%s:\nproxy_ssl_trusted_certificate = %s\n" % (backend.where, tls.ca)
+        with running(ini, tmp_path) as gate:
+            assert gate.ask(request()).reason == "backend_tls" and gate.line("set proxy_ssl_name to a name")
+        with running(ini + "proxy_ssl_name = gate.test\n", tmp_path) as gate:
+            assert gate.ask(request()).status == 200
+
+
 def test_error_of_a_backend_without_tls(tmp_path):
     with ScriptedBackend(lambda peer: peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as backend:
         with running("[server]\nproxy_pass = https://%s\n" % backend.where, tmp_path) as gate:

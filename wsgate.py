@@ -3942,7 +3942,7 @@ UNTRUSTED, MISMATCH = (18, 19, 20, 21), (62, 64)
 def tls_error_kind(error):
     """Return what made a handshake fail: a key of TLS_REMEDIES, or 'tls_failed'."""
     text = str(error)
-    if isinstance(error, ssl.CertificateError):
+    if isinstance(error, ssl.CertificateError) or "server_hostname" in text:  # none: a Unix socket
         code = getattr(error, "verify_code", MISMATCH[0])  # Python 3.6 has none
         return ("untrusted" if code in UNTRUSTED else
                 "host_name" if code in MISMATCH else "certificate")
