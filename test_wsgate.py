@@ -3167,6 +3167,27 @@ def test_what_may_not_be_repeated_gets_a_connection_of_its_own(tmp_path, raw):
         client.close()
 
 
+@pytest.mark.parametrize("method, line, kept", [
+    (b"HEAD", b"200 OK\r\nContent-Length: 5", 0), (b"HEAD", b"200 OK\r\nContent-Length: 0", 1),
+    (b"HEAD", b"200 OK\r\nTransfer-Encoding: chunked", 0), (b"HEAD", b"200 OK", 1),
+    (b"GET", b"204 No Content\r\nContent-Length: 5", 0), (b"GET", b"204 No Content", 1),
+    (b"GET", b"304 Not Modified\r\nContent-Length: 5", 0), (b"GET", b"304 Not Modified", 1)])
+def test_no_request_after_a_body_that_cannot_be_there(tmp_path, method, line, kept):
+    """Servers that send it all the same would have it taken for the next response."""
+    with gate_and_backend(tmp_path, None, KEPT) as (gate, backend):
+        client = gate.connect().send(request(method))
+        first = backend.connection()
+        first.head()
+        first.send(b"HTTP/1.1 ", line, b"\r\n\r\n")
+        client.response(method)
+        client.send(request())
+        second = first if kept else backend.connection(1)
+        second.head()
+        second.send(ok(b"second"))
+        assert client.response().body == b"second"
+        client.close()
+
+
 @pytest.mark.parametrize("how", ["between", "at the request", "reset"])
 def test_kept_connection_closed_by_the_backend(tmp_path, how):
     """The client notices nothing, and the server has not failed."""

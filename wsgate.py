@@ -3218,6 +3218,7 @@ class Exchange:
         finally:
             self.entry.up, self.entry.down = (0, relay.up.bytes), (0, relay.down.bytes)
         if (keep and self.keepable and response.persistent()
+                and not (isinstance(body, NoBody) and response.announces_body())
                 and not self.backend.stream.buffer):
             self.backend.keep(self.location.proxy_keepalive)
             self.connection.keep_backend(self.backend)
@@ -4184,6 +4185,12 @@ class Response:
         """Return True if the backend takes another request after it (RFC 9112 9.3, 6.3)."""
         return (self.minor >= 1 and b"close" not in self.fields.tokens(b"connection")
                 and not (self.chunked and self.fields.get_all(b"content-length")))
+
+    def announces_body(self):
+        """Return True if its fields have a length. Some servers send such a body even where there
+        can be none (HEAD, 204, 304), and it would pass for the response to the next request.
+        """
+        return bool(self.chunked or self.length)
 
     def body(self, method, decode):
         """Return the scanner of the body. decode: without chunks, for an HTTP/1.0 client."""
