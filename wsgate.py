@@ -4804,7 +4804,9 @@ def check_origin(location, request, client):
     origins = request.fields.get_all(b"origin")
     if location.allowed_origins is None or not origins:
         return
-    host = (client.trusted and request.fields.get(b"x-forwarded-host")) or request.authority
+    host = request.authority
+    if client.trusted and request.fields.get(b"x-forwarded-host"):
+        host = request.fields.get(b"x-forwarded-host").partition(b",")[0].strip()
     if len(origins) == 1 and len(origins[0]) <= ORIGIN_LIMIT:
         origin = origins[0].decode("latin-1").lower()
         for allowed in location.allowed_origins:
