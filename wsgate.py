@@ -25,8 +25,8 @@ The file reads from top to bottom as a connection lives:
     TLS                   certificate_store for clients, backend_context for backends
     HTTP/1.1 messages     read_head, parse_request_head, parse_response_head, make_response
     HTTP/1.1 bodies       Scanner, the interface of what looks at relayed bytes; ChunkedBody
-    Routing               split_target, Location.matches, Location.rewrite
-    Access control        who may pass: addresses, origins, passwords
+    Routing               read_path, Config.locations_of, Location.rewrite
+    Access control        check_address, check_origin, check_password
     Upstreams             Upstream.pick and their health; Server.connect
     Resolving, connecting Resolver.resolve has a deadline; connect_socket
     Forwarding            request_head_for_backend, response_head_for_client
@@ -144,7 +144,7 @@ REASONS = {  # word: (status, or None where it has none of its own; what it mean
     "body_too_large": Reason(
         413, "request body over the limit", "raise client_max_body_size"),
     "uri_too_long": Reason(
-        414, "request line over the limit", "shorten the URL"),
+        414, "request line over the limit", "shorten the URL, or raise client_header_size"),
     "upgrade_missing": Reason(
         426, "Upgrade or Connection lost in front of wsgate",
         "each proxy in front must set both headers, over HTTP/1.1"),
@@ -178,7 +178,8 @@ REASONS = {  # word: (status, or None where it has none of its own; what it mean
         502, "backend's 101 does not match the handshake",
         "probe the backend directly; is there a cache or proxy in front of it?"),
     "auth_unavailable": Reason(
-        502, "auth_request service failed", "probe that service; see the error log"),
+        502, "auth_request failed, or password queue full",
+        "probe that service; see the error log; passwords (503): retry"),
     "conn_limit": Reason(
         503, "connection limit reached",
         "raise max_connections or max_conns, or find out why connections stay open"),
