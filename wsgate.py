@@ -1847,6 +1847,8 @@ class PidFile:
 
 def running_gate(path):
     """Return the ID of the other process that a pid file names, None unless it runs wsgate."""
+    if os.name != "posix":  # elsewhere os.kill() is not harmless
+        return None
     try:
         with open(path) as file:
             number = int(file.read(32))
@@ -1982,6 +1984,8 @@ class Gate:
             for key, _ in self.selector.select(1.0 if self.state == "running" else 0.05):
                 key.data()
             self.tick(time.monotonic())
+        if self.successor:  # stopped meanwhile, and so is what was about to take over
+            self.end_upgrade()
         self.close()
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)  # a second Ctrl-C finds it closed otherwise
@@ -2242,8 +2246,10 @@ class Successor:
             return "the new process ended with status %d" % self.process.wait(word is not None)
         self.process.kill()
         self.process.wait()
-        return "the new process was not ready %s; it was killed" % (
-            "within %g s" % self.TIMEOUT if word is None else "when it closed its pipe")
+        if word is not None:
+            return "the new process closed its pipe before it was ready; it was killed"
+        return "the new process was not ready after %.1f s; it was killed" % (
+            time.monotonic() - self.deadline + self.TIMEOUT)
 
 
 def report_ready():
@@ -7471,7 +7477,8 @@ class StatusConnection(socketserver.BaseRequestHandler):
         if not trusted(server.status_allow, self.client_address[0]):
             raise HTTPError(403, "access_denied", "this address is not in status_allow")
         host = request.host.strip("[]")
-        names = ("", "localhost", self.server.listen.address.host)  # "": HTTP/1.0 without Host
+        # "": HTTP/1.0 without Host
+        names = ("", "localhost", self.server.listen.address.host.lower())
         if host not in names and parse_ip(host) is None:
             raise HTTPError(403, "access_denied", "Host is not an address, localhost or the name"
                                                   " in status_listen")
