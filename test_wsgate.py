@@ -5965,6 +5965,7 @@ def test_order_of_addresses():
         assert backend.connection(1).ended() and not select_readable(dead.sock, 0)
         assert [address for _, address in server.in_order(server.addresses(None))] == where[::-1]
         server.health.failed_addresses = {}
+        assert [address for _, address in server.in_order(server.addresses(None))] == where[::-1]
         server.health.last_address = None
         assert [address for _, address in server.in_order(server.addresses(None))] == where
 
