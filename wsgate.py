@@ -547,7 +547,7 @@ class Template:
                 self.parts.append(part.encode())
 
     def variable(self, name):
-        """Return the function for a variable. Raise ValueError if there is no such variable."""
+        """Return the function for a variable. Raise ValueError if it is unknown."""
         if name in self.VARIABLES:
             return self.VARIABLES[name]
         if not name.startswith("http_"):
@@ -5906,7 +5906,7 @@ def handshake_error(request, key, strict):
 def as_spelled(fields, name, token):
     """Return the element of a list field that is `token` in any case, as its sender wrote it.
 
-    None if there is no such element.
+    None if it is absent.
     """
     for value in fields.get_all(name):
         if value.lower() == token:
