@@ -1650,7 +1650,7 @@ def config_error(tmp_path, ini):
 
 
 class Fuzzing:
-    """Clients and a script that send mutated bytes, until end; what wsgate must not do is in wrong."""
+    """Clients and a script that send mutated bytes until end; wrong is what must not happen."""
 
     def __init__(self, seed, end):
         self.seed, self.end = seed, end

@@ -3025,7 +3025,7 @@ class Exchange:
                       show_head(self.request))
 
     def admit(self):
-        """Check what may refuse the request whatever it asks for. Find the real client's address."""
+        """Check what may refuse any request; find the address of the real client."""
         request, gate = self.request, self.gate
         if not self.connection.limited and not self.connection.take_place():
             raise HTTPError(503, "conn_limit", "max_connections is reached", retry_after())
@@ -3151,7 +3151,8 @@ class Exchange:
         """
         request = self.request
         if not self.config.hosts_for(request.host):
-            raise HTTPError(404, "no_route", "no [location] is for host %s" % printable(request.host))
+            detail = "no [location] is for host %s" % printable(request.host)
+            raise HTTPError(404, "no_route", detail)
         if not request.host:
             raise HTTPError(400, "bad_request", "missing Host header")
         port = next((listener.port() for listener in list(self.gate.listeners)
@@ -3233,7 +3234,7 @@ class Exchange:
         return KEEP_ALIVE if keep else LINGERING_CLOSE
 
     def may_keep_backend(self):
-        """Return True if the request may go over a kept connection, and leave one (proxy_keepalive).
+        """Return whether the request may use, and leave, a kept connection (proxy_keepalive).
 
         Only one that may be repeated: a server may close the connection at any time, and then
         it cannot be told whether it has seen the request (RFC 9112 9.3.1).
@@ -6119,7 +6120,7 @@ class Flow:
         return not (scanner.notable or scanner.done)
 
     def adapt_size(self, now):
-        """Read more at a time while there is more, but not what takes over a millisecond to scan."""
+        """Read more at a time while there is more, but at most a millisecond of scanning."""
         if time.monotonic() - now > 0.001:
             self.size = max(1024, self.size // 2)
         else:
@@ -6821,7 +6822,7 @@ def frame_header(data, position=0):
 
 
 def parse_close(payload):
-    """Return (code, reason bytes) of the payload of a Close frame (RFC 6455 7.1.5: 1005 if none)."""
+    """Return (code, reason bytes) of a Close frame's payload (RFC 6455 7.1.5: 1005 if none)."""
     code = struct.unpack_from("!H", payload)[0] if len(payload) > 1 else 1005
     return code, payload[2:]
 
