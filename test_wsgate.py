@@ -2978,7 +2978,8 @@ def test_a_hundred_hups_in_a_row_are_a_few_reloads(tmp_path):
     ("raise SystemExit(3)", "ended with status 3")])
 def test_an_upgrade_to_a_file_that_hangs_or_fails_is_given_up(tmp_path, monkeypatch, code, words):
     monkeypatch.setattr(wsgate, "__file__", write_file(tmp_path, "broken.py", code))
-    monkeypatch.setattr(wsgate.Successor, "TIMEOUT", 60 if "status" in words or "before" in words else 0.2)
+    monkeypatch.setattr(wsgate.Successor, "TIMEOUT",
+                        60 if "status" in words or "before" in words else 0.2)
     with running("[server]\nreturn = 200\n", tmp_path) as gate, nothing_left():
         gate.signal("SIGUSR2")
         eventually(lambda: any("upgrade failed, this process continues" in line and words in line
@@ -3539,7 +3540,7 @@ def test_silent_connections(tmp_path, monkeypatch):
         idle = gate.connect().send(request())
         assert idle.response().status == 200
         silent = [gate.connect() for _ in range(20)]
-        assert eventually(lambda: gate.ask(request()).status == 200)
+        assert eventually(lambda: gate.fetch(request()).status == 200)
         assert sum(peer.silent(0) for peer in silent) <= 3
         for peer in silent + [idle]:
             peer.close()
@@ -4233,12 +4234,15 @@ def test_error_of_an_untrusted_backend(tmp_path, tls, lines, marks):
 @needs_unix
 def test_backend_tls_on_a_unix_socket(tmp_path, tls):
     """There is no host to verify the certificate for, so the error names proxy_ssl_name."""
-    with ScriptedBackend(echo_service, tls=tls_backend(tls), path=str(tmp_path / "back")) as backend:
-        ini = "[server]\nproxy_pass = https://%s:\nproxy_ssl_trusted_certificate = %s\n" % (backend.where, tls.ca)
+    with ScriptedBackend(echo_service, tls=tls_backend(tls),
+                         path=str(tmp_path / "back")) as backend:
+        ini = "[server]\nproxy_pass = https://%s:\nproxy_ssl_trusted_certificate = %s\n" % (
+            backend.where, tls.ca)
         with running(ini, tmp_path) as gate:
-            assert gate.ask(request()).reason == "backend_tls" and gate.line("set proxy_ssl_name to a name")
+            assert gate.fetch(request()).reason == "backend_tls"
+            assert gate.line("set proxy_ssl_name to a name")
         with running(ini + "proxy_ssl_name = gate.test\n", tmp_path) as gate:
-            assert gate.ask(request()).status == 200
+            assert gate.fetch(request()).status == 200
 
 
 def test_error_of_a_backend_without_tls(tmp_path):
