@@ -7132,10 +7132,11 @@ class AccessLogEntry:
     def write_line(self, **fields):
         """Write a line of these fields and of those that each line has."""
         if access_log.isEnabledFor(logging.INFO):
-            access_log.info(LogLine(
-                fields, time=utc(self.time), id=self.id, client=self.client, host=self.host,
-                server=self.server, location=self.location,
-                hs=self.handshake and round(self.handshake, 3)))
+            line = LogLine(fields, time=utc(self.time), id=self.id, client=self.client,
+                           host=self.host, server=self.server, location=self.location,
+                           hs=self.handshake and round(self.handshake, 3))
+            for handler in access_log.handlers:
+                handler.handle(line)
 
 
 LOG_FIELDS = (  # the fields of an access log line in their order, and how each is written
@@ -7147,16 +7148,22 @@ LOG_FIELDS = (  # the fields of an access log line in their order, and how each 
 
 
 class LogLine(dict):
-    """The fields of an access log line; those that are None are left out."""
+    """The fields of an access log line; those that are None are left out.
 
-    def __str__(self):
-        """As text, in the order of LOG_FIELDS: each field is one word or in quotes."""
+    Handlers take it for a logging.LogRecord: to make one would cost as much as the line.
+    """
+
+    levelname = "INFO"
+    levelno = logging.INFO
+
+    def getMessage(self):
+        """Return the line as text, in the order of LOG_FIELDS: each is one word or in quotes."""
         self["location"] = self["location"].replace(" ", "\\x20")  # "= /exact" has two words
         return " ".join([form % self[name] for name, form in LOG_FIELDS
                          if self.get(name) is not None])
 
     def json(self):
-        """As a JSON object; a pair of counts is two fields, e.g. up_messages and up_bytes."""
+        """Return the line as JSON; a pair of counts is two fields, e.g. up_messages, up_bytes."""
         fields = {name: value for name, value in self.items() if value is not None}
         for name in ("up", "down"):
             if name in fields:
@@ -7331,7 +7338,14 @@ class JSONFormatter(logging.Formatter):
     """Access log lines as JSON objects."""
 
     def format(self, record):
-        return record.msg.json()
+        return record.json()
+
+
+class TextFormatter(logging.Formatter):
+    """Access log lines as text."""
+
+    def format(self, record):
+        return record.getMessage()
 
 
 def open_logs(server):
@@ -7344,7 +7358,7 @@ def open_logs(server):
     logging.raiseExceptions = False  # a log that cannot be written costs no connection
     logging._srcfile = None  # do not look for caller and thread (Logging HOWTO, Optimization)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    formatter = JSONFormatter() if server.log_format == "json" else logging.Formatter()
+    formatter = JSONFormatter() if server.log_format == "json" else TextFormatter()
     errors = {}
     for key, logger, where, formatter in (
             ("error_log", log, server.error_log, LogFormatter()),
