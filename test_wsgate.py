@@ -3257,6 +3257,24 @@ def test_what_may_not_be_repeated_gets_a_connection_of_its_own(tmp_path, raw):
         client.close()
 
 
+@pytest.mark.parametrize("lines, raw, kept", [
+    ("upgrade = none", handshake(), False),
+    ("", handshake().replace(b"GET", b"POST"), False),
+    ("", request(b"GET", b"/", b"Connection: upgrade", b"Upgrade: raw/1"), False),
+    ("strict_handshake = off", custom_handshake(upgrade=b""), False),
+    ("", request(b"GET", b"/", b"Connection: upgrade", b"Upgrade: h2c"), True)])
+def test_no_request_after_an_upgrade_that_is_not_passed_on(tmp_path, lines, raw, kept):
+    """What follows may be frames of a client that did not wait; not so after h2c."""
+    with gate_and_backend(tmp_path, respond(ok()), lines) as (gate, backend):
+        client = gate.connect().send(raw)
+        assert client.response().status == 200
+        with contextlib.suppress(ConnectionError):  # it may be closed already
+            client.send(request(b"GET", b"/", b"Connection: close"))
+        assert client.rest().count(b"HTTP/1.1 200") == kept
+        assert len(backend.connections) == 1 + kept
+        client.close()
+
+
 @pytest.mark.parametrize("method, line, kept", [
     (b"HEAD", b"200 OK\r\nContent-Length: 5", 0), (b"HEAD", b"200 OK\r\nContent-Length: 0", 1),
     (b"HEAD", b"200 OK\r\nTransfer-Encoding: chunked", 0), (b"HEAD", b"200 OK", 1),

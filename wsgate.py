@@ -3214,7 +3214,7 @@ class Exchange:
         """Pass a response on, whole."""
         request = self.request
         body = response.body(request.method, decode=request.minor == 0)
-        keep = (not self.upgrade and self.persistent() and relay.up.scanner.done
+        keep = (self.persistent() and relay.up.scanner.done
                 and not isinstance(body, UntilClose))
         self.responded = True
         try:
@@ -3239,8 +3239,8 @@ class Exchange:
         Only one that may be repeated: a server may close the connection at any time, and then
         it cannot be told whether it has seen the request (RFC 9112 9.3.1).
         """
-        return (self.location.proxy_keepalive > 0 and self.upgrade is None
-                and self.request.repeatable() and self.persistent())
+        return (self.location.proxy_keepalive > 0 and self.request.repeatable()
+                and self.persistent())
 
     def response_head(self, response, keep):
         """Return the head of a backend's response for the client."""
@@ -3270,7 +3270,8 @@ class Exchange:
 
     def persistent(self):
         """Return True if client, configuration and the gate's state keep the connection."""
-        return (self.request.persistent() and self.config.server.keepalive_timeout > 0
+        return (self.request.persistent() and not self.request.attempts_upgrade()
+                and self.config.server.keepalive_timeout > 0
                 and self.gate.state == "running" and not self.connection.closing)
 
     def refuse(self, error):
@@ -3291,7 +3292,7 @@ class Exchange:
         """Send a response of wsgate's own; reason: the word of X-Wsgate-Reason."""
         request = self.request
         keep = (request is not None and self.persistent() and not request.has_body()
-                and status not in (400, 408) and not request.attempts_upgrade())
+                and status not in (400, 408))
         self.responded = True
         response = make_response(status, reason, body, list(fields) + self.added_fields(),
                                  close=not keep,
@@ -4089,8 +4090,12 @@ class Request:
         return self.method in (b"GET", b"HEAD", b"OPTIONS") and not self.has_body()
 
     def attempts_upgrade(self):
-        """Return True if there is any trace of an upgrade: frames may follow (RFC 9931)."""
-        return b"upgrade" in self.fields.index or b"sec-websocket-key" in self.fields.index
+        """Return True if there is any trace of an upgrade: frames may follow (RFC 9931).
+
+        Not after h2c: its clients wait, and some ask for it in each request (Java's HttpClient).
+        """
+        return (b"sec-websocket-key" in self.fields.index
+                or not {b"h2c"}.issuperset(self.fields.tokens(b"upgrade")))
 
     def persistent(self):
         """Return True if the client may send another request (RFC 9112 9.3; not in HTTP/1.0)."""
