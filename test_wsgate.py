@@ -3388,10 +3388,13 @@ def test_kept_connections_expire(tmp_path):
         client.close()
 
 
-def test_refusal_of_a_large_upload(tmp_path):
-    """As Python's http.client does: what it still sends is read and dropped."""
-    with gate_and_backend(tmp_path, None, "client_max_body_size = 1m") as (gate, _):
-        client = gate.connect()
+@pytest.mark.parametrize("secure", [False, True])
+def test_refusal_of_a_large_upload(tmp_path, tls, secure):
+    """A client that sends all before it reads, as Python's http.client does, gets the 413."""
+    ini = tls_ini(tls) if secure else "[server]\n"
+    ini += "proxy_pass = http://127.0.0.1:9\nclient_max_body_size = 1m\n"
+    with running(ini, tmp_path) as gate:
+        client = tls_connect(gate, tls) if secure else gate.connect()
         client.send(request(b"POST", b"/", b"Content-Length: 48000000"))
         for _ in range(480):
             client.send(bytes(100000))

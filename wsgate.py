@@ -2795,9 +2795,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 self.served += 1
                 self.stream.turns.take(time.monotonic())
             if end is LINGERING_CLOSE:
-                self.deadline = Deadline(LINGERING_TIME)
-                connections.give_up_place(self)
-                self.stream.linger(self.deadline)
+                self.linger()
             elif end is RESET_CLOSE:
                 self.stream.reset()
             elif self.stream.tls and self.tunnel is None:
@@ -2810,6 +2808,12 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 connections.release(self.key)
             self.stream.close()
             self.keep_backend(None)
+
+    def linger(self):
+        """Read on after the last response, without holding a place of max_connections."""
+        self.deadline = Deadline(LINGERING_TIME)
+        self.gate.connections.give_up_place(self)
+        self.stream.linger(self.deadline)
 
     def take_place(self):
         """Return True if the connection has a place, or gets one now that its request is there."""
@@ -2854,8 +2858,10 @@ class ClientConnection(socketserver.BaseRequestHandler):
         return True
 
     def count(self, address):
-        """Count the connection for max_connections_per_ip. Those of a trusted proxy are not:
-        they carry requests of many clients, each of which is counted for its own.
+        """Count the connection for max_connections_per_ip.
+
+        Those of a trusted proxy are not counted: they carry requests of many clients, and
+        Exchange.count counts each of these.
         """
         key = "ip", address
         if self.gate.connections.acquire(key, self.gate.config.server.max_connections_per_ip):
@@ -2874,7 +2880,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 self.stream.write_all(make_response(
                     400, "http_on_tls_port", b"this port requires TLS: use https:// or wss://"),
                     self.deadline)
-                self.stream.linger(Deadline(LINGERING_TIME))
+                self.linger()
             return False
         try:
             self.stream.start_tls(self.certificates.contexts[None], self.deadline, server_side=True)
@@ -2909,8 +2915,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
         while b"\r\n".startswith(self.stream.buffer):  # nothing, or the empty line that is ignored
             if self.gate.state != "running":
                 return False
-            first = self.kept.deadline if self.kept and self.kept.deadline.at < deadline.at \
-                else deadline
+            first = deadline
+            if self.kept and self.kept.deadline.at < deadline.at:
+                first = self.kept.deadline
             try:
                 if not self.stream.wait_for_request(first, wakeup):
                     return False
