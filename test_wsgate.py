@@ -7547,11 +7547,12 @@ def test_half_close(tmp_path, relay_mode, first):
 
 
 @pytest.mark.parametrize("first", ["client", "backend"])
-def test_a_half_closed_tunnel_is_limited_in_time(tmp_path, constants, first):
-    constants(HALF_CLOSE=200 * MS)
-    with raw_tunnel(tmp_path) as (gate, client, server):
+def test_half_closed_tunnel_of_another_protocol(tmp_path, constants, first):
+    """It is a way to use a stream (docker exec), so only idle_timeout limits what remains."""
+    constants(HALF_CLOSE=50 * MS)
+    with raw_tunnel(tmp_path, "idle_timeout = " + ini_ms(300)) as (gate, client, server):
         ending, other = (client, server) if first == "client" else (server, client)
-        with takes(200, 1200):
+        with takes(250, 1400):
             ending.finish()
             assert other.rest() == b""
             assert ending.rest() == b""
@@ -7699,15 +7700,16 @@ def test_internal_error(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("who", ["client", "backend"])
 def test_half_closed_tunnel_lasts_until_silence(tmp_path, constants, who):
-    """One side has ended; the other may go on for longer than HALF_CLOSE while bytes come."""
+    """One side has ended; the other may go on for longer than HALF_CLOSE while frames come."""
     constants(HALF_CLOSE=200 * MS)
-    with raw_tunnel(tmp_path) as (gate, client, server):
+    with tunnel(tmp_path) as (gate, client, server):
         ending, other = (client, server) if who == "client" else (server, client)
+        more = frame(1, b"more", b"abcd" if who == "backend" else None)
         ending.finish()
         assert other.rest() == b""
         for _ in range(6):
-            other.send(b"more")
-            assert ending.read(4) == b"more"
+            other.send(more)
+            assert ending.read(len(more)) == more
             assert ending.silent(80 * MS)
         with takes(80, 1200):
             assert ending.rest() == b""

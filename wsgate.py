@@ -3573,9 +3573,12 @@ class Turns:
 
     def take(self, now):
         """Count a turn that ended now, and let other threads run if it was one too many."""
-        self.spent_until = max(self.spent_until, now) + self.INTERVAL
-        if self.spent_until > now + self.FREE:
-            self.spent_until = now + self.FREE
+        spent_until = self.spent_until
+        if spent_until < now:
+            self.spent_until = now + self.INTERVAL
+        elif spent_until - now < self.FREE:
+            self.spent_until = spent_until + self.INTERVAL
+        else:
             give_way()
 
 
@@ -6103,21 +6106,13 @@ class Flow:
                 self.source_state = EOF
             return False
         self.last_read = self.last_progress = now
-        self.bulk = len(data) == self.size
-        if not self.bulk and self.size > SMALL_READ:
-            self.size = SMALL_READ
-        return self.sink_state is not OPEN or self.take(data, now)
-
-    def take(self, data, now):
-        """Pass on what was read. Return True if nothing else has to be looked at."""
-        scanner = self.scanner
         self.bytes += len(data)
-        data = scanner.feed(data, now)
-        if self.bulk:
-            self.adapt_size(now)
-        if self.pending:
-            self.pending += data
-            return False
+        if self.sink_state is not OPEN:
+            return True
+        filled = len(data) == self.size
+        data = self.scanner.feed(data, now)
+        if filled or self.bulk:
+            self.adapt_size(filled, now)
         if data:  # nothing is not written: SSLSocket.send(b"") fails on Python before 3.10
             try:
                 sent = self.write(data)
@@ -6129,11 +6124,19 @@ class Flow:
             if sent != len(data):
                 self.pending = data[sent:]
                 return False
-        return not (scanner.notable or scanner.done)
+        return not self.scanner.notable
 
-    def adapt_size(self, now):
+    def take(self, data, now):
+        """Pass on bytes that were read with a head, as the first ones."""
+        self.bytes += len(data)
+        self.pending += self.scanner.feed(data, now)
+
+    def adapt_size(self, filled, now):
         """Read more at a time while there is more, but at most a millisecond of scanning."""
-        if time.monotonic() - now > 0.001:
+        self.bulk = filled
+        if not filled:
+            self.size = SMALL_READ
+        elif time.monotonic() - now > 0.001:
             self.size = max(1024, self.size // 2)
         else:
             self.size = min(BIG_READ, self.size * 2)
@@ -6191,7 +6194,8 @@ class Flow:
             self.source_state = RESET
         if self.piped:
             self.bytes += self.piped
-            self.bulk = self.bulk and self.piped >= SMALL_READ
+            if self.piped < SMALL_READ and scanner.remaining == math.inf:
+                self.bulk = False  # it was not bulk, or is not any more
             self.last_read = self.last_progress = now
             self.flush(now)
         if scanner.done and not self.piped:
@@ -6495,8 +6499,9 @@ def timeout_error(awaited):
 #
 #   what ended                 the other side gets           the tunnel is over
 #   FIN                        what is pending, FIN          after the other FIN, or HALF_CLOSE
-#                                                            of silence; with TLS, or after both
-#                                                            Close frames, without waiting
+#                                                            of silence (idle_timeout if these are
+#                                                            not frames: docker exec); with TLS, or
+#                                                            after both Close frames, at once
 #   RST                        what is pending, RST          when that is written
 #   a write failed             -                             LINGER later, what comes is passed on
 #   Tunnel.finish(): a timer,  both get a Close, where one   after both FINs, or LINGER later
@@ -6549,28 +6554,29 @@ class Tunnel(Relay):
         """Relay until both directions have ended, a timer expires or the gate ends the tunnel."""
         up, down = self.up, self.down
         client = up.source.fileno()
-        monotonic, turns = time.monotonic, up.source.turns
+        tls = up.source.tls or down.source.tls
+        poll, monotonic, turns = self.poll.poll, time.monotonic, up.source.turns
         now = monotonic()
         up.flush(now)
         down.flush(now)
         self.settle(now)
         if self.gate.state != "running":  # the wakeup was set before this tunnel knew it
             self.on_wakeup(now)
-        wake = self.check_timers(now)
+        wake = min(self.check_timers(now), now + LONGEST_POLL)
         while not self.over:
-            events = self.wait(wake - now)
+            events = poll((wake - now) * 1000 if wake > now else 0)
             before, now = now, monotonic()
             for fd, event in events:
-                reader, writer = (up, down) if fd == client else (down, up)
-                if event != POLLIN or fd == self.wakeup or writer.writing():
+                reader = up if fd == client else down
+                if event != POLLIN or fd == self.wakeup or (tls and not reader.reading()):
                     self.on_event(fd, event, now)
-                elif reader.move(now) and not reader.decrypted():
+                elif reader.move(now) and not (tls and reader.decrypted()):
                     continue
                 self.settle(now)
                 wake = now
             turns.take(now)
             if now >= wake or not events:
-                wake = self.check_timers(now)
+                wake = min(self.check_timers(now), now + LONGEST_POLL)
             elif self.wakeup is not None and now - before < QUIET / 10:
                 self.ignore_wakeup()
                 wake = min(wake, now + QUIET)
@@ -6700,8 +6706,10 @@ class Tunnel(Relay):
         up, down = self.up, self.down
         half_closed = (self.closed_both_ways() or up.source_state is not OPEN
                        or down.source_state is not OPEN)
-        idle_at = max(self.last_byte, up.pinged or 0, down.pinged or 0) + (
-            min(HALF_CLOSE, self.idle_timeout) if half_closed else self.idle_timeout)
+        limit = self.idle_timeout
+        if half_closed and isinstance(up.scanner, FrameScanner):  # else it is a way to use it
+            limit = min(HALF_CLOSE, limit)
+        idle_at = max(self.last_byte, up.pinged or 0, down.pinged or 0) + limit
         stalled_at = down.last_progress + self.send_timeout if down.writing() else math.inf
         if now >= idle_at and half_closed:
             self.deadline = now
@@ -6901,35 +6909,38 @@ class FrameScanner(Scanner):
 
     def feed(self, data, now):
         """Take the bytes of one read, return those that pass on."""
-        if self.last_size and not (self.remaining or self.partial or self.message):
-            count = self.count_alike(data)
-            if count:
-                self.messages += count
-                self.last_data = now
-                return data
-        return self.scan(data, now)
+        if self.remaining or self.partial or self.message or not self.last_size:
+            return self.scan(data, now)
+        if len(data) == self.last_size:
+            count = data.startswith(self.last_header)
+        elif len(data) % self.last_size:
+            count = 0
+        else:
+            count = self.count_alike(data, 0)
+        if count * self.last_size != len(data):
+            return self.scan(data, now)
+        self.messages += count
+        self.last_data = now
+        return data
 
-    def count_alike(self, data):
-        """Return how many frames data is if all have the header of the last message, else 0.
+    def count_alike(self, data, position):
+        """Return how many whole frames from position on have the header of the last message.
 
         Their headers are one frame size apart: each byte of a header is in a slice of that step.
         """
         step, header = self.last_size, self.last_header
-        if len(data) == step:
-            return int(data.startswith(header))
-        count, more = divmod(len(data), step)
-        if more:
-            return 0
+        count = (len(data) - position) // step
+        end = position + count * step
         for place in range(len(header)):
-            if data[place::step] != header[place:place + 1] * count:
-                return 0
+            column = data[position + place:end:step]
+            count = min(count, len(column) - len(column.lstrip(header[place:place + 1])))
         return count
 
     def scan(self, data, now):
         """feed(), frame by frame."""
         passed, start = [], self.partial_passed  # what passes: passed, then data[start:]
         data, self.partial, self.partial_passed = self.partial + data, b"", 0
-        position, size, last = self.remaining, len(data), None
+        position, size = self.remaining, len(data)
         while position < size:
             kind, header = self.kinds[data[position]], frame_header(data, position)
             if not self.valid(kind, data, position):
@@ -6949,11 +6960,14 @@ class FrameScanner(Scanner):
                 position = size + (end - start if start > position else 0)
                 break
             elif kind == WHOLE_MESSAGE:
-                last = position, header[0], end
+                alike = self.last_size == end - position
+                self.remember(data[position:position + header[0]], end - position)
+                if alike and end < size:  # perhaps one of many
+                    count = self.count_alike(data, end)
+                    self.messages += count
+                    end += count * self.last_size
             position = end
         self.remaining = max(0, position - size)
-        if last:
-            self.remember(data[last[0]:last[0] + last[1]], last[2] - last[0])
         return b"".join(passed) + data[start:] if passed else data[start:]
 
     def keep(self, data, position, start):
