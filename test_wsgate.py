@@ -63,6 +63,8 @@ WSGATE = os.path.join(HERE, "wsgate.py")
 # The unit of all times below.
 MS = 0.001 * float(os.environ.get("TIME_FACTOR", "1"))
 
+FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
+
 
 # ----------------------------------------------------- Helpers: time and chunks
 
@@ -2412,8 +2414,7 @@ def test_worker_cpu_affinity(tmp_path, value):
         tasks = [os.sched_getaffinity(int(task))
                  for task in os.listdir("/proc/%d/task" % child.pid)]
         assert len(tasks) > 1  # the connection's thread too
-        free = not getattr(sys, "_is_gil_enabled", lambda: True)()  # free-threaded: nothing to gain
-        if value == "auto" and not free:
+        if value == "auto" and not FREE_THREADED:  # there, pinning has no advantage
             expected = {sorted(allowed)[child.pid % len(allowed)]}
         else:
             expected = {max(allowed)} if value == "number" else allowed
@@ -3118,7 +3119,7 @@ def test_no_bytes_of_either_side_confuse_the_gate(tmp_path):
         assert not gate.connections.in_use
         assert not [line for line in gate.errors if "internal error" in line]
         backend.script = respond(ok(b"alive"))
-        assert gate.fetch(request()).body == b"alive"
+        eventually(lambda: gate.fetch(request()).body == b"alive")
 
 
 def test_silent_connections_leave_descriptors_for_backends(tmp_path):
@@ -5534,7 +5535,10 @@ def test_memory_of_wrong_passwords(tmp_path):
         more = peak_memory(child.pid) - before
         for client in clients:
             client.close()
-    assert more < (32 + 16 * (os.cpu_count() or 1)) * 1024, "%d KiB" % more
+    most = 32 + 16 * (os.cpu_count() or 1)
+    if FREE_THREADED:
+        most += 64  # threads have heaps of their own
+    assert more < most * 1024, "%d KiB" % more
 
 
 @pytest.mark.skipif(not hasattr(wsgate.hashlib, "scrypt"), reason="this Python has no scrypt")
@@ -7644,8 +7648,8 @@ def test_descriptors_above_1024(tmp_path):
         pytest.skip("only %d descriptors allowed" % hard)
     with nothing_left(), gate_and_backend(tmp_path) as (gate, backend):
         clients = [gate.connect().send(handshake(b"/%d" % number)) for number in range(600)]
-        assert max(client.sock.fileno() for client in clients) > 1024
         eventually(lambda: len(backend.connections) == 600)
+        assert descriptors() > 2000
         numbers = []
         for server in backend.connections:
             numbers.append(server.head().split()[1][1:])
