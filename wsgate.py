@@ -4656,7 +4656,7 @@ class ProxyPass:
 PATH_UNIT = re.compile(br"(?:/|%2[Ff])+|%[0-9A-Fa-f]{2}|[^/%]")  # what makes up a byte of a path
 ABSOLUTE_FORM = re.compile(br"(?i)(?:http|ws)s?://([^/?#]+)")      # RFC 9112 3.2.2
 BAD_ESCAPE = re.compile(br"%(?![0-9A-Fa-f]{2})")
-DOT_SEGMENT = re.compile(br"[/\\]\.\.?(?:[/\\;]|\Z)")
+DOT_SEGMENT = re.compile(br"/\.\.?(?:[/;]|\Z)")
 CONTROL_BYTE = re.compile(br"[\x00-\x1f\x7f]")
 UNUSUAL = re.compile(br"//|/\.|[%;\\\x80-\xff]")  # all other paths can be read in one way only
 SLASHES = re.compile(br"//+")
