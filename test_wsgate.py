@@ -3568,6 +3568,15 @@ def test_silent_connections(tmp_path, monkeypatch):
             peer.close()
 
 
+def test_a_silent_connection_gives_its_place_to_a_request(tmp_path):
+    with running("[server]\nmax_connections = 1\nreturn = 200\n", tmp_path) as gate:
+        silent = gate.connect()
+        eventually(lambda: gate.gate.connections.idle)
+        assert gate.fetch(request()).status == 200
+        assert silent.ended()
+        silent.close()
+
+
 def test_lingering_holds_no_place(tmp_path):
     with gate_and_backend(tmp_path, respond(ok()), "max_connections = 1",
                           "client_max_body_size = 1") as (gate, _):

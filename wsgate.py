@@ -2308,7 +2308,7 @@ class Connections:
         # Guarded by lock; len() and list() of a set are one step each, they need none.
         self.all = set()                            # of ClientConnection
         self.admitted = set()                       # those that have a place
-        self.idle = collections.OrderedDict()       # ... and wait for their next request
+        self.idle = collections.OrderedDict()       # ... and wait for a request
         self.expendable = collections.OrderedDict()  # those that have none, or none any more
         self.in_use = collections.defaultdict(int)  # by ("ip", address) and ("location", name)
         self.set_capacity(max_connections)
@@ -2896,17 +2896,17 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def await_request(self):
         """Wait for the first byte of a request. Return the Deadline of its head, or None."""
-        if self.served:
-            self.deadline = Deadline(self.gate.config.server.keepalive_timeout)
-            self.gate.connections.wait(self)
-            try:
+        self.gate.connections.wait(self)
+        try:
+            if self.served:
+                self.deadline = Deadline(self.gate.config.server.keepalive_timeout)
                 if not self.await_next(self.deadline):
                     return None
-            finally:
-                self.gate.connections.resume(self)
-            self.deadline = Deadline(self.gate.config.server.client_header_timeout)
-        if not self.stream.buffer and not self.stream.read_more(self.deadline):
-            return None
+                self.deadline = Deadline(self.gate.config.server.client_header_timeout)
+            if not self.stream.buffer and not self.stream.read_more(self.deadline):
+                return None
+        finally:
+            self.gate.connections.resume(self)
         return self.deadline
 
     def await_next(self, deadline):
