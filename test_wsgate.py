@@ -3005,8 +3005,11 @@ def test_a_stop_during_an_upgrade_ends_both(tmp_path, monkeypatch):
                                           (" mode=600 proxy_protocol", 0o600)])
 def test_the_mode_of_a_unix_socket_is_an_option_of_listen(tmp_path, option, mode):
     path = str(tmp_path / "socket")
-    with running("[server]\nlisten = unix:%s%s\nreturn = 200\n" % (path, option), tmp_path):
+    ini = "[server]\nlisten = unix:%s%s\nreturn = 200\n"
+    with running(ini % (path, option), tmp_path) as gate:
         assert os.stat(path).st_mode & 0o777 == mode
+        reload(gate, ini % (path, " mode=0606"))
+        assert os.stat(path).st_mode & 0o777 == 0o606
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc here")

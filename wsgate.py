@@ -1732,7 +1732,8 @@ def run_gate(path, overrides, ready=None):
     with fatal_for(config, "pid"):
         gate.pid_file.write(config.server.pid, config.server.user)
     if config.server.user:
-        drop_privileges(config.server.user)
+        with fatal_for(config, "user"):
+            drop_privileges(config.server.user)
     gate.catch_signals()
     announce(config, gate)
     if ready:
@@ -1788,7 +1789,8 @@ def drop_privileges(user):
         os.setgid(entry.pw_gid)
         os.setuid(entry.pw_uid)
     except PermissionError:
-        raise OSError(errno.EPERM, "user = %s requires root (remove it, or start as root)" % user)
+        raise OSError(errno.EPERM, "changing to %s requires root (expected a start by root, or no"
+                                   " user)" % user)
     if os.getuid() != entry.pw_uid or os.geteuid() == 0:
         raise OSError(errno.EPERM, "cannot drop privileges to %s" % user)
 
@@ -1898,7 +1900,7 @@ def notify(state):
     if path:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.settimeout(1)
+                sock.settimeout(0.1)
                 sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
         except OSError as error:  # or no descriptor is left for it
             log.warning("sd_notify(%r) failed: %s", state, error)
@@ -2123,7 +2125,7 @@ class Gate:
         self.connections.set_capacity(config.server.max_connections)
         for key, listener in current.items():
             if key in wanted:
-                listener.listen = wanted[key]
+                listener.change(wanted[key])
             else:
                 self.close_listener(listener)
         for listener in opened:
@@ -2550,6 +2552,16 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         set_tcp_options(self.socket)  # accepted sockets inherit them
         super().server_bind()
+
+    def change(self, listen):
+        """Take the options of a new configuration for the same address."""
+        if listen.address.path and listen.mode != self.listen.mode:
+            try:
+                os.chmod(self.server_address, listen.mode)
+            except OSError as error:  # it belongs to root, who started this process
+                log.error("listen: cannot change the mode of %s (%s)", self.server_address,
+                          error.strerror)
+        self.listen = listen
 
     def server_close(self):
         """Close, and remove the file of a unix socket unless a successor listens on it."""
