@@ -7396,34 +7396,36 @@ def open_logs(server):
     logging.raiseExceptions = False  # a log that cannot be written costs no connection
     logging._srcfile = None  # do not look for caller and thread (Logging HOWTO, Optimization)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    formatter = JSONFormatter() if server.log_format == "json" else TextFormatter()
     errors = {}
     for key, logger, where, formatter in (
             ("error_log", log, server.error_log, LogFormatter()),
-            ("access_log", access_log, server.access_log, formatter)):
+            ("access_log", access_log, server.access_log,
+             JSONFormatter() if server.log_format == "json" else TextFormatter())):
         try:
-            open_log(logger, where, server.user).setFormatter(formatter)
+            open_log(logger, where, formatter, server.user)
         except OSError as error:
             errors[key] = error.strerror or str(error)
     return errors
 
 
-def open_log(logger, where, user):
-    """Give a logger the one handler for this destination and return it; raise OSError."""
+def open_log(logger, where, formatter, user):
+    """Give a logger the one handler for this destination; raise OSError and keep the old one."""
     old = list(logger.handlers)
     for handler in old:  # only a file can have been replaced by another of its name
         if getattr(handler, "where", None) == where and where.startswith(("-", "syslog:")):
-            return handler
+            handler.setFormatter(formatter)
+            return
     sink = log_sink(where, sys.stderr if logger is log else sys.stdout, user)
     handler = LogWriter(where, sink) if sink else logging.NullHandler()
-    logger.addHandler(handler)
+    handler.setFormatter(formatter)
     logger.propagate = False
+    logger.handlers = [handler]  # in one step: other threads are logging
     for each in old:
-        logger.removeHandler(each)
         each.close()
         if sink and isinstance(each, LogWriter):
-            handler.dropped, handler.reported = each.dropped, each.reported
-    return handler
+            with handler.queue_lock:
+                handler.dropped += each.dropped
+            handler.reported = each.reported
 
 
 def log_sink(where, stream, user):
