@@ -1998,6 +1998,7 @@ BAD_CONFIGURATIONS = [
      "(expected proxy_pass = http://127.0.0.1:9)"),
     (SERVER + "location /ws/ {",
      "wsgate.ini:3: invalid line: location /ws/ { (expected [location /ws/])"),
+    (SERVER + "server { listen 80; }", "(expected [server])"),
     (SERVER + "}",
      "wsgate.ini:3: invalid line: } (remove it: a section ends where the next one begins)"),
     (SERVER + "gzip on;",
@@ -3817,10 +3818,12 @@ def test_ssl_protocols(tmp_path, tls):
 
 
 def test_plain_http_on_a_tls_port(tmp_path, tls):
-    """It gets a readable response."""
+    """It gets a readable response, and a line in the log."""
     with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
-        answer_ = gate.fetch(request())
-        assert answer_.status == 400 and b"https://" in answer_.body
+        response = gate.fetch(request())
+        assert response.status == 400 and b"https://" in response.body
+        assert response.body.startswith(b"400 Bad Request: http_on_tls_port\n")
+        assert gate.line("400 done - - ", "reason=http_on_tls_port")
 
 
 @pytest.mark.parametrize("asked", [False, True], ids=["before a request", "after one"])
@@ -8862,6 +8865,7 @@ def test_an_old_python_gets_one_sentence():
 
 
 def test_the_demo_has_a_page_and_a_socket_that_echoes():
+    """The socket is at every path, so that --probe works with the URL of the page too."""
     port = free_port()
     with process("--demo", "--listen", "127.0.0.1:%d" % port) as child:
         assert port_of(child) == port
@@ -8869,11 +8873,11 @@ def test_the_demo_has_a_page_and_a_socket_that_echoes():
         page = connect(port).send(request()).response()
         assert page.status == 200 and page.get(b"content-type") == b"text/html; charset=utf-8"
         assert b"new WebSocket" in page.body
-        client = connect(port).send(handshake(b"/socket", b"Origin: http://gate.test"))
+        client = connect(port).send(handshake(b"/", b"Origin: http://gate.test"))
         assert client.response().status == 101
         client.send(frame(1, b"head", b"mask"))
         opcode, head = read_frame(client)
-        assert opcode == 1 and head.startswith(b"GET /socket HTTP/1.1\r\nHost: gate.test\r\n")
+        assert opcode == 1 and head.startswith(b"GET / HTTP/1.1\r\nHost: gate.test\r\n")
         assert field(head, b"connection") == [b"Upgrade"]
         assert field(head, b"x-forwarded-for") == [b"127.0.0.1"]
         for payload in (b"hello", b"x" * 200, b"y" * 70000):

@@ -1147,8 +1147,9 @@ def expected_line(line):
     words = re.findall(r"[^\s{};]+", line)
     if not words:
         return " (remove it: a section ends where the next one begins)"
-    if re.fullmatch(r"(?:server|location|upstream)\b[^{]*\{", line):
-        return " (expected [%s])" % " ".join(words)
+    block = re.match(r"((?:server|location|upstream)\b[^{]*)\{", line)
+    if block:
+        return " (expected [%s])" % " ".join(block.group(1).split())
     name, value = words[0].rstrip(":"), line[len(words[0]):].strip(" \t:;")
     if value and known_key(name):
         return " (expected %s = %s)" % (name, value)
@@ -2883,17 +2884,15 @@ class ClientConnection(socketserver.BaseRequestHandler):
             self.gate.connections.give_up_place(self)
 
     def begin_tls(self, peer):
-        """Do the TLS handshake, under the deadline of the head. Return False if it failed."""
+        """Do the TLS handshake, under the deadline of the head. Return False if it failed.
+
+        A client that sends no TLS gets its response from Exchange.receive.
+        """
         if self.certificates is None:  # a reload is taking TLS away from this listener
             return False
         first = self.stream.peek(self.deadline)
         if first != b"\x16":
-            if first:
-                self.stream.write_all(make_response(
-                    400, "http_on_tls_port", b"this port requires TLS: use https:// or wss://"),
-                    self.deadline)
-                self.linger()
-            return False
+            return bool(first)
         try:
             self.stream.start_tls(self.certificates.contexts[None], self.deadline, server_side=True)
         except (OSError, ValueError) as error:
@@ -3029,6 +3028,9 @@ class Exchange:
 
     def receive(self, deadline):
         """Read the request head and parse it."""
+        if self.connection.listen.ssl and not self.stream.tls:
+            raise HTTPError(400, "http_on_tls_port",
+                            "this port requires TLS: use https:// or wss://")
         try:
             head = read_head(self.stream, self.config.server.client_header_size, deadline)
         except TimedOut:
@@ -8082,7 +8084,7 @@ class DemoConnection(socketserver.BaseRequestHandler):
         head = read_head(stream, SMALL_READ, deadline)
         request = parse_request_head(head)
         key = handshake_key(request)
-        if key and request.path == "/socket":
+        if key:
             self.echo(stream, head, key, deadline)
         elif request.path == "/":
             stream.write_all(make_response(200, None, DEMO_PAGE.encode(),
