@@ -7162,6 +7162,8 @@ class AccessLogEntry:
     def write(self):
         """Count the exchange and write the line at its end."""
         self.counters.count_exchange(self)
+        if not access_log.isEnabledFor(logging.INFO):  # the fields alone cost some time
+            return
         self.write_line(
             event="done" if self.handshake is None else "closed", request=self.request,
             status=self.status, dur=round(time.monotonic() - self.begun, 3), up=self.up,
