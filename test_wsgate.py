@@ -1023,6 +1023,17 @@ def pool(*lines, balance="round_robin", name="pool"):
 # ---------------------------------------------- Helpers: a gate in this process
 
 
+def open_tunnel(port, backend, raw):
+    """Open a tunnel through a port to a backend without a script; return (client, backend Peer)."""
+    count = len(backend.connections)
+    client = connect(port).send(raw)
+    peer = backend.connection(count)
+    peer.head()
+    peer.send(switching())
+    assert client.response().status == 101
+    return client, peer
+
+
 class ListHandler(logging.Handler):
     def __init__(self, lines):
         super().__init__()
@@ -1068,13 +1079,7 @@ class RunningGate:
 
     def tunnel(self, backend, *fields):
         """Open a tunnel to a backend without a script; return (client Peer, backend Peer)."""
-        count = len(backend.connections)
-        client = self.connect().send(handshake(b"/", *fields))
-        peer = backend.connection(count)
-        peer.head()
-        peer.send(switching())
-        assert client.response().status == 101
-        return client, peer
+        return open_tunnel(self.port, backend, handshake(b"/", *fields))
 
     def line(self, *marks):
         """Wait for a line of the access log with all these texts in it; return it."""
@@ -8284,11 +8289,8 @@ def test_access_log_of_a_tunnel(tmp_path):
     with ScriptedBackend() as backend:
         ini = "[location /chat/]\nproxy_pass = http://%s\n[server]\n" % backend.where
         with running(ini, tmp_path) as gate:
-            client = gate.connect().send(handshake(b"/chat/?token=secret&room"))
-            peer = backend.connection()
-            peer.head()
-            peer.send(switching())
-            assert client.response().status == 101
+            raw = handshake(b"/chat/?token=secret&room")
+            client, peer = open_tunnel(gate.port, backend, raw)
             opened = gate.line(" open ")
             client.send(frame(1, b"hello", b"mask"), frame(8, b"\x03\xe8", b"mask"))
             assert [read_frame(peer) for _ in range(2)] == [(1, b"hello"), (8, b"\x03\xe8")]
@@ -8749,11 +8751,7 @@ def test_listen_and_backend_options():
     with ScriptedBackend() as backend, process("--listen", "127.0.0.1:0", "--backend",
                                                backend.where) as child:
         port = port_of(child)
-        client = connect(port).send(handshake())
-        peer = backend.connection()
-        peer.head()
-        peer.send(switching())
-        assert client.response().status == 101
+        client, peer = open_tunnel(port, backend, handshake())
         client.send(frame(1, b"hello", b"mask"))
         assert read_frame(peer) == (1, b"hello")
         begun = time.monotonic()
@@ -9132,6 +9130,15 @@ def test_readme_names_every_key():
     words = set(re.findall(r"[a-z_]+", readme()))
     keys = set(wsgate.SERVER_KEYS) | set(wsgate.LOCATION_KEYS) | set(wsgate.UPSTREAM_KEYS)
     assert not keys - words
+
+
+def test_readme_examples(tmp_path, tls):
+    """The configurations in README load without a warning."""
+    blocks = re.findall(r"(?m)^    \[(?:server|location \S+)\]\n(?:    .*\n)+", readme())
+    assert len(blocks) >= 3
+    for block in blocks:
+        ini = re.sub(r"/etc/ssl/\w+\.pem", tls.server, re.sub(r"(?m)^    ", "", block))
+        assert not load_text(tmp_path, ini if "[server]" in ini else "[server]\n" + ini).warnings
 
 
 def test_readme_format():
