@@ -49,7 +49,10 @@ compat:
 	    test -e $(VENV)-$$version/ready || { $$python -m venv $(VENV)-$$version; \
 	        $(call install_pytest,$(VENV)-$$version/bin/python); \
 	        touch $(VENV)-$$version/ready; }; \
-	    $(VENV)-$$version/bin/python -m pytest -q -p no:cacheprovider $(ARGS) test_wsgate.py; \
+	    suite="$(VENV)-$$version/bin/python -m pytest -q -o cache_dir=$(VENV)-$$version/cache"; \
+	    $$suite $(ARGS) test_wsgate.py || { \
+	        echo "== Python $$version: what failed, once more"; \
+	        $$suite --last-failed $(ARGS) test_wsgate.py; }; \
 	done; echo "passed on:$$done"
 
 # Everything compiles; the sample configuration is valid and matches the tables of keys.
