@@ -3557,6 +3557,40 @@ def test_no_request_after_an_upgrade_that_is_not_passed_on(tmp_path, lines, raw,
         client.close()
 
 
+@pytest.mark.parametrize("response", [
+    (ok(b"first"), ok(b"late")), (ok(b"first") + ok(b"late"),),
+    (OK + b"Content-Length: 5\r\n" + CHUNKED + chunked_body(b"first"),)])
+def test_no_request_over_a_connection_that_is_out_of_step(tmp_path, response):
+    """Bytes after a response, or two lengths: what comes next may be no response to a request."""
+    with gate_and_backend(tmp_path, None, KEPT) as (gate, backend):
+        client = gate.connect().send(request())
+        first = backend.connection()
+        first.head()
+        first.send(response[0])
+        assert client.response().body == b"first"
+        first.send(*response[1:])
+        client.send(request())
+        second = backend.connection(1)
+        second.head()
+        second.send(ok(b"second"))
+        assert client.response().body == b"second"
+        client.close()
+
+
+def test_kept_connection_and_tls(tmp_path):
+    """One without TLS is not for a location with https to the same server."""
+    ini = ("[server]\n%s\n[location /]\nproxy_pass = http://pool\n[location /tls/]\n"
+           "proxy_pass = https://pool\n[upstream pool]\nserver = %s\n")
+    with ScriptedBackend() as backend:
+        with running(ini % (KEPT, backend.where), tmp_path) as gate:
+            client = gate.connect().send(request())
+            backend.connection().send(ok())
+            client.response()
+            client.send(request(b"GET", b"/tls/"))
+            assert backend.connection(1).read(1) == b"\x16"
+            client.close()
+
+
 @pytest.mark.parametrize("method, line, kept", [
     (b"HEAD", b"200 OK\r\nContent-Length: 5", 0), (b"HEAD", b"200 OK\r\nContent-Length: 0", 1),
     (b"HEAD", b"200 OK\r\nTransfer-Encoding: chunked", 0), (b"HEAD", b"200 OK", 1),
@@ -5300,6 +5334,25 @@ def test_target_with_two_readings(tmp_path):
             assert gate.fetch(request(b"GET", b"//x/admin/x")).status == 403
             assert gate.fetch(request(b"GET", b"/admin/x")).status == 403
             assert gate.fetch(request(b"GET", b"//admin/y")).body == b"admin"
+
+
+@pytest.mark.parametrize("key", ["auth_request_headers = X-User",
+                                 "proxy_set_header = X-User: $remote_user"])
+def test_fields_that_another_guard_sets(tmp_path, key):
+    """//x/admin/y is served by [location /], but may be /admin/y to the backend."""
+    raw = [b"X-User: root", b"x-USER: root", b"Transfer-Encoding: chunked"]
+    with ScriptedBackend(respond(ok())) as auth, ScriptedBackend() as backend:
+        lines = "auth_request = http://%s/\n%s" % (auth.where, key)
+        with running(GUARDED % (backend.where, backend.where, lines), tmp_path) as gate:
+            for number, (target, known) in enumerate(((b"//x/admin/y", 0), (b"/x", 1))):
+                client = gate.connect().send(request(b"GET", target, *raw),
+                                             b"0\r\nX-User: root\r\n\r\n")
+                peer = backend.connection(number)
+                assert len(field(peer.head(), b"x-user")) == 2 * known
+                assert read_chunked_body(peer) == (b"", [b"X-User: root"] * known)
+                peer.send(ok())
+                assert client.response().status == 200
+                client.close()
 
 
 def test_return_guards_unless_the_first_location_is_below_it(tmp_path):
@@ -8141,6 +8194,16 @@ def test_close_to_unresponsive_peers(tmp_path, monkeypatch):
         gate.line("reason=backend_gone")
         for peer in idle + left:
             peer.close()
+
+
+@pytest.mark.parametrize("size", [200, 20000])
+def test_max_message_size_inside_a_message(size):
+    """A frame that is like the last message counts for the message that has begun all the same."""
+    whole, begun = frame(2, bytes(size)), frame(2, bytes(size - 1), fin=False)
+    scanner = wsgate.FrameScanner(False, False, 2 * size - 2, 0.0)
+    assert scanner.feed(whole + begun, 0.0) == whole + begun
+    assert scanner.peek(lambda size, flags: whole[:size], 0.0) == 0
+    assert scanner.feed(whole, 0.0) == b"" and scanner.too_big
 
 
 def test_max_message_size_and_invalid_frames(tmp_path):

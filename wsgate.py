@@ -3090,6 +3090,8 @@ class Exchange:
                 printable(request.host or "-"), printable(request.path[:200])))
         self.acquire(("location", location.name), location.max_connections, 503, "conn_limit",
                      "max_connections of [location %s] is reached" % location.name)
+        # A backend that reads the path as another guard does believes the fields that it sets.
+        request.guarded = frozenset().union(*[guard.withheld for guard in guards[1:]])
         for guard in guards:
             check_address(guard, address)
             check_origin(guard, request, self.client)
@@ -3126,7 +3128,7 @@ class Exchange:
         if not 200 <= response.status < 300:
             raise HTTPError(502, "auth_unavailable",
                             "auth_request: status %d" % response.status)
-        if location is self.location:  # not of a second guard, whose fields are not withheld
+        if location is self.location:  # those of other guards are withheld: see enter_location
             self.request.identity = identity_fields(location, response)
 
     def denial(self, location, response):
@@ -3216,7 +3218,8 @@ class Exchange:
             head = request_head_for_backend(request, location, client, self.backend.server,
                                             self.upgrade, keep)
             relay = HTTPRelay(self.stream, self.backend.stream, head,
-                              request.body(location.client_max_body_size, location.withheld),
+                              request.body(location.client_max_body_size,
+                                           location.withheld | request.guarded),
                               location, self.config.server)
             try:
                 response = relay.final_response(interim=request.minor > 0)
@@ -4093,11 +4096,12 @@ class Request:
     target: bytes for the backend. paths: see read_path; path: the first of them, for routing.
     minor: 0 or 1. authority: Host as it came, host: its name, lower case. length: of the body,
     None if it is chunked or there is none. id: of the access log. user: after Basic
-    authentication. identity: lines for the backend, from the response of auth_request.
+    authentication. identity: lines for the backend, from the response of auth_request. guarded:
+    names of fields, as cgi_name() makes them, that the backend does not get because of guards.
     """
 
     __slots__ = ("method", "target", "path", "paths", "minor", "fields", "host", "authority",
-                 "length", "chunked", "id", "user", "identity")
+                 "length", "chunked", "id", "user", "identity", "guarded")
 
     def has_body(self):
         """Return True unless the body is empty."""
@@ -4145,7 +4149,7 @@ def parse_request_head(head):
     request.target, request.paths = split_target(request.method, target, request.authority)
     request.path = request.paths[0]
     request.length, request.chunked = request_framing(fields, request.minor)
-    request.id, request.user, request.identity = "", b"", ()
+    request.id, request.user, request.identity, request.guarded = "", b"", (), frozenset()
     listed = fields.tokens(b"connection")
     if not PROTECTED_FIELDS.isdisjoint(listed):
         name = min(PROTECTED_FIELDS.intersection(listed))
@@ -5565,7 +5569,7 @@ def request_head_for_backend(request, location, client, server, upgrade, keep=Fa
     if not request.authority and b"host" not in replaced:  # HTTP/1.0 may come without
         name = "localhost" if server.address.path else server.name
         lines.append(b"Host: " + name.encode())
-    lines += end_to_end_fields(request, location, client, location.withheld)
+    lines += end_to_end_fields(request, location, client, location.withheld | request.guarded)
     if request.chunked:
         lines.append(b"Transfer-Encoding: chunked")
     if upgrade:
