@@ -3691,6 +3691,23 @@ def test_kept_connection_with_a_proxy_header(tmp_path):
         client.close()
 
 
+def test_a_tunnel_keeps_no_other_connection(tmp_path):
+    """Nor does a connection that is being closed."""
+    with gate_and_backend(tmp_path, None, KEPT) as (gate, backend):
+        for number, last in ((0, handshake()), (2, request(b"GET", b"/", b"Connection: close"))):
+            client = gate.connect().send(request())
+            kept = backend.connection(number)
+            kept.head()
+            kept.send(ok())
+            client.response()
+            client.send(last)
+            peer = backend.connection(number + 1)
+            peer.head()
+            peer.send(switching() if number == 0 else ok())
+            assert client.head() and kept.ended()
+            client.close()
+
+
 def test_kept_connections_expire(tmp_path):
     with gate_and_backend(tmp_path, None, "proxy_keepalive = " + ini_ms(200)) as (gate, backend):
         client = gate.connect().send(request())

@@ -2825,6 +2825,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
     def linger(self):
         """Read on after the last response, without holding a place of max_connections."""
         self.deadline = Deadline(LINGERING_TIME)
+        self.keep_backend(None)
         self.gate.connections.give_up_place(self)
         self.stream.linger(self.deadline)
 
@@ -3289,6 +3290,7 @@ class Exchange:
             self.location.max_message_size or extensions_known(response))
         self.connection.tunnel = Tunnel(self, self.backend.stream, head, scan,
                                         extensions_used(response))
+        self.connection.keep_backend(None)  # no request follows
         self.entry.tunnel_begins()
         return PLAIN_CLOSE
 
