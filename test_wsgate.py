@@ -9128,6 +9128,15 @@ def test_probe_of_a_configuration(capsys, tmp_path):
     assert "no [location]" in run_probe(capsys, "/other", "-c", gate.path)[2]
 
 
+def test_probe_of_a_configuration_with_a_redirect_listener(capsys, tmp_path):
+    """The probe goes to the first listener that serves requests."""
+    with ScriptedBackend(upgrade_then()) as backend:
+        ini = "[server]\nlisten = localhost:%d redirect, 127.0.0.1:%d\nproxy_pass = http://%s\n"
+        with running(ini % (free_port(), free_port(), backend.where), tmp_path) as gate:
+            result, _, report = run_probe(capsys, "/ws", "-c", gate.path)
+            assert result == 0 and "Everything works." in report, report
+
+
 @pytest.mark.parametrize("arguments", [
     ("nonsense",), ("ws://",), ("ws://h:99999",), ("ws://u:p@h/",),
     ("ws://h", "--header", "no colon"), ("ws://h", "--header", "A: b\r\nC: d"),

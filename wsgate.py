@@ -8287,7 +8287,8 @@ def probe_config(arguments):
     Return the exit status, 0 if all work.
     """
     config = load_config(*find_config(arguments))
-    listen = config.server.listen[0]
+    listens = [each for each in config.server.listen if not each.redirect]
+    listen = (listens or config.server.listen)[0]
     host = loopback_for(listen.address.host)
     gate = Server(listen.address._replace(host=host))
     head = handshake_head(arguments, gate.name if host else "localhost", arguments.probe)
@@ -8302,7 +8303,8 @@ def probe_config(arguments):
     address = "::1" if ":" in (host or "") else "127.0.0.1"
     client = ClientInfo(  # this process, as wsgate would see it
         peer=address, address=address, port=0, scheme=b"https" if listen.ssl else b"http",
-        subject=b"", trusted=trusted(config.server.set_real_ip_from, address),
+        subject=b"", trusted=(not listen.proxy_protocol
+                              and trusted(config.server.set_real_ip_from, address)),
         server_address=address, server_port=listen.address.port or 0)
     proxy, probes = location.websocket_proxy, []
     for server in proxy.upstream.servers if proxy else ():
