@@ -2996,13 +2996,14 @@ def test_an_upgrade_to_a_file_that_hangs_or_fails_is_given_up(tmp_path, monkeypa
 
 
 @needs_signals
-def test_a_stop_during_an_upgrade_ends_both(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGQUIT"])
+def test_a_stop_during_an_upgrade_ends_both(tmp_path, monkeypatch, name):
     code = "import time\ntime.sleep(60)"
     monkeypatch.setattr(wsgate, "__file__", write_file(tmp_path, "slow.py", code))
     with running("[server]\nreturn = 200\n", tmp_path) as gate, nothing_left():
         gate.signal("SIGUSR2")
         successor = eventually(lambda: gate.gate.successor)
-        gate.signal("SIGTERM")
+        gate.signal(name)
         wait_for_end(gate)
         assert successor.process.wait(5000 * MS) == -signal.SIGKILL
 

@@ -1987,8 +1987,6 @@ class Gate:
             for key, _ in self.selector.select(1.0 if self.state == "running" else 0.05):
                 key.data()
             self.tick(time.monotonic())
-        if self.successor:  # stopped meanwhile, and so is what was about to take over
-            self.end_upgrade()
         self.close()
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)  # a second Ctrl-C finds it closed otherwise
@@ -2068,6 +2066,8 @@ class Gate:
 
         The status page reports the draining, unless a successor has its socket.
         """
+        if self.successor:  # what was about to take over is ended, too
+            self.end_upgrade()
         notify("STOPPING=1")
         self.state = state
         for listener in list(self.listeners):
