@@ -694,7 +694,7 @@ class RandomPeer:
         self.talk = list(random_messages(rng, 80))
         self.messages = len([first for first, _ in self.talk if first in (0x80, 0x81, 0x82)])
         self.received = []     # frames, without the pings of the gate
-        self.pongs = []        # that answer them and are not on their way yet
+        self.pongs = []        # to be sent
         self.pings = self.sent = 0
         self.poll = select.poll()
 
@@ -1183,14 +1183,14 @@ def with_status(tmp_path, backend, *lines):
     with running(ini_for(backend, *lines), tmp_path) as gate:
         port = gate.listeners[1].server_address[1]
 
-        def ask(path, method=b"GET"):
+        def fetch(path, method=b"GET"):
             with contextlib.closing(connect(port)) as peer:
                 raw = request(method, path).replace(b"gate.test", b"localhost")
                 response = peer.send(raw).response(method)
                 assert peer.rest() == b""
                 return response
 
-        yield gate, ask
+        yield gate, fetch
 
 
 def line_of(gate, *peers):
@@ -1792,7 +1792,7 @@ def test_readme_has_every_reason():
     ("log_format", "json", "json"), ("pid", "", None),
     ("pid", "/run/wsgate %d.pid", "/run/wsgate %d.pid"),
 ])
-def test_values_of_the_server_section_mean_what_they_say(tmp_path, key, text, value):
+def test_values(tmp_path, key, text, value):
     read = getattr(load_text(tmp_path, "[server]\n%s%s = %s\n" % (PASS, key, text)).server, key)
     assert ([str(each) for each in read] if isinstance(value, list) else read) == value
 
@@ -1806,7 +1806,7 @@ def test_special_characters_in_values(tmp_path):
 
 @pytest.mark.parametrize("text", ["status_listen =", "status_listen = off",
                                   "access_log = off\nerror_log = off"])
-def test_off_and_empty_values_start_a_gate_without_the_thing(tmp_path, text):
+def test_off_and_empty_values(tmp_path, text):
     with running("[server]\nlisten = 127.0.0.1:0\nreturn = 204\n" + text, tmp_path) as gate:
         assert len(gate.listeners) == 1
         assert gate.fetch(request()).status == 204
@@ -1864,7 +1864,7 @@ def test_bad_values_of_the_keys_of_forwarding(tmp_path, line, error):
     ("1, [::1]:2 ssl\n\nunix:/a proxy_protocol",
      [("0.0.0.0", 1, None, ""), ("::1", 2, None, "ssl"), (None, None, "/a", "proxy_protocol")]),
 ])
-def test_listen_takes_addresses_and_flags(text, listens):
+def test_listen(text, listens):
     assert [each.address + (
         " ".join(name for name in ("ssl", "proxy_protocol", "reuseport") if getattr(each, name)),)
             for each in wsgate.parse_listen(text)] == listens
@@ -1878,7 +1878,7 @@ def test_listen_takes_addresses_and_flags(text, listens):
     ("http://unix:/run/app.sock", (False, "unix:/run/app.sock", None)),
     ("http://unix:/run/app.sock:/uri/", (False, "unix:/run/app.sock", "/uri/")),
 ])
-def test_proxy_pass_takes_names_addresses_sockets_and_a_uri(text, target):
+def test_proxy_pass(text, target):
     assert wsgate.parse_proxy_pass(text) == target
 
 
@@ -1890,7 +1890,7 @@ def test_proxy_pass_takes_names_addresses_sockets_and_a_uri(text, target):
     ("a:1 weight=3 max_fails=0 fail_timeout=500ms max_conns=9",
      ("a:1", 3, 0, 0.5, 9, False, False)),
 ])
-def test_server_lines_take_an_address_and_options(line, values):
+def test_server_lines(line, values):
     server, = wsgate.parse_servers("\n  %s\n" % line)
     assert (server.name, server.weight, server.max_fails, server.fail_timeout, server.max_conns,
             server.backup, server.down) == values
@@ -1992,7 +1992,7 @@ def test_the_sample_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("table", sorted(TABLES))
-def test_every_key_has_a_meaning_and_a_default_that_parses(table):
+def test_keys_have_meanings_and_valid_defaults(table):
     for name, key in TABLES[table].items():
         assert len(key.meaning) > 6 and "\n" not in key.meaning, name
         if name != "server":
@@ -2222,7 +2222,8 @@ def test_invalid_lines(tmp_path):
 
 @pytest.mark.parametrize("text", [SERVER, SERVER.rstrip("\n"), SERVER.replace("\n", "\r\n"),
                                   b"\xef\xbb\xbf" + SERVER.encode(), "\n; comment\n" + SERVER])
-def test_two_lines_are_a_complete_file_with_bom_or_crlf_too(tmp_path, text):
+def test_smallest_file(tmp_path, text):
+    """Two lines, also with a BOM or CRLF."""
     config = load_text(tmp_path, text)
     assert [each.name for each in config.locations] == ["/"]
     assert location_of(config).proxy.upstream.servers[0].name == "127.0.0.1:9"
@@ -2268,7 +2269,7 @@ def test_return_and_proxy_pass_replace_each_other(tmp_path):
     assert location_of(config, "/a").return_ is None and location_of(config).return_.status == 404
 
 
-def test_the_command_line_wins_over_the_file_and_needs_none(tmp_path):
+def test_command_line_overrides_the_file(tmp_path):
     config = load_text(tmp_path, SERVER + "listen = 1\n",
                        {"listen": "127.0.0.1:0", "proxy_pass": "http://127.0.0.1:8"})
     assert config.server.listen[0].address.port == 0
@@ -2562,7 +2563,7 @@ def can_run_as(user, *command):
 
 @needs_root
 def test_chown_of_logs(tmp_path):
-    """Else a link that the user has put there would give it the file behind the link."""
+    """Otherwise a link made by the user would give it the target of the link."""
     victim, link, hard = [str(tmp_path / name) for name in ("victim", "link", "hard")]
     write_file(tmp_path, "victim", "")
     os.symlink(victim, link)
@@ -2715,14 +2716,14 @@ def test_quit_finishes_requests_and_closes_idle_connections(tmp_path):
         gate.signal("SIGQUIT")
         assert idle.ended(500 * MS) and not listening(gate.port)
         assert busy.silent(50 * MS)
-        # accepted before: nobody else will answer it
-        answer_ = fresh.send(request(b"GET", b"/idle")).response()
-        assert (answer_.status, answer_.get(b"connection")) == (200, b"close")
+        # accepted before, so it must be served here
+        response = fresh.send(request(b"GET", b"/idle")).response()
+        assert (response.status, response.get(b"connection")) == (200, b"close")
         assert late.send(handshake()).response().reason == "draining"
         go.set()
-        answer_ = busy.response()
-        assert (answer_.status, answer_.body,
-                answer_.get(b"connection")) == (200, b"whole", b"close")
+        response = busy.response()
+        assert (response.status, response.body,
+                response.get(b"connection")) == (200, b"whole", b"close")
         for peer in (idle, fresh, late, busy):
             peer.close()
         wait_for_end(gate)
@@ -2802,7 +2803,7 @@ def test_drained_tunnels_are_logged(tmp_path):
 
 
 @needs_signals
-def test_the_process_obeys_reopen_reload_and_stop(tmp_path):
+def test_s_reopen_reload_stop(tmp_path):
     log = str(tmp_path / "access.log")
     with program(tmp_path, "return = 200 old", "access_log = " + log) as child:
         assert pid_in(child) == child.pid
@@ -2863,7 +2864,7 @@ def test_repeated_ctrl_c(tmp_path):
         client = connect(child.port).send(request())
         backend.connection().head()
         os.unlink(child.pid_file)
-        # looking whose it is, the gate stops on its way out until somebody has written
+        # reading the pid file, the ending gate blocks until a writer opens it
         os.mkfifo(child.pid_file)
         child.send_signal(signal.SIGINT)
         eventually(lambda: not listening(child.port))
@@ -2895,7 +2896,8 @@ def test_a_signal_to_a_gate_that_does_not_run_is_an_error(tmp_path, capsys):
         assert said.count("\n") == 1
 
 
-def test_a_hundred_hups_in_a_row_are_a_few_reloads(tmp_path):
+def test_signals_are_coalesced(tmp_path):
+    """A hundred HUPs in a row are a few reloads."""
     with running("[server]\nreturn = 200\n", tmp_path) as gate:
         gate.gate.signals.extend([signal.SIGHUP, signal.SIGUSR1] * 50 + [signal.SIGHUP])
         gate.gate.signal_wakeup.set()
@@ -2984,7 +2986,7 @@ def test_a_broken_upgrade_leaves_the_old_process_as_it_was(tmp_path, monkeypatch
     ("import os, time\nos.close(int(os.environ['WSGATE_READY']))\ntime.sleep(60)",
      "before it was ready; it was killed"),
     ("raise SystemExit(3)", "ended with status 3")])
-def test_an_upgrade_to_a_file_that_hangs_or_fails_is_given_up(tmp_path, monkeypatch, code, words):
+def test_failed_upgrade(tmp_path, monkeypatch, code, words):
     monkeypatch.setattr(wsgate, "__file__", write_file(tmp_path, "broken.py", code))
     monkeypatch.setattr(wsgate.Successor, "TIMEOUT",
                         60 if "status" in words or "before" in words else 0.2)
@@ -3160,9 +3162,9 @@ def test_a_limit_refuses_until_a_place_is_free(tmp_path, raw, where, line, statu
             with contextlib.closing(gate.connect().send(handshake())) as inside:
                 assert inside.response().status == 101
                 for _ in range(3):
-                    answer_ = gate.fetch(raw(b"/"))
-                    assert (answer_.status, answer_.reason) == (status, reason)
-                    assert answer_.get(b"retry-after").isdigit() and len(backend.connections) == 1
+                    response = gate.fetch(raw(b"/"))
+                    assert (response.status, response.reason) == (status, reason)
+                    assert response.get(b"retry-after").isdigit() and len(backend.connections) == 1
             assert gate.line("101 closed")
             assert eventually(lambda: gate.fetch(raw(b"/")).status in (101, 200))
 
@@ -3282,12 +3284,12 @@ def test_unix_sockets(tmp_path):
     ("", ("set_real_ip_from = unix:",), b"", b"6.6.6.6"),
     ("", ("set_real_ip_from = 127.0.0.1",), b"", b"unix:"),
 ])
-def test_who_comes_over_a_unix_socket_can_be_trusted(tmp_path, flag, lines, before, client):
+def test_trusted_unix_socket(tmp_path, flag, lines, before, client):
     path = str(tmp_path / "front")
     ini = "[server]\nlisten = unix:%s%s\nreturn = 200 $remote_addr\n%s\n" % (
         path, flag, "\n".join(lines))
     with running(ini, tmp_path), contextlib.closing(unix_peer(path)) as peer:
-        # where nobody is trusted it may have closed already
+        # the gate may have closed it already
         with contextlib.suppress(ConnectionError):
             peer.send(before, request(b"GET", b"/", b"X-Forwarded-For: 6.6.6.6"))
         assert peer.ended() if client is None else peer.response().body == client
@@ -3421,7 +3423,7 @@ def test_a_silent_connection_gives_its_place_to_a_request(tmp_path):
         silent.close()
 
 
-def test_a_head_that_drips_is_408_in_time(tmp_path):
+def test_client_header_timeout(tmp_path):
     with gate_and_backend(tmp_path, None, *TIMES_200MS) as (gate, backend):
         client = gate.connect()
         with takes(180, 700):
@@ -3520,7 +3522,8 @@ def test_proxy_keepalive(tmp_path):
     request(b"POST", body=b"hello"), request(b"POST"), request(b"PUT", body=b""),
     request(b"GET", body=b"hello"), request(b"GET", b"/", b"Transfer-Encoding: chunked")
     + chunked_body(b"hello"), handshake()])
-def test_what_may_not_be_repeated_gets_a_connection_of_its_own(tmp_path, raw):
+def test_requests_that_are_not_repeatable(tmp_path, raw):
+    """They get a backend connection of their own."""
     with gate_and_backend(tmp_path, None, KEPT) as (gate, backend):
         client = gate.connect().send(request())
         kept = backend.connection()
@@ -3766,7 +3769,7 @@ def test_redirect_without_host(tmp_path, tls):
 
 
 def test_a_redirect_listener_serves_challenges_of_acme(tmp_path, tls):
-    """So that certbot can stay behind it (RFC 8555 8.3)."""
+    """For certbot as a backend (RFC 8555 8.3)."""
     with running(REDIRECTING % tls.server, tmp_path) as gate:
         path = b"/.well-known/acme-challenge/x"
         assert gate.fetch(request(b"GET", path, b"Host: other.test")).body == b"token"
@@ -3786,7 +3789,7 @@ def test_redirect_listener_limits(tmp_path, tls):
 
 
 def test_forwarding_fields_after_a_proxy_header(tmp_path):
-    """A balancer that passes bytes through adds none, so nobody is believed."""
+    """A balancer that passes bytes through adds none, so none is trusted."""
     with ScriptedBackend() as backend:
         ini = (PROXY_INI % ("", "127.0.0.1, 192.0.2.0/24")).replace(
             "return = 200 $remote_addr", "proxy_pass = http://" + backend.where)
@@ -4195,17 +4198,17 @@ def test_backend_certificates_are_verified(tmp_path, tls, raw, trust, name, work
         ini = "[server]\nproxy_pass = https://%s\n%s\nproxy_ssl_name = %s\n" % (
             backend.where, trust.replace("CA", tls.ca), name or "")
         with running(ini, tmp_path) as gate:
-            answer_ = gate.fetch(raw(b"/"))
+            response = gate.fetch(raw(b"/"))
             if works:
-                assert answer_.status in (101, 200)
+                assert response.status in (101, 200)
             else:
-                assert (answer_.status, answer_.reason) == (502, "backend_tls")
+                assert (response.status, response.reason) == (502, "backend_tls")
                 eventually(lambda: backend.errors or heads)
                 assert not any(heads)
             assert names == [name] or not name
 
 
-def test_unchecked_backend_certificates_are_warned_of(tmp_path, capsys):
+def test_proxy_ssl_verify_off_warns(tmp_path, capsys):
     path = write_file(tmp_path, "x.ini",
                       "[server]\nproxy_pass = https://127.0.0.1:9\nproxy_ssl_verify = off\n")
     assert wsgate.main(["-t", "-c", path]) == 0
@@ -4262,7 +4265,7 @@ def test_tunnel_over_tls_with_stalls(tmp_path, tls, front, back):
 
 
 def test_pending_bytes_of_tls(tmp_path, tls, constants):
-    """Smaller reads than TLS records: poll() says nothing of the rest of a record."""
+    """Smaller reads than TLS records: poll() does not report the rest of a record."""
     constants(SMALL_READ=1000)
     constants(BIG_READ=2000)
     with ScriptedBackend(echo_service, tls=tls_backend(tls)) as backend:
@@ -4367,7 +4370,7 @@ def test_a_reload_works_though_user_cannot_read_the_key(tls):
                 assert peer.send(request()).response().body == b"two"
 
 
-def test_a_file_that_cannot_be_looked_at_is_one_line(tmp_path, tls):
+def test_unreadable_certificate_is_one_line(tmp_path, tls):
     """As for `user`, whose key only root can read; they are loaded once they can be read."""
     with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
         store, away = gate.config.certificates, str(tmp_path / "away.pem")
@@ -4500,10 +4503,10 @@ def test_a_tunnel_through_tls_survives_its_pings(tmp_path, tls, side):
 
 # ------------------------------------------------------------ HTTP/1.1 messages
 #
-# What is refused, and how. A row is (bytes, what is wrong with them, the answer);
-# the answer is `400 bad_request` where a row does not say it.
+# What is refused: rows of (bytes, what is wrong, response), where the response is
+# `400 bad_request` unless given.
 
-# A request line; a good Host follows it.
+# Request lines, followed by a valid Host.
 BAD_REQUEST_LINES = (
     (b"GET /", "HTTP/0.9"),
     (b"GET", "a method alone"),
@@ -4521,10 +4524,10 @@ BAD_REQUEST_LINES = (
     (b"GET / HTTP/1.", "half a version"),
     (b"GET / HTTP/1.10", "long version"),
     (b"GET / HTTP/+1.1", "sign in the version"),
-    (b"GET / HTTP/1.1x", "something behind the version"),
+    (b"GET / HTTP/1.1x", "something after the version"),
     (b"GET / ICAP/1.0", "another protocol"),
     (b"GET / HTTP/0.9", "version before HTTP/1", "505 bad_version"),
-    (b"GET / HTTP/2.0", "version behind HTTP/1", "505 bad_version"),
+    (b"GET / HTTP/2.0", "version after HTTP/1", "505 bad_version"),
     (b"GET / HTTP/9.9", "version unknown", "505 bad_version"),
     (b"PRI * HTTP/2.0", "HTTP/2 preface", "505 bad_version"),
     (b"G@T / HTTP/1.1", "@ in the method"),
@@ -4537,7 +4540,7 @@ BAD_REQUEST_LINES = (
     (b"GET /\rX: y HTTP/1.1", "bare CR in the target"),
     (b"GET /\nX: y HTTP/1.1", "bare LF in the target"),
     (b"GET /#a HTTP/1.1", "fragment"),
-    (b"GET /?a#b HTTP/1.1", "fragment behind a query"),
+    (b"GET /?a#b HTTP/1.1", "fragment after a query"),
     (b"GET a HTTP/1.1", "no slash"),
     (b"GET ?a HTTP/1.1", "query alone"),
     (b"GET /.. HTTP/1.1", "dot segment at the end"),
@@ -4586,7 +4589,7 @@ BAD_REQUEST_LINES = (
     (b"GET /%s HTTP/1.1" % (b"a" * 16384), "line over 16k", "414 uri_too_long"),
     (b"G" * 16390, "method over 16k", "414 uri_too_long"))
 
-# Lines in a POST / HTTP/1.1 that has a good Host.
+# Lines in a POST / HTTP/1.1 with a valid Host.
 BAD_REQUEST_FIELDS = (
     (b"Content-Length: +5", "plus sign"),
     (b"Content-Length: -5", "minus sign"),
@@ -4603,7 +4606,7 @@ BAD_REQUEST_FIELDS = (
     (b"Content-Length: \xd9\xa5", "Arabic digit"),
     (b"Content-Length: \xef\xbc\x95", "full-width digit"),
     (b"Content-Length: \x0b5", "vertical tab before the number"),
-    (b"Content-Length: 5\x00", "NUL behind the number"),
+    (b"Content-Length: 5\x00", "NUL after the number"),
     (b"Content-Length: 18446744073709551621", "2^64 + 5"),
     (b"Content-Length: " + b"9" * 400, "400 digits"),
     (b"Content-Length: 5, 5", "list of equals"),
@@ -4622,14 +4625,14 @@ BAD_REQUEST_FIELDS = (
     (b"Transfer-Encoding\x00: chunked", "coding, NUL in the name"),
     (b"Transfer\xa0Encoding: chunked", "coding, no-break space in the name"),
     (b"Transfer Encoding: chunked", "coding, space in the name"),
-    (b" Transfer-Encoding: chunked", "coding, folded behind Host"),
+    (b" Transfer-Encoding: chunked", "coding, folded after Host"),
     (b"\tTransfer-Encoding: chunked", "coding, folded by a tab"),
-    (b"X: y\r\n Transfer-Encoding: chunked", "coding, folded behind another field"),
-    (b"X: y\rTransfer-Encoding: chunked", "coding behind a bare CR"),
-    (b"X: y\nTransfer-Encoding: chunked", "coding behind a bare LF"),
-    (b"X: y\r\rTransfer-Encoding: chunked", "coding behind two CR"),
-    (b"X: y\n\nGET /admin HTTP/1.1", "request behind two LF"),
-    (b"X: y\r\n\nGET /admin HTTP/1.1", "request behind CRLF LF"),
+    (b"X: y\r\n Transfer-Encoding: chunked", "coding, folded after another field"),
+    (b"X: y\rTransfer-Encoding: chunked", "coding after a bare CR"),
+    (b"X: y\nTransfer-Encoding: chunked", "coding after a bare LF"),
+    (b"X: y\r\rTransfer-Encoding: chunked", "coding after two CR"),
+    (b"X: y\n\nGET /admin HTTP/1.1", "request after two LF"),
+    (b"X: y\r\n\nGET /admin HTTP/1.1", "request after CRLF LF"),
     (b"Transfer-Encoding:\r\n chunked", "coding, folded value"),
     (b"Transfer-Encoding: chunked\x00", "coding, NUL in the value"),
     (b"Transfer-Encoding:\x0bchunked", "coding, vertical tab"),
@@ -4640,15 +4643,15 @@ BAD_REQUEST_FIELDS = (
      "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: chunked, chunked", "chunked twice", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: gzip, chunked", "another coding before", "501 bad_transfer_encoding"),
-    (b"Transfer-Encoding: chunked, identity", "another coding behind", "501 bad_transfer_encoding"),
+    (b"Transfer-Encoding: chunked, identity", "another coding after", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: gzip", "another coding", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: identity", "no coding", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: xchunked", "nearly chunked", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: chunked;q=1", "parameter to chunked", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: \"chunked\"", "chunked in quotes", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: ,chunked", "empty element before", "501 bad_transfer_encoding"),
-    (b"Transfer-Encoding: chunked,", "empty element behind", "501 bad_transfer_encoding"),
-    (b"Transfer-Encoding: chunked x", "word behind chunked", "501 bad_transfer_encoding"),
+    (b"Transfer-Encoding: chunked,", "empty element after", "501 bad_transfer_encoding"),
+    (b"Transfer-Encoding: chunked x", "word after chunked", "501 bad_transfer_encoding"),
     (b"Transfer-Encoding: c\xc5\xbfunked", "letter that folds to another",
      "501 bad_transfer_encoding"),
     (b"Transfer-Encoding:", "empty coding", "501 bad_transfer_encoding"),
@@ -4689,8 +4692,8 @@ BAD_OPENINGS = (
     (b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
      "chunked in HTTP/1.0"),
     (b"GET / HTTP/1.1\nHost: a\n\n", "bare LF everywhere"),
-    (b"GET / HTTP/1.1\nHost: a\r\n\r\n", "bare LF behind the request line"),
-    (b"GET / HTTP/1.1\r\nHost: a\n\r\n", "bare LF behind a field"),
+    (b"GET / HTTP/1.1\nHost: a\r\n\r\n", "bare LF after the request line"),
+    (b"GET / HTTP/1.1\r\nHost: a\n\r\n", "bare LF after a field"),
     (b"GET / HTTP/1.1\r\nHost: a\r\n\n", "bare LF for the empty line"),
     (b"GET / HTTP/1.1\rHost: a\r\r\n\r\n", "bare CR"),
     (b"\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", "two empty lines before"),
@@ -4732,9 +4735,8 @@ def test_malformed_requests_reach_no_backend(tmp_path):
         assert not backend.connections
 
 
-# What a backend answers; the client gets 502 backend_bad_response where a row does not say
-# otherwise.
-BAD_ANSWER_HEADS = (
+# Responses of a backend; the client gets 502 backend_bad_response unless given.
+BAD_RESPONSE_HEADS = (
     (b"hello\r\n\r\n", "no HTTP"),
     (b"SSH-2.0-OpenSSH_9.6\r\n", "SSH"),
     (b"\x15\x03\x03\x00\x02\x02\x28", "TLS alert"),
@@ -4752,7 +4754,7 @@ BAD_ANSWER_HEADS = (
     (b"HTTP/1.1 600 OK\r\n\r\n", "status above 599"),
     (b"HTTP/1.1 +20 OK\r\n\r\n", "status with a sign"),
     (b"HTTP/1.1 2_0 OK\r\n\r\n", "status with an underscore"),
-    (b"HTTP/1.1 200OK\r\n\r\n", "no space behind the status"),
+    (b"HTTP/1.1 200OK\r\n\r\n", "no space after the status"),
     (b"HTTP/1.1  200 OK\r\n\r\n", "two spaces"),
     (b"HTTP/1.1\t200 OK\r\n\r\n", "tab for space"),
     (b"HTTP/1.1 200 O\x00K\r\n\r\n", "NUL in the phrase"),
@@ -4769,7 +4771,7 @@ BAD_ANSWER_HEADS = (
     (b"", "nothing", "502 backend_closed"))
 
 # Behind `HTTP/1.1 200 OK`.
-BAD_ANSWER_FIELDS = (
+BAD_RESPONSE_FIELDS = (
     (b"X: y\rSet-Cookie: a=b\r\n\r\n", "bare CR in a field"),
     (b"X: y\r\n z\r\n\r\n", "folded field"),
     (b"X : y\r\n\r\n", "space before the colon in an answer"),
@@ -4795,8 +4797,8 @@ BAD_ANSWER_FIELDS = (
     (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
      "chunked in two fields"))
 
-# Only its body shows that an answer is bad: the client's connection is reset.
-BAD_ANSWER_BODIES = (
+# Responses that are malformed only in the body: the client connection is reset.
+BAD_RESPONSE_BODIES = (
     (b"Content-Length: 9\r\n\r\nhello", "shorter than its length", "backend_truncated"),
     (CHUNKED + b"5\r\nhel", "end in a chunk", "backend_truncated"),
     (CHUNKED + b"5\r\nhello\r\n", "end before the last chunk", "backend_truncated"),
@@ -4815,7 +4817,7 @@ BAD_ANSWER_BODIES = (
 
 @pytest.mark.parametrize("how", [b"whole", b"drip"])
 def test_malformed_responses(tmp_path, how):
-    table = table_rows((b"", BAD_ANSWER_HEADS, b""), (OK, BAD_ANSWER_FIELDS, b""),
+    table = table_rows((b"", BAD_RESPONSE_HEADS, b""), (OK, BAD_RESPONSE_FIELDS, b""),
                        default="502 backend_bad_response")
     with gate_and_backend(tmp_path, respond_by_row(table)) as (gate, _):
         for number, (_, why, verdict) in enumerate(table):
@@ -4823,7 +4825,7 @@ def test_malformed_responses(tmp_path, how):
             assert (why, "%d %s" % (response.status, response.reason)) == (why, verdict)
 
 
-GOOD_REQUESTS = (
+UNUSUAL_REQUESTS = (
     b"GET / HTTP/1.0\r\n\r\n", b"GET / HTTP/1.1\r\nHost:gate.test\r\n\r\n",
     b"GET / HTTP/1.1\r\nhOST: \t gate.test \t\r\n\r\n",
     b"get.it!#$%&'*+-^_`|~ / HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -4843,8 +4845,8 @@ GOOD_REQUESTS = (
     b"GET / HTTP/1.1\r\nHost: a\r\nX: %s\r\n\r\n" % (b"y" * (16384 - 32)))
 
 
-@pytest.mark.parametrize("raw", GOOD_REQUESTS, ids=lambda raw: repr(raw[:40]))
-def test_what_is_unusual_but_right_is_taken(raw):
+@pytest.mark.parametrize("raw", UNUSUAL_REQUESTS, ids=lambda raw: repr(raw[:40]))
+def test_unusual_requests(raw):
     assert head_verdicts(raw + b"tail", len(raw)) == {(raw, b"tail")}
 
 
@@ -4862,7 +4864,7 @@ def test_target_and_path(line, host, target, path):
     assert parsed.host == "gate.test"
 
 
-def test_fields_are_found_in_any_case_and_kept_as_they_came():
+def test_fields_keep_their_case():
     raw = request(b"GET", b"/", b"X-a: 1", b"x-A:2 ", b"Connection: Close ,x-a,", b"connection: y")
     fields = wsgate.parse_request_head(raw).fields
     assert fields == [(b"Host", b"gate.test"), (b"X-a", b"1"), (b"x-A", b"2"),
@@ -4879,7 +4881,7 @@ def test_fields_are_found_in_any_case_and_kept_as_they_came():
     (b"HTTP/1.1 599\r\nTransfer-Encoding: CHUNKED\r\n\r\n", 599, b"", None, True),
     (b"HTTP/1.1 200 Tr\xc3\xa8s bien\r\ncontent-length: 0\r\n\r\n", 200, b"Tr\xc3\xa8s bien", 0,
      False)])
-def test_a_response_head_is_taken_apart(raw, status, reason, length, is_chunked):
+def test_response_head(raw, status, reason, length, is_chunked):
     response = wsgate.parse_response_head(raw)
     assert (response.status, response.reason, response.length,
             response.chunked) == (status, reason, length, is_chunked)
@@ -4888,8 +4890,8 @@ def test_a_response_head_is_taken_apart(raw, status, reason, length, is_chunked)
 @pytest.mark.parametrize("line, status", [
     (b"GET /x", 400), (b"GET /x HTTP/3.0", 505), (b"GET /x HTTP/1.1 ", 400), (b"", 400),
     (b"\x00", 400), (b"GET x\n", 400)])
-def test_a_wrong_request_line_is_refused_once_it_is_complete(tmp_path, line, status):
-    """Not after client_header_timeout, as if the rest of the head could mend it."""
+def test_wrong_request_line_is_refused_at_once(tmp_path, line, status):
+    """Not after client_header_timeout, as if the rest of the head could make it valid."""
     with gate_and_backend(tmp_path, None) as (gate, _):
         peer = gate.connect().send(b"\r\n" + line + b"\r\n")
         assert peer.response().status == status
@@ -4965,12 +4967,12 @@ def test_lines_of_a_response_head_may_end_with_lf(tmp_path, head):
 
 # A chunked request body.
 BAD_CHUNKS = table_rows((b"", (
-    (b"5\nhello\r\n0\r\n\r\n", "bare LF behind the size"),
-    (b"5\rhello\r\n0\r\n\r\n", "bare CR behind the size"),
-    (b"5\r\r\nhello\r\n0\r\n\r\n", "CR CRLF behind the size"),
-    (b"5\r\nhello0\r\n\r\n", "no CRLF behind the payload"),
-    (b"5\r\nhello\n0\r\n\r\n", "bare LF behind the payload"),
-    (b"5\r\nhello\r0\r\n\r\n", "bare CR behind the payload"),
+    (b"5\nhello\r\n0\r\n\r\n", "bare LF after the size"),
+    (b"5\rhello\r\n0\r\n\r\n", "bare CR after the size"),
+    (b"5\r\r\nhello\r\n0\r\n\r\n", "CR CRLF after the size"),
+    (b"5\r\nhello0\r\n\r\n", "no CRLF after the payload"),
+    (b"5\r\nhello\n0\r\n\r\n", "bare LF after the payload"),
+    (b"5\r\nhello\r0\r\n\r\n", "bare CR after the payload"),
     (b"5\r\nhello!\r\n0\r\n\r\n", "more payload than said"),
     (b"5\r\nhell\r\n0\r\n\r\n", "less payload than said"),
     (b"+5\r\nhello\r\n0\r\n\r\n", "plus sign"),
@@ -4981,7 +4983,7 @@ BAD_CHUNKS = table_rows((b"", (
     (b"\t5\r\nhello\r\n0\r\n\r\n", "tab before the size"),
     (b"5 5\r\nhello\r\n0\r\n\r\n", "two numbers"),
     (b"5,\r\nhello\r\n0\r\n\r\n", "comma"),
-    (b"5h\r\nhello\r\n0\r\n\r\n", "h behind the number"),
+    (b"5h\r\nhello\r\n0\r\n\r\n", "h after the number"),
     (b"g\r\nhello\r\n0\r\n\r\n", "no hexadecimal digit"),
     (b"\xd9\xa5\r\nhello\r\n0\r\n\r\n", "chunk of an Arabic size"),
     (b"\r\nhello\r\n0\r\n\r\n", "no size"),
@@ -5016,7 +5018,8 @@ def test_malformed_chunked_bodies(raw, verdict):
         assert not body.done and not passed.endswith(b"0\r\n\r\n")
 
 
-def test_no_backend_gets_a_malformed_chunked_body_to_its_end(tmp_path):
+def test_malformed_chunked_bodies_stay_incomplete(tmp_path):
+    """No backend may take them for complete."""
     complete = []
     with gate_and_backend(tmp_path, lambda peer: complete.append(read_request(peer))) as (gate, _):
         for raw, why, verdict in BAD_CHUNKS:
@@ -5028,9 +5031,9 @@ def test_no_backend_gets_a_malformed_chunked_body_to_its_end(tmp_path):
 @pytest.mark.parametrize("how", [b"whole", b"drip"])
 def test_malformed_response_bodies(tmp_path, how):
     """The client must see that they are incomplete."""
-    table = [(OK + row[0],) for row in BAD_ANSWER_BODIES]
+    table = [(OK + row[0],) for row in BAD_RESPONSE_BODIES]
     with gate_and_backend(tmp_path, respond_by_row(table)) as (gate, _):
-        for number, (_, why, reason) in enumerate(BAD_ANSWER_BODIES):
+        for number, (_, why, reason) in enumerate(BAD_RESPONSE_BODIES):
             client = gate.connect().send(request(b"GET", b"/%d/%s" % (number, how)))
             with pytest.raises((ConnectionError, AssertionError)):
                 client.response()
@@ -5169,7 +5172,7 @@ ROUTES = ["/", "/chat", "/chat/deep/", "= /exact", "/exact/", "host.test/", "hos
     ("any", "/caf%E9/x", "/"), ("any", "/a%2Bb/", "/a+b/"), ("[::1]", "/v6", "[::1]/v6"),
     ("[::1]:80", "/v6/x", "[::1]/v6"), ("[::1]", "/v", "/"), ("any", "/x/y/", "/"),
 ])
-def test_the_most_special_location_takes_a_request(tmp_path, host, path, name):
+def test_most_specific_location(tmp_path, host, path, name):
     config = load_text(tmp_path, SERVER + "".join(
         "[location %s]\n" % ("= " + each[2:] if each.startswith("=") else each) for each in ROUTES))
     message = wsgate.parse_request_head(request(b"GET", path.encode(), b"Host: " + host.encode()))
@@ -5624,18 +5627,20 @@ def test_bcrypt_is_an_error(tmp_path):
     (b"rubbish\r\n\r\n", 502, "auth_unavailable")],
     ids=["200", "204", "401", "403", "302", "500", "closed", "rubbish"])
 @BOTH_WAYS
-def test_the_auth_service_decides_and_failure_is_closed(tmp_path, raw, said, status, reason):
+def test_auth_request(tmp_path, raw, said, status, reason):
+    """A failure of the service refuses the request."""
     with ScriptedBackend(respond(said)) as asked:
         with gate_and_backend(tmp_path, echo_service,
                               "auth_request = http://" + asked.where) as (gate, backend):
-            answer_ = gate.fetch(raw(b"/"))
+            response = gate.fetch(raw(b"/"))
             passed = 101 if raw is handshake else 200
-            assert (answer_.status, answer_.reason) == (passed if status == 200 else status, reason)
+            assert (response.status, response.reason) == (passed if status == 200 else status,
+                                                          reason)
             assert len(backend.connections) == (status == 200) and len(asked.connections) == 1
             if b"Bearer" in said:
-                assert (answer_.get(b"www-authenticate"),
-                        answer_.get(b"set-cookie")) == (b"Bearer", b"a=1")
-                assert answer_.get(b"x-other") is None
+                assert (response.get(b"www-authenticate"),
+                        response.get(b"set-cookie")) == (b"Bearer", b"a=1")
+                assert response.get(b"x-other") is None
 
 
 def test_request_to_the_auth_service(tmp_path):
@@ -5734,7 +5739,8 @@ def test_client_address_from_the_proxy_protocol(tmp_path, header, client):
     b"PROXY TCP4 1.2.3.\xff 1.2.3.4 1 2\r\n", proxy_v2(0x31, 0x11, V2_TCP4),
     proxy_v2(0x22, 0x11, V2_TCP4), proxy_v2(0x21, 0x11, V2_TCP4[:8]), proxy_v2(0x21, 0x77, V2_TCP4),
     proxy_v2(0x21, 0x11, b"x" * 4000)])
-def test_a_malformed_proxy_header_closes_without_a_word(tmp_path, header):
+def test_malformed_proxy_header(tmp_path, header):
+    """The connection is closed without a response."""
     with running(PROXY_INI % ("", "127.0.0.1"), tmp_path) as gate:
         assert gate.connect().send(header + request()).rest() == b""
         assert any("invalid PROXY header" in line for line in gate.errors) and not gate.access
@@ -5797,7 +5803,7 @@ def test_password_checked_while_the_file_changes(tmp_path, monkeypatch):
     def verify_slowly(*arguments):
         right = verify(*arguments)
         path.write_bytes(b"me:" + wsgate.hash_password(b"new password") + b"\n")
-        passwords.refresh()  # by the request of somebody else
+        passwords.refresh()  # as by another request
         monkeypatch.undo()
         return right
 
@@ -6007,7 +6013,7 @@ def test_backup_and_down():
     assert upstream.pick(tried, b"x") is None
 
 
-def test_max_fails_within_fail_timeout_rest_a_server():
+def test_max_fails():
     upstream = pool("a:1 max_fails=3 fail_timeout=10s", "b:1 max_fails=0")
     error = wsgate.BackendError(502, "backend_refused")
     for count in range(1, 4):
@@ -6020,7 +6026,8 @@ def test_max_fails_within_fail_timeout_rest_a_server():
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
-def test_a_dead_server_is_passed_over_rests_and_returns(tmp_path, method):
+def test_failed_server(tmp_path, method):
+    """It is skipped, unavailable for fail_timeout, then used again."""
     with refusing_port() as dead, ScriptedBackend(echo_service) as backend:
         ini = ini_for_pool([dead.where + " fail_timeout=%dms" % (400 * MS * 1000), backend.where])
         with running(ini, tmp_path) as gate:
@@ -6044,14 +6051,14 @@ def test_a_dead_server_is_passed_over_rests_and_returns(tmp_path, method):
                 peer.close()
 
 
-def test_when_all_rest_each_is_tried_once(tmp_path):
-    """Servers that close without a byte: a GET goes on to the next, a POST does not."""
+def test_all_servers_unavailable(tmp_path):
+    """Servers that close without a byte: a GET is sent to the next, a POST is not."""
     with ScriptedBackend(
             lambda peer: peer.head()) as one, ScriptedBackend(lambda peer: peer.head()) as two:
         with running(ini_for_pool([one.where, two.where]), tmp_path) as gate:
             for count in (1, 2):
-                answer_ = gate.fetch(request())
-                assert (answer_.status, answer_.reason) == (502, "backend_closed")
+                response = gate.fetch(request())
+                assert (response.status, response.reason) == (502, "backend_closed")
                 assert (len(one.connections), len(two.connections)) == (count, count)
             assert gate.fetch(request(b"POST", body=b"x")).status == 502
             assert len(one.connections) + len(two.connections) == 5
@@ -6081,21 +6088,21 @@ def test_max_conns_everywhere_is_503(tmp_path):
                      tmp_path) as gate:
             inside = [gate.connect().send(handshake()) for _ in range(2)]
             assert [peer.response().status for peer in inside] == [101, 101]
-            answer_ = gate.fetch(request())
-            assert (answer_.status, answer_.reason) == (503, "conn_limit")
-            assert answer_.get(b"retry-after")
+            response = gate.fetch(request())
+            assert (response.status, response.reason) == (503, "conn_limit")
+            assert response.get(b"retry-after")
             inside[0].close()
             assert gate.line("101 closed")
             assert eventually(lambda: gate.fetch(request()).status == 200)
             inside[1].close()
 
 
-def test_all_dead_is_502(tmp_path):
+def test_all_servers_refuse(tmp_path):
     with refusing_port() as one, refusing_port() as two, running(
             ini_for_pool([one.where, two.where]), tmp_path) as gate:
         for raw in (request(), handshake(), request(b"POST", body=b"x")):
-            answer_ = gate.fetch(raw)
-            assert (answer_.status, answer_.reason) == (502, "backend_refused")
+            response = gate.fetch(raw)
+            assert (response.status, response.reason) == (502, "backend_refused")
         assert all(any("backend %s of pool failed" % dead.where in line for line in gate.errors)
                    for dead in (one, two))
 
@@ -6240,8 +6247,8 @@ def test_a_unix_socket_whose_queue_is_full_is_504(tmp_path):
             sock.setblocking(False)
             result = sock.connect_ex(path)
         with running("[server]\nproxy_pass = http://unix:%s:\n" % path, tmp_path) as gate:
-            answer_ = gate.fetch(request())
-            assert (answer_.status, answer_.reason) == (504, "backend_timeout")
+            response = gate.fetch(request())
+            assert (response.status, response.reason) == (504, "backend_timeout")
 
 
 def test_a_server_that_does_not_accept_in_time_is_504(tmp_path):
@@ -6258,8 +6265,8 @@ def test_a_server_that_does_not_accept_in_time_is_504(tmp_path):
             deaf.where, 300 * MS * 1000)
         with running(ini, tmp_path) as gate:
             begun = time.monotonic()
-            answer_ = gate.fetch(request())
-            assert (answer_.status, answer_.reason) == (504, "backend_timeout")
+            response = gate.fetch(request())
+            assert (response.status, response.reason) == (504, "backend_timeout")
             assert 300 * MS <= time.monotonic() - begun < 900 * MS
         for sock in fillers:
             sock.close()
@@ -6271,8 +6278,8 @@ def test_unresolvable_backend(tmp_path):
     ini = "[server]\nproxy_pass = http://[fe80::1%nosuch0]:9\n"
     with running(ini, tmp_path) as gate:
         assert any("cannot be resolved" in line for line in gate.config.warnings)
-        answer_ = gate.fetch(handshake())
-        assert (answer_.status, answer_.reason) == (502, "backend_unresolved")
+        response = gate.fetch(handshake())
+        assert (response.status, response.reason) == (502, "backend_unresolved")
 
 
 def test_all_addresses_of_a_name_are_tried():
@@ -6323,8 +6330,8 @@ def test_hanging_resolver(tmp_path, monkeypatch, count):
     with running(ini, tmp_path) as gate:
         peers = [gate.connect().send(request()) for _ in range(count)]
         for peer in peers:
-            answer_ = peer.response()
-            assert (answer_.status, answer_.reason) == (502, "backend_unresolved")
+            response = peer.response()
+            assert (response.status, response.reason) == (502, "backend_unresolved")
         assert len(asked) == 1 and gate.line("the resolver did not respond in time")
         release.set()
         eventually(lambda: not asked[0].is_alive())
@@ -6531,7 +6538,7 @@ def test_add_header_is_in_a_101(tmp_path):
     ("= /one", "/other", b"/other?x", b"/one?x"), ("= /one", "/other", b"/other/x", b"/other/x"),
     ("/caf\u00e9/", "/", b"/x", b"/caf%C3%A9/x"),
 ])
-def test_a_redirect_leads_to_what_the_client_can_reach(tmp_path, location, uri, sent, wanted):
+def test_proxy_redirect(tmp_path, location, uri, sent, wanted):
     """And never to another host, whatever the client made the backend put into it."""
     with ScriptedBackend() as backend:
         here = backend.where.encode()
@@ -7433,7 +7440,7 @@ def test_truncated_response(tmp_path, begun, how):
         peer.send(b"HTTP/1.1 200 OK\r\n" + begun)
         client.read_until(b"hell")
         getattr(peer, how)()
-        # Where nothing else says how long the body is, only a reset tells that it was cut.
+        # Without any framing, only a reset shows that the body is incomplete.
         assert ends_by_reset(client) == (how == "reset" and begun.startswith(b"\r\n"))
         client.close()
         assert gate.line(" 200 ", "reason=" + ("-" if not begun.strip(b"hel\r\n")
@@ -7450,7 +7457,8 @@ def test_backend_closes_before_responding(tmp_path):
         assert response.body == b"502 Bad Gateway: backend_closed\n" and client.silent(20 * MS)
 
 
-def test_a_body_that_stops_is_408_and_one_that_drips_is_not(tmp_path):
+def test_client_body_timeout(tmp_path):
+    """A slow body is not refused."""
     with http_exchange(tmp_path, request(b"POST", b"/", b"Content-Length: 20"),
                        *TIMES_200MS) as (_, client, peer, _):
         with takes(300, 2000):
@@ -7482,7 +7490,7 @@ def test_backend_that_stops_in_a_body(tmp_path):
         assert peer.ended() and gate.line(" 200 ", "reason=backend_timeout")
 
 
-def test_a_backend_that_takes_no_more_of_the_body_is_504(tmp_path):
+def test_proxy_send_timeout(tmp_path):
     raw = request(b"POST", b"/", b"Content-Length: %d" % (64 << 20))
     with http_exchange(tmp_path, raw, *TIMES_200MS) as (_, client, _, _):
         with takes(180, 4000):
@@ -7556,7 +7564,8 @@ def test_slow_response_head(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "frames", "lost"])
-def test_bytes_pass_unchanged_both_ways_at_once_in_any_pieces(tmp_path, relay_mode, kind):
+def test_bytes_pass_unchanged(tmp_path, relay_mode, kind):
+    """Both ways at once, in any pieces."""
     rng = random.Random(kind)
     with (raw_tunnel if kind == "bytes" else tunnel)(tmp_path) as (gate, client, server):
         if kind == "frames":
@@ -7680,7 +7689,7 @@ def test_idle_timeout(tmp_path):
         assert "reason=idle_timeout" in line_of(gate, client, server)
 
 
-def test_idle_timeout_is_a_matter_of_the_location(tmp_path):
+def test_idle_timeout_of_a_location(tmp_path):
     with nothing_left(), ScriptedBackend() as backend:
         ini = ini_for(backend,
                       "idle_timeout = 10s") + "[location /short]\nidle_timeout = %s\n[location /]\n"
@@ -7918,7 +7927,7 @@ def test_an_extension_may_use_the_reserved_bits():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [0, 1, 5, 100, 125, 126, 300, 5000])
-def test_a_burst_of_frames_of_one_size_in_one_piece_is_counted(masked, size):
+def test_burst_of_equal_frames(masked, size):
     one = frame(2, os.urandom(size), b"\x82\x05ab" if masked else None)
     for count in (2, 3, 17, 64, 200):
         scanner = scan([one * count], masked)
@@ -7943,7 +7952,7 @@ def test_no_close_after_half_a_header(masked, size):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_bursts_of_mixed_frames_are_counted_like_single_ones(masked, seed):
+def test_burst_of_mixed_frames(masked, seed):
     rng = random.Random(seed)
     sizes = [rng.choice((0, 1, 5, 7, 124, 125, 126, 127, 400)) for _ in range(3)]
     for _ in range(60):
@@ -7966,7 +7975,8 @@ def test_bursts_of_mixed_frames_are_counted_like_single_ones(masked, seed):
 PINGING = "ping_interval = " + ini_ms(100)
 
 
-def test_a_silent_side_is_pinged_and_its_pong_is_not_passed_on(tmp_path):
+def test_ping_interval(tmp_path):
+    """The pong is not passed on."""
     with tunnel(tmp_path, PINGING) as (gate, client, server):
         with takes(30, 600):
             to_client = read_ping(client, False)
@@ -7985,7 +7995,7 @@ def test_pongs_in_pieces(tmp_path):
     """Those for the gate are removed, others pass."""
     with tunnel(tmp_path, PINGING) as (gate, client, server):
         payload = read_ping(client, False)
-        read_ping(server, True)  # it does not answer, so there is no other one
+        read_ping(server, True)  # no pong, so no second ping
         text, empty = frame(1, b"text", b"abcd"), frame(10, b"", b"wxyz")
         foreign = frame(10, b"mine", b"wxyz") + text + frame(10, bytes(8), b"wxyz") + empty
         client.send(foreign)
@@ -7994,22 +8004,22 @@ def test_pongs_in_pieces(tmp_path):
         assert server.read(len(foreign)) == foreign and server.silent(20 * MS)
         payload = read_ping(client, False)
         pong = frame(10, payload, b"\0\x8a\x88\xff")
-        client.send(text, pong, text, pong)  # the second one answers nothing
+        client.send(text, pong, text, pong)  # the second one is unsolicited
         assert server.read(20 + 14) == text + text + pong
 
 
-@pytest.mark.parametrize("glued", ["alone", "before bulk", "behind bulk"])
+@pytest.mark.parametrize("glued", ["alone", "before bulk", "after bulk"])
 def test_pong_next_to_bulk(tmp_path, glued):
     with tunnel(tmp_path, PINGING) as (gate, client, server):
         payload = read_ping(client, False)
         read_ping(server, True)
         big, text, pong = frame(2, os.urandom(1 << 20),
                                 b"abcd"), frame(1, b"on", b"wxyz"), frame(10, payload, b"wxyz")
-        if glued != "behind bulk":
+        if glued != "after bulk":
             thread = send_in_thread(client, [big])
             assert server.read(len(big)) == big
             thread.join()
-        sent = {"alone": [pong], "before bulk": [pong + big], "behind bulk": [big + pong]}[glued]
+        sent = {"alone": [pong], "before bulk": [pong + big], "after bulk": [big + pong]}[glued]
         thread = send_in_thread(client, sent + [text])
         expected = (b"" if glued == "alone" else big) + text
         assert server.read(len(expected)) == expected
@@ -8476,7 +8486,8 @@ def test_a_location_of_two_words_stays_one_field(tmp_path):
         assert " 200 done =\\x20/a - dur=" in gate.line("/a")
 
 
-def test_json_is_one_object_a_line_with_the_same_story(tmp_path):
+def test_log_format_json(tmp_path):
+    """One object per line, with the same values."""
     with own_logging(), ScriptedBackend() as backend:
         (path, _), _ = log_to_files(tmp_path, "log_format = json")
         with running(ini_for(backend), tmp_path) as gate:
@@ -8552,7 +8563,7 @@ def test_log_level_and_off_are_obeyed(tmp_path):
         assert not wsgate.access_log.isEnabledFor(logging.INFO) and len(lines_in(path)) == 1
 
 
-def test_lines_for_syslog_begin_with_the_name_of_the_program(tmp_path):
+def test_syslog(tmp_path):
     with own_logging(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as syslogd:
         syslogd.bind(("127.0.0.1", 0))
         syslogd.settimeout(5000 * MS)
@@ -8570,14 +8581,14 @@ def test_lines_for_syslog_begin_with_the_name_of_the_program(tmp_path):
 def test_readyz_while_draining(tmp_path):
     with ScriptedBackend(echo_service) as backend, with_status(tmp_path, backend,
                                                                "drain_timeout = 60s") as (
-                                                                   gate, ask):
+                                                                   gate, fetch):
         client = gate.connect().send(handshake())
         assert client.response().status == 101
         gate.signal("SIGQUIT")
         eventually(lambda: not listening(gate.port))
-        answer_ = ask(b"/readyz")
-        assert (answer_.status, answer_.body) == (503, b"draining\n")
-        assert ask(b"/healthz").status == 200
+        response = fetch(b"/readyz")
+        assert (response.status, response.body) == (503, b"draining\n")
+        assert fetch(b"/healthz").status == 200
         client.close()
         wait_for_end(gate)
 
@@ -8606,7 +8617,7 @@ def test_stalled_reader_of_stdout(tmp_path):
 
 
 @needs_unix
-def test_a_stalled_syslogd_costs_lines_and_holds_up_nothing(tmp_path, monkeypatch):
+def test_stalled_syslogd(tmp_path, monkeypatch):
     monkeypatch.setattr(wsgate.LogWriter, "LIMIT", 1000)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslogd, own_logging():
         syslogd.bind(str(tmp_path / "log"))
@@ -8639,7 +8650,7 @@ def test_lines_that_cannot_be_written_are_counted(tmp_path):
 
 
 def test_log_writers_survive_a_reload(tmp_path):
-    """Else each reload beside a stalled reader would leave a thread behind."""
+    """Otherwise each reload beside a stalled reader would leave a thread."""
     with own_logging():
         text = "[server]\nreturn = 200\naccess_log = syslog:127.0.0.1:9\nerror_log = %s\n" % (
             tmp_path / "log")
@@ -8660,25 +8671,25 @@ COMMENT = re.compile(r"# (HELP [a-z_]+ \S.*|TYPE [a-z_]+ (counter|gauge|histogra
 
 
 def test_status_pages(tmp_path):
-    with ScriptedBackend(echo_service) as backend, with_status(tmp_path, backend) as (gate, ask):
+    with ScriptedBackend(echo_service) as backend, with_status(tmp_path, backend) as (gate, fetch):
         client = gate.connect().send(handshake())
         assert client.response().status == 101
         assert tunnel_works(client)
         assert gate.fetch(request()).status == 200 and gate.line(" 200 done ")
         assert gate.fetch(request(b"GET", b"/../")).status == 400
         assert gate.line("reason=bad_request")
-        facts = json.loads(ask(b"/status.json").body.decode())
+        facts = json.loads(fetch(b"/status.json").body.decode())
         assert (facts["tunnels_open"], facts["tunnels"], facts["state"]) == (1, 1, "running")
         assert facts["refusals"] == {"bad_request": 1}
         server, = facts["servers"]
         assert (server["server"], server["state"], server["active"]) == (backend.where, "up", 1)
         tunnel, = facts["live"]
         assert (tunnel["client"], tunnel["up_messages"], tunnel["up_bytes"]) == ("127.0.0.1", 1, 12)
-        page = ask(b"/")
+        page = fetch(b"/")
         assert page.get(b"content-type").startswith(b"text/html")
         assert b"<svg" in page.body and backend.where.encode() in page.body
         samples = {}
-        for line in ask(b"/metrics").body.decode().splitlines():
+        for line in fetch(b"/metrics").body.decode().splitlines():
             assert COMMENT.fullmatch(line) or METRIC_SAMPLE.fullmatch(line), line
             name, _, value = line.rpartition(" ")
             samples[name] = value
@@ -8696,22 +8707,22 @@ def test_status_pages(tmp_path):
     (b"/healthz", b"HEAD", 200, b""), (b"/nothing", b"GET", 404, b"no_route: no such page\n"),
     (b"/nothing", b"HEAD", 404, b""), (b"/", b"POST", 405, b"method_not_allowed\n")])
 def test_status_paths(tmp_path, path, method, status, body):
-    with ScriptedBackend() as backend, with_status(tmp_path, backend) as (_, ask):
-        answer_ = ask(path, method)
-        assert (answer_.status, answer_.body) == (status, body)
-        assert answer_.get(b"allow") == (b"GET, HEAD" if status == 405 else None)
+    with ScriptedBackend() as backend, with_status(tmp_path, backend) as (_, fetch):
+        response = fetch(path, method)
+        assert (response.status, response.body) == (status, body)
+        assert response.get(b"allow") == (b"GET, HEAD" if status == 405 else None)
 
 
-def test_the_status_listener_is_only_for_those_named(tmp_path):
+def test_status_allow(tmp_path):
     with ScriptedBackend() as backend, with_status(tmp_path, backend,
-                                                   "status_allow = 10.0.0.0/8") as (_, ask):
-        assert ask(b"/healthz").status == ask(b"/status.json").status == 403
+                                                   "status_allow = 10.0.0.0/8") as (_, fetch):
+        assert fetch(b"/healthz").status == fetch(b"/status.json").status == 403
 
 
 @pytest.mark.parametrize("host, status", [
     (b"127.0.0.1", 200), (b"127.0.0.1:80", 200), (b"[::1]:9", 200), (b"LOCALHOST", 200),
     (b"rebind.test", 403), (b"127.0.0.1.rebind.test", 403), (b"0x7f.1", 403)])
-def test_the_status_page_is_only_for_its_own_names(tmp_path, host, status):
+def test_status_host(tmp_path, host, status):
     """Else a web page could read it by DNS rebinding (a name of its own for this address)."""
     with ScriptedBackend() as backend, with_status(tmp_path, backend) as (gate, _):
         with contextlib.closing(connect(gate.listeners[1].server_address[1])) as peer:
@@ -8747,10 +8758,10 @@ def test_status_page_on_a_unix_socket(tmp_path, name):
 
 def test_silent_connections_do_not_shut_the_status_page(tmp_path, monkeypatch):
     monkeypatch.setattr(wsgate, "STATUS_TIMEOUT", 600)
-    with ScriptedBackend(echo_service) as backend, with_status(tmp_path, backend) as (gate, ask):
+    with ScriptedBackend(echo_service) as backend, with_status(tmp_path, backend) as (gate, fetch):
         port = gate.listeners[1].server_address[1]
         silent = [connect(port) for _ in range(100)]
-        assert ask(b"/healthz").status == 200
+        assert fetch(b"/healthz").status == 200
         eventually(lambda: gate.gate.workers.busy <= 16)
         assert silent[0].ended() and gate.fetch(request()).status == 200
         for peer in silent:
@@ -8758,11 +8769,11 @@ def test_silent_connections_do_not_shut_the_status_page(tmp_path, monkeypatch):
 
 
 def test_metrics_do_not_build_the_table_of_tunnels(tmp_path, monkeypatch):
-    with ScriptedBackend(echo_service) as backend, with_status(tmp_path, backend) as (gate, ask):
+    with ScriptedBackend(echo_service) as backend, with_status(tmp_path, backend) as (gate, fetch):
         client = gate.connect().send(handshake())
         assert client.response().status == 101
         monkeypatch.setattr(wsgate, "describe_tunnel", None)
-        assert b"\nwsgate_tunnels 1\n" in ask(b"/metrics").body
+        assert b"\nwsgate_tunnels 1\n" in fetch(b"/metrics").body
         client.close()
 
 
@@ -8840,7 +8851,7 @@ def test_listen_and_backend_options():
         eventually(lambda: not listening(port), 700 * MS)
         assert read_frame(client)[0] == 8
         eventually(lambda: child.poll() is not None)
-        # peers that do not answer hold it up for a second
+        # unresponsive peers delay it for a second
         assert time.monotonic() - begun < 2000 * MS
         assert child.returncode == 0 and child.lines
         assert not child.logged("Traceback")
@@ -8886,14 +8897,14 @@ def test_s_stop_ends_the_gate_of_the_pid_file(tmp_path):
         assert run_program("-s", "stop", cwd=str(tmp_path)) == (0, "")
         eventually(lambda: child.poll() is not None)
         assert child.returncode == 0 and not os.path.exists(pid)
-    status, output = run_program("-s", "stop", cwd=str(tmp_path))  # nobody is there
+    status, output = run_program("-s", "stop", cwd=str(tmp_path))  # no process
     line, = log_lines(output)
     assert status == 1 and "gate.pid" in line
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only Linux tells what a process is")
 def test_s_signals_no_process_that_is_another_program(tmp_path):
-    """A pid file may outlive its process, and the number then belongs to somebody else."""
+    """A pid file may outlive its process, and the number may then be that of another process."""
     load_text(tmp_path, SERVER + "pid = gate.pid\n")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         write_file(tmp_path, "gate.pid", "%d\n" % other.pid)
@@ -8926,7 +8937,7 @@ def test_an_old_python_gets_one_sentence():
 # ------------------------------------------------------------------------- Demo
 
 
-def test_the_demo_has_a_page_and_a_socket_that_echoes():
+def test_demo():
     """The socket is at every path, so that --probe works with the URL of the page too."""
     port = free_port()
     with process("--demo", "--listen", "127.0.0.1:%d" % port) as child:
@@ -8954,7 +8965,7 @@ def test_the_demo_has_a_page_and_a_socket_that_echoes():
         assert child.returncode == 0 and not child.logged("Traceback")
 
 
-def test_the_demo_shows_how_long_the_pings_of_the_gate_take(tmp_path):
+def test_demo_shows_round_trips(tmp_path):
     backend = wsgate.DemoBackend()
     try:
         with running("[server]\nping_interval = 50ms\nproxy_pass = http://127.0.0.1:%d\n"
@@ -9098,7 +9109,7 @@ def test_idle_probe(capsys, tmp_path):
         assert (result, word) == (0, "works") and "survived" in report
 
 
-def test_a_flood_of_frames_does_not_keep_a_probe(capsys):
+def test_probe_of_a_flood(capsys):
     def floods(peer):
         while True:
             peer.send(frame(2, b"x" * 100) * 100)
@@ -9149,7 +9160,7 @@ def test_probe_that_cannot_begin(capsys, arguments):
                                   "wsgate: ") and output.count("\n") == 1, output
 
 
-def test_the_exit_status_of_the_program_is_that_of_the_probe():
+def test_probe_exit_status():
     with ScriptedBackend(upgrade_then()) as backend:
         assert run_program("--probe", "ws://" + backend.where)[0] == 0
     result, output = run_program("--probe", "ws://" + backend.where)
