@@ -2288,6 +2288,8 @@ MISTAKES = [
      ":3: [location *.test/chat/]: hidden by [location a.test/]"),
     ("[location = /chat/]\n[location a.test,b.test/]", ":3:",
      "hidden by [location a.test,b.test/] for requests to a.test"),
+    ("listen = 127.0.0.1:1 redirect",
+     ":3: [server] listen: redirect to https, but no listener has the option ssl"),
     ("ssl_certificate = CERTIFICATE",
      ":3: [server] ssl_certificate: unused: no listener has the option ssl"),
     ("[location a.test/]\nssl_certificate = CERTIFICATE",
@@ -5588,6 +5590,16 @@ def test_passwords_of_every_scheme_are_checked(tmp_path):
             assert answer.get(b"www-authenticate").startswith(b'Basic realm="')
 
 
+def test_password_hash_of_a_python_without_scrypt(tmp_path, monkeypatch):
+    """It is one that the same Python can check."""
+    monkeypatch.delattr(hashlib, "scrypt", raising=False)
+    users = write_file(tmp_path, "users", "ann:%s\n" % wsgate.hash_password(b"one").decode())
+    with running("[server]\nreturn = 200\nauth_basic_user_file = %s\n" % users,
+                 tmp_path) as gate:
+        for password, status in ((b"one", 200), (b"two", 401)):
+            assert gate.fetch(request(b"GET", b"/", basic(b"ann", password))).status == status
+
+
 def test_changed_password_file(tmp_path):
     """A broken one is ignored."""
     users = write_file(tmp_path, "users", sha1_line("ann", b"old"))
@@ -8874,6 +8886,15 @@ def test_print_options():
                                       "-h") if not re.search(r"(?m)^  .*%s\b" % option, output)]
     with open(SAMPLE) as file:
         assert run_program("--print-config") == (0, file.read())
+
+
+def test_hash_password_takes_a_password_from_a_pipe():
+    done = subprocess.run(
+        [sys.executable, WSGATE, "--hash-password", "bob"], input="secret\n",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
+        timeout=20000 * MS)
+    assert done.returncode == 0 and re.fullmatch(r"bob:\{\w+\}\S+\n", done.stdout)
+    assert run_program("--hash-password", "bob") == (1, "wsgate: no password given\n")
 
 
 def test_print_unit_prints_a_unit_for_this_file():

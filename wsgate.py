@@ -1605,6 +1605,9 @@ def warn_of_mistakes(reader, config):
     for location in config.locations:
         warn_of_location(reader, location)
     if not any(listen.ssl for listen in config.server.listen):
+        if any(listen.redirect for listen in config.server.listen):
+            reader.warn("server", "listen", "redirect to https, but no listener has the option ssl"
+                        " (expected e.g. listen = :80 redirect, :443 ssl)")
         for title, texts in reader.sections.items():
             if texts.get("ssl_certificate"):
                 reader.warn(title, "ssl_certificate", "unused: no listener has the option ssl"
@@ -5024,8 +5027,13 @@ def parse_hash(text):
 
 
 def hash_password(password):
-    """Return a {SCRYPT} hash of a password (bytes) for an htpasswd file, with a new salt."""
+    """Return a hash of a password (bytes) for an htpasswd file, with a new salt.
+
+    It is a {SCRYPT} hash, or {SSHA} where this Python has no scrypt.
+    """
     salt = os.urandom(16)
+    if not hasattr(hashlib, "scrypt"):
+        return b"{SSHA}" + base64.b64encode(hashlib.sha1(password + salt).digest() + salt)
     digest = hashlib.scrypt(password, salt=salt, **SCRYPT)
     return b"{SCRYPT}" + base64.b64encode(salt + digest)
 
@@ -7912,9 +7920,12 @@ def is_wsgate(number):
 def print_password(arguments):
     """--hash-password: read a password and print the line for auth_basic_user_file."""
     try:
-        password = getpass.getpass()
+        # getpass reads the terminal even if a password is piped in.
+        password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
     except EOFError:
         sys.stderr.write("\n")
+        password = ""
+    if not password:
         raise ValueError("no password given")
     line = "%s:%s\n" % (arguments.hash_password, hash_password(password.encode()).decode())
     sys.stdout.write(line)
