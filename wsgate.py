@@ -2786,6 +2786,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
     """A client connection in its own thread: begin, then an Exchange per request, then close."""
 
     def setup(self):
+        """Set the attributes; socketserver calls this before handle()."""
         self.gate = self.server.gate
         self.listen, self.certificates = self.server.listen, self.gate.config.certificates
         self.stream = Stream(self.request)
@@ -2800,6 +2801,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.deadline = Deadline(self.gate.config.server.client_header_timeout)
 
     def handle(self):
+        """Serve the connection until it is closed."""
         connections, end = self.gate.connections, KEEP_ALIVE
         self.admitted = connections.enter(self)
         self.closing = not self.admitted
