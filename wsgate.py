@@ -2811,7 +2811,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             while end is KEEP_ALIVE:
                 end = self.serve()
                 self.served += 1
-                self.stream.turns.take(time.monotonic())
+                give_way()
             if end is LINGERING_CLOSE:
                 self.linger()
             elif end is RESET_CLOSE:
@@ -3580,11 +3580,12 @@ class Turns:
     """Makes a thread give way that never has to wait.
 
     All threads share Python's lock, and one processor. A thread that is woken does not preempt the
-    one that runs, so one that always finds work (a client that pipelines, a flood of tiny frames)
-    would run for whole slices of the scheduler, and its neighbours would wait for as many slices
-    as there are such threads. Hence every loop that can run without waiting calls take() in each
-    turn. A few turns in a row are free, one comes back every INTERVAL, and a thread that takes
-    more gives way after each: a chat never does, a greedy client after every request.
+    one that runs, and one that waits for a moment is preferred to those that wait for longer, until
+    it has used up its slice of the scheduler. So a client that pipelines, a flood of tiny frames,
+    or the luckier ones of a thousand chats would run for whole slices while their neighbours wait.
+    Hence every loop that can run without waiting calls took() after each turn: a thread gives way
+    when it has delivered something to its client, which is when it is due to wait, and otherwise
+    after a few turns in a row (an upload); one comes back every INTERVAL.
     """
 
     __slots__ = ("spent_until",)
@@ -3595,15 +3596,15 @@ class Turns:
     def __init__(self):
         self.spent_until = 0.0  # time.monotonic() at which all turns taken have come back
 
-    def take(self, now):
-        """Count a turn that ended now, and let other threads run if it was one too many."""
+    def took(self, now, delivered):
+        """A turn ended now. delivered: something was read for the client."""
         spent_until = self.spent_until
-        if spent_until < now:
-            self.spent_until = now + self.INTERVAL
-        elif spent_until - now < self.FREE:
-            self.spent_until = spent_until + self.INTERVAL
-        else:
+        if delivered or spent_until - now >= self.FREE:
             give_way()
+        elif spent_until < now:
+            self.spent_until = now + self.INTERVAL
+        else:
+            self.spent_until = spent_until + self.INTERVAL
 
 
 def give_way():
@@ -6425,7 +6426,7 @@ class HTTPRelay(Relay):
 
     def turn(self):
         """Wait until something can move, and move it."""
-        self.client.turns.take(time.monotonic())
+        self.client.turns.took(time.monotonic(), delivered=False)
         up, down = self.up, self.down
         uploading = up.reading() and up.sink_state is OPEN
         responding = down.reading()
@@ -6584,7 +6585,7 @@ class Tunnel(Relay):
         """Relay until both directions have ended, a timer expires or the gate ends the tunnel."""
         up, down = self.up, self.down
         client = up.source.fileno()
-        tls = up.source.tls or down.source.tls
+        reader, tls = None, up.source.tls or down.source.tls
         poll, monotonic, turns = self.poll.poll, time.monotonic, up.source.turns
         now = monotonic()
         up.flush(now)
@@ -6604,7 +6605,7 @@ class Tunnel(Relay):
                     continue
                 self.settle(now)
                 wake = now
-            turns.take(now)
+            turns.took(now, reader is down)
             if now >= wake or not events:
                 wake = min(self.check_timers(now), now + LONGEST_POLL)
             elif self.wakeup is not None and now - before < QUIET / 10:
