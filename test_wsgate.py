@@ -6235,6 +6235,33 @@ def test_balance_by_cookie(field_, counts):
     assert choose(None) == pool("c:1", "a:1", "b:1", balance="ip_hash").pick([], b"10.0.0.1").name
 
 
+def test_session_begun_by_a_response(tmp_path):
+    """The cookie that a server sets leads to that server, whatever its value hashes to."""
+    started = []
+
+    def server():
+        """Return the script of a server that knows only the sessions that it has begun."""
+        mine = []
+
+        def script(peer):
+            head, _ = read_request(peer)
+            if b"Cookie: " not in head:
+                mine.append(b"io=s%d" % len(started))
+                started.append(mine[-1])
+                return peer.send(ok(b"begun", b"Set-Cookie: " + mine[-1] + b"; Path=/"))
+            known = any(b"Cookie: %s\r\n" % session in head for session in mine)
+            return peer.send(ok(b"known" if known else b"unknown"))
+        return script
+
+    with ScriptedBackend(server()) as one, ScriptedBackend(server()) as two:
+        ini = ini_for_pool([one.where, two.where]).replace("round_robin", "cookie io")
+        with running(ini, tmp_path) as gate:
+            for number in range(16):
+                assert gate.fetch(request(b"GET", b"/")).body == b"begun"
+                raw = request(b"GET", b"/", b"Cookie: io=s%d" % number)
+                assert gate.fetch(raw).body == b"known"
+
+
 def test_a_session_of_one_cookie_stays_with_its_server(tmp_path):
     """Polling of socket.io: one address, two servers, each session with one of them."""
     with ScriptedBackend(echo_service) as one, ScriptedBackend(echo_service) as two:

@@ -3230,6 +3230,7 @@ class Exchange:
             try:
                 response = relay.final_response(interim=request.minor > 0)
                 proxy.upstream.succeeded(self.backend)
+                proxy.upstream.remember_session(response, self.backend.server)
                 return relay, response
             except BackendError as error:
                 if error.retry and reused:  # closed while it was kept: not a failure
@@ -5072,11 +5073,13 @@ class Upstream:
         self.servers = servers
         self.balance, _, cookie = balance.partition(" ")
         self.cookie = cookie.encode()  # for balance = cookie NAME
-        self.lock = threading.Lock()   # guards the Health of all servers
+        self.lock = threading.Lock()   # guards the Health of all servers, and sessions
+        # {value of the cookie: name of the server that has set it}, the oldest first
+        self.sessions = collections.OrderedDict()
 
     def inherit_health(self, old):
         """Share the Health of the servers that the Upstream of the old configuration has too."""
-        self.lock = old.lock
+        self.lock, self.sessions = old.lock, old.sessions
         known = {server.name: server.health for server in old.servers}
         for server in self.servers:
             server.health = known.get(server.name, server.health)
@@ -5089,6 +5092,21 @@ class Upstream:
                 if name == self.cookie and content:
                     return content
         return client.encode()
+
+    SESSIONS = 10000  # remembered, each of a value of at most 256 bytes
+
+    def remember_session(self, response, server):
+        """Send further requests with the cookie that a response sets to the same server.
+
+        A session that a server has begun by a response (socket.io) is known there alone.
+        """
+        for value in response.fields.get_all(b"set-cookie") if self.cookie else ():
+            name, _, content = value.partition(b";")[0].strip(b" \t").partition(b"=")
+            if name == self.cookie and 0 < len(content) <= 256:
+                with self.lock:
+                    self.sessions[content] = server.name
+                    while len(self.sessions) > self.SESSIONS:
+                        self.sessions.popitem(last=False)
 
     def pick(self, tried, key, preferred=None):
         """Choose a server that is not in tried and count it as active; return None if none is left.
@@ -5111,7 +5129,8 @@ class Upstream:
             if not group:
                 return None
             if hashed or len(group) == 1:
-                chosen = group[0]
+                begun_at = self.sessions.get(key)
+                chosen = next((each for each in group if each.name == begun_at), group[0])
             else:
                 chosen = preferred if preferred in group else self.choose(group)
             chosen.health.active += 1
