@@ -3020,7 +3020,8 @@ def test_silent_connections_leave_descriptors_for_backends(tmp_path):
             tmp_path, backend, 60) as (child, client):
         eventually(lambda: child.logged("conn_limit") or child.logged("cannot accept")
                    or len(os.listdir("/proc/%d/fd" % child.pid)) > 20)
-        assert client.send(request()).response().status == 200
+        # While the flood arrives, a request may find no descriptor left and get a 503.
+        eventually(lambda: client.send(request()).response().status == 200)
         assert not child.logged("cannot accept")
 
 
