@@ -6982,8 +6982,10 @@ class FrameScanner(Scanner):
         count = (len(data) - position) // step
         end = position + count * step
         for place in range(len(header)):
-            column = data[position + place:end:step]
-            count = min(count, len(column) - len(column.lstrip(header[place:place + 1])))
+            column, byte = data[position + place:end:step], header[place:place + 1]
+            if column != byte * count:
+                count = len(column) - len(column.lstrip(byte))
+                end = position + count * step
         return count
 
     def scan(self, data, now):
