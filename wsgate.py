@@ -302,109 +302,99 @@ LONGEST = 3650 * 86400  # seconds; far below what overflows the C types of any t
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
+def require(condition, message, *values):
+    """Return condition if it is true; else raise ValueError with message % values."""
+    if not condition:
+        raise ValueError(message % values)
+    return condition
+
+
+def optional(parse, word="", value=None):
+    """Return a parser that returns value for this word, and calls parse for all others."""
+    return lambda text: value if text == word else parse(text)
+
+
+def matching(pattern, make, message):
+    """Return a parser that calls make with the groups of a pattern; message: where none matches."""
+    return lambda text: make(*require(re.fullmatch(pattern, text), message, text).groups())
+
+
+def choice(*words):
+    """Return a parser that accepts these words only."""
+    return matching("(%s)" % "|".join(words), str,
+                    "invalid value %%r (expected one of: %s)" % ", ".join(words))
+
+
+def list_of(split, parse):
+    """Return a parser of a list, as a tuple; split(text) makes the list of texts."""
+    return lambda text: tuple(parse(item) for item in split(text))
+
+
+def words_of(text):
+    """Return the words of a list, separated by commas, spaces or lines."""
+    return re.findall(r"[^,\s]+", text)
+
+
+def lines_of(text):
+    """Return the lines of a text that are not blank, stripped."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def parse_seconds(text):
     """Return a duration ('500ms', '30s', '10m', '2h', '1d' or '30') in seconds, as float."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|[smhd]?)", text)
-    if not match:
-        raise ValueError("invalid duration %r (expected e.g. 500ms, 30s, 10m, 2h or 1d)" % text)
-    seconds = float(match.group(1)) * TIME_UNITS[match.group(2)]
-    if seconds > LONGEST:
-        raise ValueError("duration %r is too long (expected at most 3650d)" % text)
+    number, unit = require(
+        re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|[smhd]?)", text),
+        "invalid duration %r (expected e.g. 500ms, 30s, 10m, 2h or 1d)", text).groups()
+    seconds = float(number) * TIME_UNITS[unit]
+    require(seconds <= LONGEST, "duration %r is too long (expected at most 3650d)", text)
     return seconds
 
 
 def parse_timeout(text):
     """Return a duration greater than zero in seconds."""
-    seconds = parse_seconds(text)
-    if not seconds:
-        raise ValueError("invalid duration %r (expected more than 0)" % text)
-    return seconds
+    return require(parse_seconds(text), "invalid duration %r (expected more than 0)", text)
 
 
-def parse_idle_timeout(text):
-    """Return a duration greater than zero in seconds, or infinity for 'never'."""
-    return math.inf if text == "never" else parse_timeout(text)
-
-
-def parse_size(text):
+def parse_size(text, minimum=0):
     """Return a size ('512', '16k', '1m' or '1g') in bytes."""
-    match = re.fullmatch(r"([0-9]{1,9})([kmg]?)", text.lower())
-    if not match:
-        raise ValueError("invalid size %r (expected e.g. 512, 16k, 1m or 1g)" % text)
-    return int(match.group(1)) * SIZE_UNITS[match.group(2)]
-
-
-def parse_head_size(text):
-    """Return a size in bytes that has room for a request head."""
-    size = parse_size(text)
-    if size < 128:
-        raise ValueError("invalid size %r (expected at least 128)" % text)
+    number, unit = require(
+        re.fullmatch(r"([0-9]{1,9})([kmg]?)", text.lower()),
+        "invalid size %r (expected e.g. 512, 16k, 1m or 1g)", text).groups()
+    size = int(number) * SIZE_UNITS[unit]
+    require(size >= minimum, "invalid size %r (expected at least %d)", text, minimum)
     return size
 
 
-def parse_count(text):
-    """Return a non-negative integer, written in ASCII digits."""
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError("invalid number %r (expected a non-negative integer)" % text)
+parse_count = matching(
+    r"([0-9]{1,9})", int, "invalid number %r (expected a non-negative integer)")
+parse_flag = matching(r"(on)|off", bool, "invalid value %r (expected on or off)")
+
+
+def parse_cpu(text):
+    """Return the number of a CPU that this process may use."""
+    require(re.fullmatch(r"[0-9]{1,9}", text),
+            "invalid CPU %r (expected auto, off or the number of a CPU)", text)
+    require(not ALLOWED_PROCESSORS or int(text) in ALLOWED_PROCESSORS,
+            "CPU %s is not available (expected one of: %s)",
+            text, ", ".join(map(str, sorted(ALLOWED_PROCESSORS))))
     return int(text)
-
-
-def parse_count_or_auto(text):
-    """Return a non-negative integer, or None for 'auto'."""
-    return None if text == "auto" else parse_count(text)
-
-
-def parse_affinity(text):
-    """Return 'auto', None for 'off', or the number of a CPU that this process may use."""
-    if text in ("auto", "off"):
-        return text if text == "auto" else None
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError("invalid CPU %r (expected auto, off or the number of a CPU)" % text)
-    if ALLOWED_PROCESSORS and int(text) not in ALLOWED_PROCESSORS:
-        raise ValueError("CPU %s is not available (expected one of: %s)" % (
-            text, ", ".join(map(str, sorted(ALLOWED_PROCESSORS)))))
-    return int(text)
-
-
-def parse_flag(text):
-    """Return True for 'on', False for 'off'."""
-    if text not in ("on", "off"):
-        raise ValueError("invalid value %r (expected on or off)" % text)
-    return text == "on"
-
-
-def choice(*words):
-    """Return a parser that accepts these words only."""
-    def parse(text):
-        if text not in words:
-            raise ValueError("invalid value %r (expected one of: %s)" % (text, ", ".join(words)))
-        return text
-    return parse
-
-
-def parse_list(text):
-    """Return the words of a list, separated by commas, spaces or lines, as a tuple of str."""
-    return tuple(word for word in re.split(r"[,\s]+", text) if word)
 
 
 def parse_log(text):
     """Return the destination of a log as it is written: path, -, off or syslog:[HOST[:PORT]]."""
-    if text in ("-", "off") or re.fullmatch(r"syslog:([^\s:]+(:[0-9]{1,5})?)?", text):
+    if re.fullmatch(r"-|off|syslog:([^\s:]+(:[0-9]{1,5})?)?", text):
         return text
-    if not text or text.startswith("syslog:"):
-        raise ValueError("invalid log destination %r (expected a path, -, off, syslog: or"
-                         " syslog:HOST:PORT)" % text)
-    if re.search(r"\.log\s", text):  # nginx: access_log PATH FORMAT, error_log PATH LEVEL
-        raise ValueError("invalid path %r (log_format and log_level are keys of their own)" % text)
+    require(text and not text.startswith("syslog:"), "invalid log destination %r (expected a path,"
+            " -, off, syslog: or syslog:HOST:PORT)", text)
+    require(not re.search(r"\.log\s", text),  # nginx: access_log PATH FORMAT, error_log PATH LEVEL
+            "invalid path %r (log_format and log_level are keys of their own)", text)
     return parse_path(text)
 
 
 def parse_path(text):
     """Return the path of a file to write; raise ValueError if its directory does not exist."""
-    if re.search(r"[\n\0\"']|;$|\s[#;]", text):
-        raise ValueError("invalid path %r" % text)
-    if os.path.isdir(text):
-        raise ValueError("%s is a directory (expected a file)" % text)
+    require(not re.search(r"[\n\0\"']|;$|\s[#;]", text), "invalid path %r", text)
+    require(not os.path.isdir(text), "%s is a directory (expected a file)", text)
     check_directory(text)
     return text
 
@@ -423,83 +413,6 @@ def check_directory(path):
         raise ValueError("no such directory: %s (expected an existing one)" % directory)
 
 
-def optional(parse):
-    """Return a parser that returns None for an empty value."""
-    return lambda text: parse(text) if text else None
-
-
-TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
-
-
-def parse_protocols(text):
-    """Return a list of TLS versions, a tuple of str."""
-    words = parse_list(text)
-    unknown = [word for word in words if word not in TLS_VERSIONS]
-    if unknown or not words:
-        raise ValueError("unknown TLS version %r (expected some of: %s)" % (
-            " ".join(unknown), " ".join(TLS_VERSIONS)))
-    return words
-
-
-def parse_ciphers(text):
-    """Return an OpenSSL cipher list, '' for the default."""
-    try:
-        if text:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).set_ciphers(text)
-    except ssl.SSLError:
-        raise ValueError("no cipher matches %r (expected an OpenSSL cipher list such as"
-                         " ECDHE+AESGCM:!aNULL)" % text)
-    return text
-
-
-def parse_return(text):
-    """Return 'CODE', 'CODE TEXT' or '30x URL' as a Return."""
-    match = re.fullmatch(r"([2-5][0-9]{2})(?:\s+(\S.*))?", text, re.S)
-    if not match:
-        raise ValueError("invalid response %r (expected CODE, CODE TEXT or 30x URL)" % text)
-    status = int(match.group(1))
-    if status in REDIRECTS and not match.group(2):
-        raise ValueError("missing URL of the redirect (expected e.g. %d https://example.com/)"
-                         % status)
-    return Return(status, Template(match.group(2) or ""))
-
-
-def parse_set_headers(text):
-    """Return header fields ('Name: value', one per line), a tuple of (name bytes, Template)."""
-    headers = []
-    for line in text.splitlines():
-        if not line.strip():
-            continue
-        name, colon, value = line.partition(":")
-        raw = name.strip().encode()
-        if not colon or not TOKEN.fullmatch(raw):
-            raise ValueError("invalid header field %r (expected Name: value)" % line.strip())
-        if raw.lower() in MANAGED_FIELDS:
-            raise ValueError("%s is managed by wsgate (remove this line)" % name.strip())
-        if re.search("[\x00-\x08\x0a-\x1f\x7f]", value):
-            raise ValueError("control character in the value of %s" % name.strip())
-        headers.append((raw, Template(value.strip())))
-    return tuple(headers)
-
-
-def parse_field_names(text):
-    """Return field names (by commas, spaces or lines) as a tuple of bytes."""
-    names = tuple(word.encode() for word in parse_list(text))
-    for name in names:
-        if not TOKEN.fullmatch(name) or name.lower() in (MANAGED_FIELDS | HANDSHAKE_FIELDS
-                                                         | {b"host"}):
-            raise ValueError("invalid field name %r (expected e.g. Remote-User)"
-                             % name.decode("ascii", "backslashreplace"))
-    return names
-
-
-def parse_login_url(text):
-    """Return http(s)://HOST[/...] or /path, with variables after the host, as a Template."""
-    if not re.fullmatch(r"(https?://[^\s/?#$@\\]+([/?#]\S*)?|/(?![/\\])\S*)", text):
-        raise ValueError("invalid URL %r (expected https://HOST/... or /path)" % text)
-    return Template(text)
-
-
 def parse_pem(text):
     """Return the path of a file; raise OSError if it does not exist.
 
@@ -510,10 +423,62 @@ def parse_pem(text):
     return text
 
 
+TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
+
+
+def parse_protocols(text):
+    """Return a list of TLS versions, a tuple of str."""
+    words = words_of(text)
+    unknown = [word for word in words if word not in TLS_VERSIONS]
+    require(words and not unknown, "unknown TLS version %r (expected some of: %s)",
+            " ".join(unknown), " ".join(TLS_VERSIONS))
+    return tuple(words)
+
+
+def parse_ciphers(text):
+    """Return an OpenSSL cipher list."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).set_ciphers(text)
+    except ssl.SSLError:
+        raise ValueError("no cipher matches %r (expected an OpenSSL cipher list such as"
+                         " ECDHE+AESGCM:!aNULL)" % text)
+    return text
+
+
+def parse_return(text):
+    """Return 'CODE', 'CODE TEXT' or '30x URL' as a Return."""
+    status, body = require(re.fullmatch(r"([2-5][0-9]{2})(?:\s+(\S.*))?", text, re.S),
+                           "invalid response %r (expected CODE, CODE TEXT or 30x URL)",
+                           text).groups("")
+    require(body or int(status) not in REDIRECTS,
+            "missing URL of the redirect (expected e.g. %s https://example.com/)", status)
+    return Return(int(status), Template(body))
+
+
+def parse_header_line(line):
+    """Return a header field ('Name: value') as (name bytes, Template)."""
+    name, colon, value = (part.strip() for part in line.partition(":"))
+    require(colon and TOKEN.fullmatch(name.encode()),
+            "invalid header field %r (expected Name: value)", line)
+    require(name.lower().encode() not in MANAGED_FIELDS,
+            "%s is managed by wsgate (remove this line)", name)
+    require(not re.search("[\x00-\x08\x0a-\x1f\x7f]", value),
+            "control character in the value of %s", name)
+    return name.encode(), Template(value)
+
+
+def parse_field_name(word):
+    """Return the name of a field that auth_request may set, as bytes."""
+    name = word.encode()
+    require(TOKEN.fullmatch(name)
+            and name.lower() not in MANAGED_FIELDS | HANDSHAKE_FIELDS | {b"host"},
+            "invalid field name %r (expected e.g. Remote-User)", word)
+    return name
+
+
 def parse_user(text):
     """Return the name of a user of this system."""
-    if pwd is None:
-        raise ValueError("user is not supported on this platform")
+    require(pwd, "user is not supported on this platform")
     try:
         pwd.getpwnam(text)
     except KeyError:
@@ -539,19 +504,16 @@ class Template:
 
     def __init__(self, text):
         self.text = text
-        self.parts = []  # bytes, or functions as in VARIABLES
-        for place, part in enumerate(re.split(r"\$\{?(\w+)\}?", text)):
-            if place % 2:
-                self.parts.append(self.variable(part))
-            elif part:
-                self.parts.append(part.encode())
+        parts = re.split(r"\$\{?(\w+)\}?", text)  # text and names of variables by turns
+        self.parts = [self.variable(part) if place % 2 else part.encode()
+                      for place, part in enumerate(parts)]  # bytes, or functions as in VARIABLES
 
     def variable(self, name):
         """Return the function for a variable. Raise ValueError if it is unknown."""
         if name in self.VARIABLES:
             return self.VARIABLES[name]
-        if not name.startswith("http_"):
-            raise ValueError("unknown variable $%s%s" % (name, nearest(name, self.VARIABLES)))
+        require(name.startswith("http_"),
+                "unknown variable $%s%s", name, nearest(name, self.VARIABLES))
         field = name[len("http_"):].lower().replace("_", "-").encode()
         return lambda request, client: b", ".join(request.fields.get_all(field))
 
@@ -559,6 +521,11 @@ class Template:
         """Return the text as bytes, with the values of the variables for this request."""
         return b"".join([part if isinstance(part, bytes) else part(request, client)
                          for part in self.parts])
+
+
+parse_login_url = matching(  # variables stand after the host only
+    r"(https?://[^\s/?#$@\\]+(?:[/?#]\S*)?|/(?![/\\])\S*)", Template,
+    "invalid URL %r (expected https://HOST/... or /path)")
 
 
 # --------------------------------------------------------- Configuration: hosts
@@ -571,33 +538,23 @@ Target = collections.namedtuple("Target", "tls authority uri")  # a parsed proxy
 
 
 def parse_address(text, default_port=None, default_host=None):
-    """Return host:port, [v6]:port, :port, port or unix:/path as an Address.
+    """Return host:port, [v6]:port or unix:/path as an Address.
 
     A host or a port may be left out only if there is a default for it.
     """
     if text.startswith("unix:"):
-        if not re.fullmatch(r"unix:/.*[^/]", text) or len(text.encode()) > 108:
-            raise ValueError("invalid address %r (expected unix:/absolute/path, a path of at most"
-                             " 103 bytes)" % text)
-        return Address(None, None, text[5:])
-    match = re.fullmatch(r"(\[[^\[\]]+\]|[^\s:\[\]/]*)(?::([0-9]+))?", text)
-    if not match:
-        raise ValueError("invalid address %r (expected host:port, [v6]:port or unix:/path)" % text)
-    host, port = match.groups()
-    if default_host is not None and port is None and re.fullmatch(r"[0-9]+", host):
-        host, port = "", host  # a listener may be a port alone
-    if host == "*" and default_host is not None:
-        raise ValueError("invalid host '*' (expected :%s for every IPv4 address, [::]:%s for every"
-                         " IPv6 address)" % (port or "PORT", port or "PORT"))
-    if host:
-        check_host(host)
-    elif default_host is None:
-        raise ValueError("missing host in %r (expected host:port)" % text)
-    if port is None and default_port is None:
-        raise ValueError("missing port in %r (expected host:port)" % text)
-    if port is not None and int(port) > 65535:
-        raise ValueError("invalid port in %r (expected at most 65535)" % text)
-    return Address(host.strip("[]") or default_host, int(port) if port else default_port, None)
+        require(re.fullmatch(r"unix:/.*[^/]", text) and len(text.encode()) <= 108,
+                "invalid address %r (expected unix:/absolute/path, a path of at most 103 bytes)",
+                text)
+        return Address(None, None, text[len("unix:"):])
+    host, port = require(
+        re.fullmatch(r"(\[[^\[\]]+\]|[^\s:\[\]/]*)(?::([0-9]+))?", text),
+        "invalid address %r (expected host:port, [v6]:port or unix:/path)", text).groups()
+    require(host or default_host, "missing host in %r (expected host:port)", text)
+    check_host(host or default_host)
+    require(port or default_port, "missing port in %r (expected host:port)", text)
+    require(int(port or 0) <= 65535, "invalid port in %r (expected at most 65535)", text)
+    return Address(host.strip("[]") or default_host, int(port or default_port), None)
 
 
 HOST_NAME = re.compile(r"(?!-)[\w-]{1,63}(?:\.(?!-)[\w-]{1,63})*\.?")
@@ -610,23 +567,16 @@ def check_host(host):
             ipaddress.IPv6Address(re.sub(r"%[\w.-]+\]$|\]$", "", host[1:]))  # %: interface
         elif re.search(r"(?:^|\.)[0-9]+$", host):
             ipaddress.IPv4Address(host)
-        elif not HOST_NAME.fullmatch(host):
-            raise ValueError
+        else:
+            require(HOST_NAME.fullmatch(host), "not a name")
     except ValueError:
         raise ValueError("invalid host %r (expected a host name or an IP address)" % host)
 
 
-def parse_status_listen(text):
-    """Return an Address, or None for 'off' or ''."""
-    return None if text in ("", "off") else parse_listen_address(text, "127.0.0.1")
-
-
-def parse_listen_address(text, default_host):
-    """Return the Address of a listener; the directory of a Unix socket must exist."""
-    address = parse_address(text, default_host=default_host)
-    if address.path:
-        check_directory(address.path)
-    return address
+def parse_server_name(text):
+    """Return a host name or an IP address, as it is written."""
+    check_host("[%s]" % text if ":" in text else text)
+    return text
 
 
 def show_address(address):
@@ -636,53 +586,71 @@ def show_address(address):
     return ("[%s]:%d" if ":" in address.host else "%s:%d") % (address.host, address.port)
 
 
-LISTEN_OPTIONS = ("ssl", "proxy_protocol", "reuseport", "redirect")
+def parse_options(words, options, message):
+    """Return what follows an address, NAME or NAME=VALUE, as {name: value}.
+
+    options: {name: the parser of its value, or None if it has none; then it is True}.
+    message: of the ValueError for another word.
+    """
+    values = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        require(name in options and bool(equals) == bool(options[name]), message, word)
+        values[name] = options[name](text) if equals else True
+    return values
+
+
+def parse_listen_address(text, default_host="127.0.0.1"):
+    """Return the Address of a listener, also [:]PORT; the directory of a Unix socket must exist."""
+    host, _, port = text.partition(":")
+    require(host != "*", "invalid host '*' (expected :%s for every IPv4 address, [::]:%s for every"
+                         " IPv6 address)", port or "PORT", port or "PORT")
+    address = parse_address(re.sub(r"^([0-9]+)$", r":\1", text), default_host=default_host)
+    if address.path:
+        check_directory(address.path)
+    return address
+
+
+LISTEN_OPTIONS = {
+    "ssl": None, "proxy_protocol": None, "reuseport": None, "redirect": None,
+    "mode": matching("(0?[0-7]{3})", lambda digits: int(digits, 8),
+                     "invalid mode %r (expected e.g. 0660)")}
+
+
+def parse_listener(line):
+    """Return 'ADDRESS [OPTION ...]' as a Listen."""
+    where, *words = line.split()
+    address = parse_listen_address(where, "0.0.0.0")
+    options = parse_options(words, LISTEN_OPTIONS, "unknown listen option %r (expected one of: ssl,"
+                                                   " proxy_protocol, reuseport, redirect,"
+                                                   " mode=0660)")
+    require("ssl" not in options or "redirect" not in options,
+            "redirect leads from http to https, so it cannot be combined with ssl")
+    require(address.path or "mode" not in options, "mode= is for unix: addresses only")
+    return PLAIN_LISTEN._replace(address=address, **options)
 
 
 def parse_listen(text):
-    """Return the listeners (ADDRESS [OPTION ...], one per line or by commas), a tuple of Listen."""
-    listens, seen = [], set()
-    for words in (entry.split() for entry in re.split(r"[,\n]", text)):
-        if not words:
-            continue
-        if "ssl" in words and "redirect" in words:
-            raise ValueError("redirect leads from http to https, so it cannot be combined with ssl")
-        address = parse_listen_address(words[0], "0.0.0.0")
-        modes = [word[5:] for word in words[1:] if address.path and word.startswith("mode=")]
-        for word in words[1:]:
-            if word.startswith("mode=") and not modes:
-                raise ValueError("%s is for unix: addresses only" % word)
-            if word not in LISTEN_OPTIONS and not re.fullmatch("mode=0?[0-7]{3}", word):
-                raise ValueError("unknown listen option %r (expected one of: %s, mode=0660)" % (
-                    word, ", ".join(LISTEN_OPTIONS)))
-        if address in seen:
-            raise ValueError("duplicate address %s" % words[0])
-        seen.add(address)
-        flags = {option: option in words[1:] for option in LISTEN_OPTIONS}
-        mode = int(modes[-1], 8) if modes else PLAIN_LISTEN.mode
-        listens.append(PLAIN_LISTEN._replace(address=address, mode=mode, **flags))
-    if not listens:
-        raise ValueError("no address (expected at least one, e.g. 127.0.0.1:8080)")
-    return tuple(listens)
+    """Return the listeners, one per line or by commas, as a tuple of Listen."""
+    listens = {}
+    for line in lines_of(text.replace(",", "\n")):
+        listen = parse_listener(line)
+        require(listen.address not in listens, "duplicate address %s", line.split()[0])
+        listens[listen.address] = listen
+    require(listens, "no address (expected at least one, e.g. 127.0.0.1:8080)")
+    return tuple(listens.values())
 
 
-EVERYBODY = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"), "all")
+NETWORK_WORDS = {  # unix: is a peer on a Unix socket; all is every address, and "all" for these
+    "all": [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"), "all"],
+    "unix:": ["unix:"]}
 
 
 def parse_networks(text):
-    """Return a list of addresses and CIDRs as a tuple of ip_network.
-
-    'unix:' (a peer on a Unix socket) remains a str; 'all' is every address, and 'all' for
-    those peers.
-    """
+    """Return a list of addresses and CIDRs as a tuple of ip_network, or str of NETWORK_WORDS."""
     networks = []
-    for word in parse_list(text):
-        if word == "all":
-            networks += EVERYBODY
-        elif word == "unix:":
-            networks.append(word)
-        else:
-            networks.append(parse_network(word))
+    for word in words_of(text):
+        networks += NETWORK_WORDS.get(word) or [parse_network(word)]
     return tuple(networks)
 
 
@@ -693,94 +661,76 @@ def parse_network(word):
     except ValueError:
         raise ValueError("invalid network %r (expected an address, a CIDR such as 10.0.0.0/8,"
                          " all or unix:)" % word)
-    address, _, length = word.partition("/")
-    if length and ipaddress.ip_address(address) != network.network_address:
-        raise ValueError("network %r has host bits set (expected %s)" % (word, network))
-    mapped = network.version == 6 and network.network_address.ipv4_mapped
+    require(ipaddress.ip_address(word.partition("/")[0]) == network.network_address,
+            "network %r has host bits set (expected %s)", word, network)
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
     if mapped and network.prefixlen >= 96:
         return ipaddress.ip_network("%s/%d" % (mapped, network.prefixlen - 96))
     return network
 
 
 def parse_proxy_pass(text):
-    """Return the URL of a backend as a Target, None for ''.
+    """Return the URL of a backend as a Target.
 
     scheme://NAME, scheme://host[:port] or scheme://unix:/path: , then an optional /uri;
     the scheme is http or https (ws and wss mean the same).
     """
-    if not text:
-        return None
-    match = re.fullmatch(r"(http|https|ws|wss)://(unix:/[^:\s]+|[^/?#\s]+)(:?)(/[\x21-\x7e]*)?",
-                         text)
-    if not match or (match.group(3) and not match.group(2).startswith("unix:")):
-        raise ValueError("invalid URL %r (expected http://host:port, https://host:port or"
-                         " http://unix:/path)" % text)
-    if "@" in match.group(2):
-        raise ValueError("credentials are not allowed in a backend URL (expected"
-                         " proxy_set_header = Authorization: ...)")
-    if "$" in match.group(2):
-        raise ValueError("variables are not allowed in the host of %r (expected host:port or the"
-                         " name of an [upstream])" % text)
-    parse_address(match.group(2), default_port=80)  # raises ValueError
-    return Target(match.group(1) in ("https", "wss"), match.group(2), match.group(4))
+    secure, authority, uri = require(
+        re.fullmatch(r"(?:http|ws)(s?)://(unix:/[^:\s]+|[^/?#\s]+):?(/[\x21-\x7e]*)?", text),
+        "invalid URL %r (expected http://host:port, https://host:port or http://unix:/path)",
+        text).groups()
+    require("@" not in authority, "credentials are not allowed in a backend URL (expected"
+                                  " proxy_set_header = Authorization: ...)")
+    require("$" not in authority, "variables are not allowed in the host of %r (expected host:port"
+                                  " or the name of an [upstream])", text)
+    parse_address(authority, default_port=80)  # raises ValueError
+    return Target(bool(secure), authority, uri)
 
 
 def parse_origins(text):
     """Return 'same' and scheme://host[:port] with * globs as a tuple of str, 'any' as None."""
-    words = tuple(word.lower() for word in parse_list(text))
+    words = words_of(text.lower())
     for word in words:
-        if not re.fullmatch(r"any|same|null|\*[^/]*|[a-z*][a-z0-9+.*-]*://[^/?#@]*", word):
-            raise ValueError("invalid origin %r (expected e.g. https://example.com)" % word)
-    return None if not words or "any" in words else words
+        require(
+            re.fullmatch(r"any|same|null|\*[^/]*|[a-z*][a-z0-9+.*-]*://[^/?#@]*", word),
+            "invalid origin %r (expected e.g. https://example.com)", word)
+    return None if not words or "any" in words else tuple(words)
 
 
-def parse_server_name(text):
-    """Return a host name or an IP address, as it is written."""
-    check_host("[%s]" % text if ":" in text else text)
-    return text
+def parse_weight(text):
+    """Return the weight of a server, an integer greater than zero."""
+    return require(parse_count(text),
+                   "invalid weight 0 (expected at least 1; down takes a server out)")
 
 
-SERVER_OPTIONS = {"weight": "1", "max_fails": "1", "fail_timeout": "10s", "max_conns": "0"}
+SERVER_OPTIONS = {"weight": parse_weight, "max_fails": parse_count, "fail_timeout": parse_seconds,
+                  "max_conns": parse_count, "backup": None, "down": None}
 
 
 def parse_server_line(line):
     """Return 'ADDRESS [weight=1] [max_fails=1] [fail_timeout=10s] ... [down]' as a Server."""
-    words = line.split()
-    options, flags = dict(SERVER_OPTIONS), set()
-    for word in words[1:]:
-        key, equals, value = word.partition("=")
-        if equals and key in options:
-            options[key] = value
-        elif word in ("backup", "down"):
-            flags.add(word)
-        else:
-            raise ValueError("unknown server parameter %r (expected one server per line, with any"
-                             " of: %s, backup, down)" % (word, ", ".join(options)))
-    weight = parse_count(options["weight"])
-    if not weight:
-        raise ValueError("invalid weight 0 (expected at least 1; down takes a server out)")
-    return Server(parse_address(words[0], default_port=80), weight,
-                  parse_count(options["max_fails"]), parse_seconds(options["fail_timeout"]),
-                  parse_count(options["max_conns"]), "backup" in flags, "down" in flags)
-
-
-def parse_balance(text):
-    """Return 'least_conn', 'round_robin', 'ip_hash' or 'cookie NAME'."""
-    words = text.split()
-    if len(words) == 2 and words[0] == "cookie" and TOKEN.fullmatch(words[1].encode()):
-        return "cookie " + words[1]
-    if text not in ("least_conn", "round_robin", "ip_hash"):
-        raise ValueError("invalid method %r (expected least_conn, round_robin, ip_hash or"
-                         " cookie NAME)" % text)
-    return text
+    address, *words = line.split()
+    return Server(parse_address(address, default_port=80), **parse_options(
+        words, SERVER_OPTIONS, "unknown server parameter %%r (expected one server per line, with"
+                               " any of: %s)" % ", ".join(SERVER_OPTIONS)))
 
 
 def parse_servers(text):
     """Return the servers of an upstream, one per line, as a tuple of Server."""
-    servers = tuple(parse_server_line(line) for line in text.splitlines() if line.strip())
-    if not servers:
-        raise ValueError("no server (expected at least one address)")
-    return servers
+    return require(tuple(map(parse_server_line, lines_of(text))),
+                   "no server (expected at least one address)")
+
+
+def parse_balance(text):
+    """Return 'least_conn', 'round_robin', 'ip_hash' or 'cookie NAME'."""
+    token = TOKEN.pattern.decode()
+    require(re.fullmatch(r"least_conn|round_robin|ip_hash|cookie\s+" + token, text),
+            "invalid method %r (expected least_conn, round_robin, ip_hash or cookie NAME)", text)
+    return " ".join(text.split())
+
+
+parse_upstream_name = matching(r"([\w.-]+)", str, "invalid name %r (expected [upstream NAME])")
+LOCATION_HOST = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]")
 
 
 def parse_location(title):
@@ -789,31 +739,22 @@ def parse_location(title):
     hosts: lower case, '*.suffix', or None for any. The path is compared with decoded paths
     without // and dot segments; one that cannot be equal to any of these raises ValueError.
     """
-    match = re.fullmatch(r"location ?(= ?)?([^/]*)(/.*)", title)
-    if not match:
-        raise ValueError("invalid location (expected [location /path], [location HOST/path] or"
-                         " [location = /path])")
-    exact, hosts, path = bool(match.group(1)), parse_list(match.group(2).lower()), match.group(3)
+    exact, hosts, path = require(
+        re.fullmatch(r"location ?(= ?)?([^/]*)(/.*)", title), "invalid location (expected"
+        " [location /path], [location HOST/path] or [location = /path])").groups()
+    hosts = tuple(words_of(hosts.lower()))
     for host in hosts:
-        if host.strip("^~*") == "":
-            raise ValueError("regular expressions and modifiers are not supported (expected"
-                             " [location /prefix] or [location = /path])")
-        if not LOCATION_HOST.fullmatch(host):
-            raise ValueError("invalid host %r (expected a name without a port, in ASCII; * only as"
-                             " the first label)" % host)
-    decoded = urllib.parse.unquote(path)
-    plain = re.sub(r"//+", "/", decoded)
-    if plain != path:
-        raise ValueError("%s never matches (expected the decoded path, %s)" % (path, plain))
-    if re.search(r"/\.\.?(?:[/;]|$)", path):
-        raise ValueError("%s never matches (expected a path without dot segments)" % path)
-    if re.search(r"[\\?#\x00-\x1f\x7f]|\{$", path):
-        raise ValueError("invalid path %s (expected one without \\, ?, # and control characters)"
-                         % path)
-    return hosts or (None,), path, exact
-
-
-LOCATION_HOST = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]")
+        require(host.strip("^~*"), "regular expressions and modifiers are not supported (expected"
+                                   " [location /prefix] or [location = /path])")
+        require(LOCATION_HOST.fullmatch(host), "invalid host %r (expected a name without a port,"
+                                               " in ASCII; * only as the first label)", host)
+    plain = re.sub("//+", "/", urllib.parse.unquote(path))
+    require(plain == path, "%s never matches (expected the decoded path, %s)", path, plain)
+    require(not re.search(r"/\.\.?(?:[/;]|$)", path),
+            "%s never matches (expected a path without dot segments)", path)
+    require(not re.search(r"[\\?#\x00-\x1f\x7f]|\{$", path),
+            "invalid path %s (expected one without \\, ?, # and control characters)", path)
+    return hosts or (None,), path, bool(exact)
 
 
 # ---------------------------------------------------------- Configuration: keys
@@ -836,13 +777,14 @@ SERVER_KEYS = {
     "ssl_protocols": Key(
         parse_protocols, "TLSv1.2 TLSv1.3", "TLS versions offered to clients"),
     "ssl_ciphers": Key(
-        parse_ciphers, "",
+        optional(parse_ciphers, value=""), "",
         "ciphers up to TLSv1.2, an OpenSSL cipher list; if unset, the default of Python"),
     "client_header_timeout": Key(
         parse_timeout, "10s",
         "time limit for the TLS handshake and the whole request head, however slowly it comes"),
     "client_header_size": Key(
-        parse_head_size, "16k", "maximum size of a request head in bytes, 431 beyond"),
+        functools.partial(parse_size, minimum=128), "16k",
+        "maximum size of a request head in bytes, 431 beyond"),
     "client_body_timeout": Key(
         parse_timeout, "60s", "time limit between two reads of a request body, 408 beyond"),
     "keepalive_timeout": Key(
@@ -852,7 +794,7 @@ SERVER_KEYS = {
     "send_timeout": Key(
         parse_timeout, "60s", "close a client that accepts no data for this long"),
     "max_connections": Key(
-        parse_count_or_auto, "auto",
+        optional(parse_count, "auto"), "auto",
         "maximum number of client connections; beyond, the longest idle one is closed for a new"
         " one, or if none is idle, 503; auto: what RLIMIT_NOFILE and the thread limits allow"),
     "max_connections_per_ip": Key(
@@ -880,13 +822,13 @@ SERVER_KEYS = {
     "log_format": Key(
         choice("text", "json"), "text", "format of the access log: text or json"),
     "status_listen": Key(
-        parse_status_listen, "off",
+        optional(optional(parse_listen_address), "off"), "off",
         "address of the status page and metrics: host:port, unix:/path or off"),
     "status_allow": Key(
         parse_networks, "127.0.0.0/8 ::1",
         "addresses and CIDRs that may read the status page"),
     "worker_cpu_affinity": Key(
-        parse_affinity, "auto",
+        optional(optional(parse_cpu, "off"), "auto", "auto"), "auto",
         "auto: pin the process to one CPU, since GIL contention across CPUs costs more than it"
         " gains; off: do not pin; N: pin to CPU N"),
     "user": Key(
@@ -898,21 +840,21 @@ SERVER_KEYS = {
 
 LOCATION_KEYS = {
     "proxy_pass": Key(
-        parse_proxy_pass, "",
+        optional(parse_proxy_pass), "",
         "backend: http(s)://UPSTREAM, http(s)://host:port or http(s)://unix:/path: , then an"
         " optional /uri that replaces the matched prefix"),
     "proxy_pass_websocket": Key(
-        parse_proxy_pass, "",
+        optional(parse_proxy_pass), "",
         "backend of WebSocket connections, as in proxy_pass; if unset, proxy_pass takes them too"),
     "return": Key(
         optional(parse_return), "",
         "respond without a backend, instead of proxy_pass: CODE, CODE TEXT, or 30x URL"),
     "proxy_set_header": Key(
-        parse_set_headers, "",
+        list_of(lines_of, parse_header_line), "",
         "request header fields for the backend, one 'Name: value' per line; an empty value"
         " removes the field"),
     "add_header": Key(
-        parse_set_headers, "",
+        list_of(lines_of, parse_header_line), "",
         "response header fields for the client, one 'Name: value' per line, also on errors; each"
         " replaces the backend's field (Set-Cookie: is added); an empty value removes it"),
     "proxy_redirect": Key(
@@ -934,7 +876,7 @@ LOCATION_KEYS = {
     "proxy_send_timeout": Key(
         parse_timeout, "60s", "time limit between two writes of an HTTP request"),
     "idle_timeout": Key(
-        parse_idle_timeout, "60s",
+        optional(parse_timeout, "never", math.inf), "60s",
         "close a tunnel without a byte in either direction for this long, or never; if unset,"
         " proxy_read_timeout applies"),
     "ping_interval": Key(
@@ -967,11 +909,11 @@ LOCATION_KEYS = {
         "htpasswd file for Basic authentication, of {SCRYPT}, {SSHA} or {SHA} lines as printed"
         " by --hash-password"),
     "auth_request": Key(
-        parse_proxy_pass, "",
+        optional(parse_proxy_pass), "",
         "URL of an authorization service, as in proxy_pass; 2xx lets a request pass, 401 and 403"
         " refuse it"),
     "auth_request_headers": Key(
-        parse_field_names, "",
+        list_of(words_of, parse_field_name), "",
         "names of fields in the response of auth_request that are passed to the backend; a client"
         " cannot set them"),
     "auth_request_login": Key(
@@ -1008,7 +950,7 @@ LOCATION_KEYS = {
     "proxy_ssl_protocols": Key(
         parse_protocols, "TLSv1.2 TLSv1.3", "TLS versions offered to https backends"),
     "proxy_ssl_ciphers": Key(
-        parse_ciphers, "", "the same as ssl_ciphers, for https backends"),
+        optional(parse_ciphers, value=""), "", "the same as ssl_ciphers, for https backends"),
     "proxy_ssl_certificate": Key(
         optional(parse_pem), "", "client certificate (PEM) to present to backends"),
     "proxy_ssl_certificate_key": Key(
@@ -1117,27 +1059,21 @@ FOREIGN = (
 )
 
 
+FOREIGN_WORDS = {name: advice for advice, names in FOREIGN for name in names.split()}
+SECTION_OF = {name: section for section, keys in reversed(SECTIONS) for name in keys}
+
+
 def foreign(*words):
     """Return ' (what to do)' with the first word that is a directive of another proxy, or ''."""
-    for word in words:
-        for advice, names in FOREIGN:
-            if word in names.split():
-                return " (%s)" % advice
-    return ""
-
-
-def known_key(name):
-    """True for a key of any section."""
-    return any(name in keys for _, keys in SECTIONS)
+    return next((" (%s)" % FOREIGN_WORDS[word] for word in words if word in FOREIGN_WORDS), "")
 
 
 def unknown_key(name, table):
     """Return what is wrong with a key that is not in the table of its section."""
-    for section, keys in SECTIONS:
-        if name in keys:
-            return "not allowed in this section (expected in [%s])" % section
+    if name in SECTION_OF:
+        return "not allowed in this section (expected in [%s])" % SECTION_OF[name]
     word, space, _ = name.partition(" ")
-    if space and known_key(word):
+    if space and word in SECTION_OF:
         return "missing = after %s" % word
     return "unknown key" + (foreign(name.replace(" ", "_"), word) or nearest(name, table))
 
@@ -1151,29 +1087,20 @@ def expected_line(line):
     if block:
         return " (expected [%s])" % " ".join(block.group(1).split())
     name, value = words[0].rstrip(":"), line[len(words[0]):].strip(" \t:;")
-    if value and known_key(name):
+    if value and name in SECTION_OF:
         return " (expected %s = %s)" % (name, value)
     return (foreign("_".join(words[:2]), name) or " (expected [section] or key = value; a line"
             " that continues a value is indented)")
 
 
 def nearest(word, words):
-    """Return ' (did you mean ...?)' with the word of these that is a slip away, or ''."""
-    distance, near = min((edit_distance(word.lower(), each), each) for each in words)
-    return " (did you mean %r?)" % near if distance <= max(1, len(word) // 7) else ""
+    """Return ' (did you mean ...?)' with the word of these that is a slip away, or ''.
 
-
-def edit_distance(left, right):
-    """Return how many characters are wrong, missing, too much or swapped with the next one."""
-    before, row = [], list(range(len(right) + 1))
-    for i, char in enumerate(left):
-        before, last, row = row, before, [i + 1]
-        for j, other in enumerate(right):
-            cost = min(before[j] + (char != other), before[j + 1] + 1, row[j] + 1)
-            if i and j and char == right[j - 1] and left[i - 1] == other:
-                cost = min(cost, last[j - 1] + 1)
-            row.append(cost)
-    return row[-1]
+    A slip is about two characters, or one of seven: a lower cutoff finds words by chance.
+    """
+    cutoff = min(0.91, 1 - 1.7 / (len(word) + 2))
+    near = difflib.get_close_matches(word.lower(), words, 1, cutoff)
+    return " (did you mean %r?)" % near[0] if near else ""
 
 
 # ---------------------------------------------------------- Configuration: file
@@ -1274,8 +1201,7 @@ class ConfigReader:
     def raise_errors(self):
         """Raise ConfigError with all errors in the order of the file, if there are any."""
         if self.errors:
-            errors = sorted(self.errors, key=lambda error: error[0])
-            raise ConfigError([text for _, text in errors])
+            raise ConfigError([text for _, text in sorted(self.errors, key=lambda each: each[0])])
 
     def checked(self, title, key, make, *arguments):
         """Return make(*arguments), INVALID after adding the error that it raises."""
@@ -1322,35 +1248,30 @@ class ConfigReader:
                 self.line_error(number - 1, "invalid line: %s%s" % (line, expected_line(line)))
         self.raise_errors()
         for header in parser.sections():
-            self.add_section(header, parser.items(header))
+            items = [(*take_number(key), text) for key, text in parser.items(header)]
+            self.add_section(*take_number(header), items)
 
-    def add_section(self, header, items):
-        """Add a section to self.sections; header and keys end with a NUL and their line."""
-        header, _, number = header.partition("\0")
-        title = " ".join(header.strip()[:-1].split())
-        if number == "0":
-            for key, _ in items:
-                key, _, number = key.partition("\0")
-                self.line_error(int(number), "%s: outside of a section (expected [server] above"
-                                             " it)" % key.strip())
-            return None
-        if not header.strip().endswith("]"):
-            return self.line_error(int(number), "invalid line: [%s (expected [section] and nothing"
-                                                " after it)" % header.strip())
-        if title in self.sections:
-            return self.line_error(int(number), "[%s]: duplicate section (first in line %d)" % (
-                title, self.lines[title, None]))
-        self.lines[title, None] = int(number)
-        texts = self.sections[title] = {}
-        for key, text in items:
-            key, _, number = key.partition("\0")
-            key = key.strip()
-            if key in texts:
-                self.line_error(int(number), "[%s] %s: duplicate key (first in line %d)" % (
-                    title, key, self.lines[title, key]))
-            else:
-                self.lines[title, key] = int(number)
-                texts[key] = text
+    def add_section(self, header, line, items):
+        """Add a section to self.sections. items: (key, line number, text) of its keys."""
+        title = " ".join(header[:-1].split())
+        if not line:
+            for key, number, _ in items:
+                self.line_error(number, "%s: outside of a section (expected [server] above it)"
+                                % key)
+        elif not header.endswith("]"):
+            self.line_error(line, "invalid line: [%s (expected [section] and nothing after it)"
+                            % header)
+        elif self.is_first((title, None), line, "[%s]: duplicate section" % title):
+            self.sections[title] = {
+                key: text for key, number, text in items
+                if self.is_first((title, key), number, "[%s] %s: duplicate key" % (title, key))}
+
+    def is_first(self, place, line, message):
+        """Keep the line number of a (title, key); if it has one, add an error, return False."""
+        first = self.lines.setdefault(place, line)
+        if first != line:
+            self.line_error(line, "%s (first in line %d)" % (message, first))
+        return first == line
 
     # ---- values
 
@@ -1359,29 +1280,27 @@ class ConfigReader:
         values = {}
         for name, text in texts.items():
             if name in table:
-                values[name] = self.value(title, name, text, table[name].parse)
+                values[name] = self.checked(title, name, self.value, title, name, text,
+                                            table[name].parse)
             else:
                 self.error(title, name, unknown_key(name, table))
         return values
 
     def value(self, title, name, text, parse):
-        """Return the value of a key, INVALID after an error; its text is that of split()."""
-        slip, stray = None, STRAY_LINE.search(text)
+        """Return the value of a key; raise ValueError or OSError. Its text is that of split()."""
+        stray = STRAY_LINE.search(text)
         text = re.sub("\0[0-9]+", "", text).strip()
+        slip = find_slip(text, parse)
         if stray:
             slip = "line %s is indented, so it continues %s of line %d (remove the indentation)" % (
                 stray.group(3), name, self.lines[title, name])
-        elif text.endswith(";"):
-            slip = "unexpected semicolon in %r (remove it)" % text.splitlines()[-1]
         try:
             value = parse(text)
         except (OSError, ValueError):
-            slip = slip if stray else find_slip(text, parse)
-            if not slip:
-                return self.checked(title, name, parse, text)
-            self.error(title, name, slip)
-            return INVALID
-        if slip and (not stray or stray.group(2) or known_key(stray.group(1))):
+            require(not slip, "%s", slip)
+            raise
+        if slip and (stray.group(2) or stray.group(1) in SECTION_OF if stray
+                     else text.endswith(";")):
             self.warn(title, name, slip)
         return value
 
@@ -1406,17 +1325,31 @@ class ConfigReader:
     def read_upstream(self, title, texts):
         """Add the Upstream of an [upstream NAME]."""
         values = self.values(title, dict({"server": ""}, **texts), UPSTREAM_KEYS)
-        name = title.partition(" ")[2]
-        if not re.fullmatch(r"[\w.-]+", name):
-            self.error(title, None, "invalid name %r (expected [upstream NAME])" % name)
-        elif INVALID not in values.values():
-            servers = values["server"]
-            self.hosts += [(title, "server", server.address) for server in servers]
-            self.upstreams[name] = Upstream(name, servers, values.get("balance", "least_conn"))
+        name = self.checked(title, None, parse_upstream_name, title.partition(" ")[2])
+        if INVALID not in values.values() and name is not INVALID:
+            self.hosts += [(title, "server", server.address) for server in values["server"]]
+            self.upstreams[name] = Upstream(name, values["server"],
+                                            values.get("balance", "least_conn"))
 
     def read_location(self, title, texts):
         """Add the Location of a [location ...], unless there is an error in it."""
         given = self.values(title, texts, LOCATION_KEYS)
+        place = self.checked(title, None, self.take_place, title)
+        values = dict(self.defaults, **given)
+        if INVALID not in values.values() and place is not INVALID:
+            self.checked(title, None, self.add_location, title, place, given)
+
+    def take_place(self, title):
+        """Return the title as parse_location; raise ValueError if another location is there."""
+        hosts, path, exact = parse_location(title)
+        for host in hosts:
+            other = self.places.setdefault((host, path, exact), title)
+            require(other == title, "duplicate location (first in line %d: [%s])",
+                    self.lines.get((other, None), 0), other)
+        return hosts, path, exact
+
+    def add_location(self, title, place, given):
+        """Add the Location of what a section gives; raise ValueError if it is contradictory."""
         values = dict(self.defaults, **given)
         for key, other in (("proxy_pass", "return"), ("return", "proxy_pass"),
                            ("return", "proxy_pass_websocket")):
@@ -1424,16 +1357,22 @@ class ConfigReader:
                 values[other] = None
         if "idle_timeout" not in given and "idle_timeout" not in self.sections["server"]:
             values["idle_timeout"] = values["proxy_read_timeout"]
-        place = self.checked(title, None, parse_location, title)
-        if INVALID in values.values() or place is INVALID or self.occupied(title, *place):
-            return
-        target = values["proxy_pass"]
-        if target and values["return"]:
-            return self.error(title, "return", "cannot be combined with proxy_pass (expected one"
-                                               " of them)")
-        if not target and not values["return"]:
-            return self.error(title, None, "missing proxy_pass or return (expected one of them)")
-        self.add_location(title, place, values)
+        if values["proxy_pass"] and values["return"]:
+            raise SettingError("return", "cannot be combined with proxy_pass (expected one of"
+                                         " them)")
+        require(values["proxy_pass"] or values["return"],
+                "missing proxy_pass or return (expected one of them)")
+        upstreams = [values[key] and self.upstream_for(title, key, values[key])
+                     for key in PROXY_PASS_KEYS]
+        passwords = values["auth_basic_user_file"] and self.checked(
+            title, "auth_basic_user_file", PasswordFile, values["auth_basic_user_file"])
+        if given.get("ssl_certificate"):
+            self.checked(title, "ssl_certificate", check_pair, values["ssl_certificate"],
+                         values["ssl_certificate_key"])
+        location = self.checked(title, "proxy_ssl_certificate", Location, values,
+                                title.partition(" ")[2], place, upstreams, passwords)
+        if location is not INVALID:
+            self.locations.append(location)
 
     def add_root(self):
         """Add the [location /] that proxy_pass or return in [server] makes, if there is none."""
@@ -1444,32 +1383,6 @@ class ConfigReader:
             advice = "" if self.path else "; or use --backend http://host:port, or --demo"
             self.errors.append((0, "%s: no location (expected [location /] with proxy_pass ="
                                    " http://host:port%s)" % (self.path or "command line", advice)))
-
-    def occupied(self, title, hosts, path, exact):
-        """Add an error and return True if another section is this location already."""
-        for host in hosts:
-            other = self.places.setdefault((host, path, exact), title)
-            if other != title:
-                self.error(title, None, "duplicate location (first in line %d: [%s])" % (
-                    self.lines[other, None], other))
-                return True
-        return False
-
-    def add_location(self, title, place, values):
-        """Make the Location and what it refers to; values has no error in itself."""
-        passwords, upstreams = None, []
-        for key in PROXY_PASS_KEYS:
-            upstreams.append(values[key] and self.upstream_for(title, key, values[key]))
-        if values["auth_basic_user_file"]:
-            passwords = self.checked(title, "auth_basic_user_file", PasswordFile,
-                                     values["auth_basic_user_file"])
-        if "ssl_certificate" in self.sections.get(title, ()) and values["ssl_certificate"]:
-            self.checked(title, "ssl_certificate", check_pair, values["ssl_certificate"],
-                         values["ssl_certificate_key"])
-        location = self.checked(title, "proxy_ssl_certificate", Location, values,
-                                title.partition(" ")[2], place, upstreams, passwords)
-        if location is not INVALID:
-            self.locations.append(location)
 
     def upstream_for(self, title, key, target):
         """Return the Upstream that a Target names, or one made for its single address."""
@@ -1483,24 +1396,29 @@ class ConfigReader:
         return self.upstreams[name]
 
 
+def take_number(text):
+    """Return the name and the line number that ConfigReader.split has put after it."""
+    name, _, number = text.partition("\0")
+    return name.strip(), int(number)
+
+
 def find_slip(text, parse):
-    """Return a sentence about what makes a value invalid, if it is valid without that, or None."""
+    """Return a sentence about what a value is valid without (see SLIPS), or None."""
     names, rest = [], text
     for name, pattern, replacement in SLIPS:
-        shorter = re.sub(pattern, replacement, rest)
-        if shorter != rest:
+        rest, count = re.subn(pattern, replacement, rest)
+        if count:
             names.append(name)
-            rest = shorter
+    if not names:
+        return None
     try:
-        if not names:
-            return None
         parse(rest.strip())
     except (OSError, ValueError):
         return None
     line = next(line for line, without in zip(text.splitlines(), rest.splitlines() + [""])
                 if line != without)
-    pronoun = "them" if names[1:] or names == ["quotes"] else "it"
-    return "unexpected %s in %r (remove %s)" % (" and ".join(names), line, pronoun)
+    return "unexpected %s in %r (remove %s)" % (
+        " and ".join(names), line, "it" if names in (["comment"], ["semicolon"]) else "them")
 
 
 class Settings:
@@ -1530,15 +1448,11 @@ class Config:
         self.warnings = warnings
         self.place = place
         self.certificates = None
-        # {host: ({exact path: Location}, [Location by falling length of the prefix])}
+        # {host: its Locations: the exact ones, then prefixes by falling length}
         self.by_host = {}
-        for location in sorted(locations, key=lambda each: -len(each.path)):
+        for location in sorted(locations, key=lambda each: (not each.exact, -len(each.path))):
             for host in location.hosts:
-                exact, prefixes = self.by_host.setdefault(host, ({}, []))
-                if location.exact:
-                    exact[location.path] = location
-                else:
-                    prefixes.append(location)
+                self.by_host.setdefault(host, []).append(location)
         self.wildcards = sorted((host for host in self.by_host if host and host[:2] == "*."),
                                 key=len, reverse=True)
         # {(host, path without its last slash): Location}
@@ -1559,10 +1473,8 @@ class Config:
         or if no other takes it; else it is second.
         """
         for group in self.hosts_for(host):
-            exact, prefixes = self.by_host[group]
-            if path in exact:
-                return [exact[path]]
-            found = [each for each in prefixes if each.matches(path)][:1]
+            found = [each for each in self.by_host[group]
+                     if (each.path == path if each.exact else each.matches(path))][:1]
             slash = self.without_slash.get((group, path))
             if slash and not (found and found[0].path == path):
                 found = [slash] if slash.adds_slash() else found + [slash]
@@ -1578,34 +1490,58 @@ class Config:
         found = self.matching(request.host, request.paths[0])
         if not found or len(found) == len(request.paths) == 1:
             return found
-        first = found[0]
         for path in request.paths[1:]:
             found += self.matching(request.host, path)
-        for location in found:  # a `return` is a guard too, unless the first is carved out of it
-            if location.return_ and not first.path.startswith(location.path):
-                return [location] + found
-        return found
+        # A `return` is a guard too, unless the first is carved out of it.
+        guards = [each for each in found
+                  if each.return_ and not found[0].path.startswith(each.path)]
+        return guards[:1] + found
 
     def hosts_for(self, host):
         """Return the hosts of locations that cover this host name, the most specific first."""
-        groups = [host] if host in self.by_host else []
-        groups += [name for name in self.wildcards if host.endswith(name[1:])]
-        if None in self.by_host:
-            groups.append(None)
-        return groups
+        suffixes = [name for name in self.wildcards if host.endswith(name[1:])]
+        return [name for name in [host] + suffixes + [None] if name in self.by_host]
 
 
 # -------------------------------------------------------- Configuration: checks
 #
 # Of what is valid but surely not meant. -t and start print them.
 
+LOCATION_MISTAKES = (  # key; whether a Location, with the texts of its section, is mistaken; why
+    ("proxy_ssl_verify",
+     lambda location, texts: not location.proxy_ssl_verify and any(
+         proxy and proxy.context
+         for proxy in (location.proxy, location.websocket_proxy, location.auth)),
+     "off: backend TLS is open to man-in-the-middle attacks"),
+    ("proxy_pass",
+     lambda location, texts: not location.path.endswith("/") and location.proxy_pass
+     and location.proxy_pass.uri == "/",
+     "requests for {0.path}/x are forwarded as //x (expected [location {0.path}/])"),
+    ("auth_request_headers",
+     lambda location, texts: "auth_request_headers" in texts and not location.auth,
+     "unused: the location has no auth_request"),
+    ("auth_request_login",
+     lambda location, texts: "auth_request_login" in texts and not location.auth,
+     "unused: the location has no auth_request"),
+    ("proxy_pass",
+     lambda location, texts: location.proxy_pass and "$" in (location.proxy_pass.uri or ""),
+     "no variables in {0.proxy_pass.uri}; without a URI, the request URI is forwarded unchanged"),
+    ("ping_interval",
+     lambda location, texts: location.ping_interval >= location.idle_timeout,
+     "not less than idle_timeout: a silent tunnel is closed before its first ping"),
+)
+
 
 def warn_of_mistakes(reader, config):
     """Add the warnings that follow from the file alone to a ConfigReader."""
     for location in config.locations:
-        warn_of_location(reader, location)
-    if not any(listen.ssl for listen in config.server.listen):
-        if any(listen.redirect for listen in config.server.listen):
+        title = "location " + location.name
+        for key, mistaken, message in LOCATION_MISTAKES:
+            if mistaken(location, reader.sections.get(title, ())):
+                reader.warn(title, key, message.format(location))
+    listens = config.server.listen
+    if not any(listen.ssl for listen in listens):
+        if any(listen.redirect for listen in listens):
             reader.warn("server", "listen", "redirect to https, but no listener has the option ssl"
                         " (expected e.g. listen = :80 redirect, :443 ssl)")
         for title, texts in reader.sections.items():
@@ -1615,46 +1551,23 @@ def warn_of_mistakes(reader, config):
     warn_of_hidden(reader, config)
 
 
-def warn_of_location(reader, location):
-    """Warn of keys of a location that do not do what they seem to."""
-    title, target = "location " + location.name, location.proxy_pass
-    proxies = location.proxy, location.websocket_proxy, location.auth
-    if not location.proxy_ssl_verify and any(each and each.context for each in proxies):
-        reader.warn(title, "proxy_ssl_verify",
-                    "off: backend TLS is open to man-in-the-middle attacks")
-    if target and target.uri == "/" and not location.path.endswith("/"):
-        reader.warn(title, "proxy_pass", "requests for %s/x are forwarded as //x (expected"
-                    " [location %s/])" % (location.path, location.path))
-    for key in ("auth_request_headers", "auth_request_login"):
-        if key in reader.sections.get(title, ()) and not location.auth:
-            reader.warn(title, key, "unused: the location has no auth_request")
-    if target and "$" in (target.uri or ""):
-        reader.warn(title, "proxy_pass", "no variables in %s; without a URI, the request URI is"
-                    " forwarded unchanged" % target.uri)
-    if location.ping_interval >= location.idle_timeout:
-        reader.warn(title, "ping_interval", "not less than idle_timeout: a silent tunnel is"
-                    " closed before its first ping")
-
-
 def warn_of_hidden(reader, config):
     """Warn of a location that one of a more specific host hides.
 
     The host is chosen before the path: beside [location a.example/], no request for
     a.example reaches [location /chat/].
     """
-    hidden = set()
+    hidden = {}  # Location: (a host, the Location chosen for it)
     for host in filter(None, config.by_host):
         name = host.replace("*", "x", 1)
         groups = config.hosts_for(name)
-        for group in groups[groups.index(host) + 1:]:
-            exact, prefixes = config.by_host[group]
-            for location in list(exact.values()) + prefixes:
-                other = config.route(name, location.path)
-                if len(other.path) < len(location.path) and location not in hidden:
-                    hidden.add(location)
-                    reader.warn("location " + location.name, None, "hidden by [location %s] for"
-                                " requests to %s (expected [location %s%s] too)" % (
-                                    other.name, host, host, location.path))
+        for location in itertools.chain.from_iterable(map(config.by_host.get, groups)):
+            chosen = config.route(name, location.path)
+            if len(chosen.path) < len(location.path):
+                hidden.setdefault(location, (host, chosen))
+    for location, (host, chosen) in hidden.items():
+        reader.warn("location " + location.name, None, "hidden by [location %s] for requests to %s"
+                    " (expected [location %s%s] too)" % (chosen.name, host, host, location.path))
 
 
 def warn_of_machine(reader, config):
@@ -1666,10 +1579,9 @@ def warn_of_machine(reader, config):
                         " connect%s" % (address.host, nearest(address.host, reader.upstreams)))
     for key in ("error_log", "access_log", "pid"):
         file = getattr(config.server, key) or "off"
-        if file not in ("-", "off") and not file.startswith("syslog:"):
-            if not os.access(file if os.path.exists(file) else os.path.dirname(file) or ".",
-                             os.W_OK):
-                reader.warn("server", key, "%s is not writable for this user" % file)
+        place = file if os.path.exists(file) else os.path.dirname(file) or "."
+        if not re.match(r"-$|off$|syslog:", file) and not os.access(place, os.W_OK):
+            reader.warn("server", key, "%s is not writable for this user" % file)
     user = config.server.user
     for title, texts in reader.sections.items() if user else ():
         for key in FILE_KEYS:
@@ -1698,19 +1610,16 @@ def readable_by(user, path):
     """True if the permissions of a file and its directories let this user read it."""
     entry = pwd.getpwnam(user)
     groups = os.getgrouplist(user, entry.pw_gid)
+    path = os.path.realpath(path)
 
     def permits(path, bit):
         status = os.stat(path)
-        if status.st_uid == entry.pw_uid:
-            bit <<= 6
-        elif status.st_gid in groups:
-            bit <<= 3
-        return status.st_mode & bit or entry.pw_uid == 0
+        shift = 6 if status.st_uid == entry.pw_uid else 3 if status.st_gid in groups else 0
+        return status.st_mode >> shift & bit or entry.pw_uid == 0
 
-    path = os.path.realpath(path)
-    folders = [path[:place] for place, char in enumerate(path) if char == "/" and place]
     try:
-        return bool(permits(path, 4) and all(permits(folder, 1) for folder in folders))
+        return bool(permits(path, 4)) and all(
+            permits(path[:slash.start()] or "/", 1) for slash in re.finditer("/", path))
     except OSError:
         return False
 
