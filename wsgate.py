@@ -64,6 +64,7 @@ import collections
 import concurrent.futures
 import configparser
 import contextlib
+import difflib
 import email.utils
 import errno
 import functools
