@@ -2175,7 +2175,7 @@ BAD_CONFIGURATIONS = [
     (SERVER + "listen = 256.1.1.1:80", ":3:", "invalid host '256.1.1.1'"),
     (SERVER + "listen = a..b:80", ":3:", "invalid host 'a..b'"),
     (SERVER + "listen = -a:80", ":3:", "invalid host '-a'"),
-    (SERVER + "listen = 8080\n  8080", ":3:", "duplicate address 8080"),
+    (SERVER + "listen = 8080\n  8080", ":3:", "duplicate address 0.0.0.0:8080"),
     (SERVER + "listen = unix:/no/folder/s", ":3: [server] listen: no such directory: /no/folder"),
     (SERVER + "status_listen = unix:/no/folder/s",
      ":3: [server] status_listen: no such directory: /no/folder"),

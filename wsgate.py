@@ -218,12 +218,11 @@ REASONS = {  # word: (status, or None where it has none of its own; what it mean
 
 def reason_row(word):
     """Return the Reason of a word, or None; backend_said_404 has that of backend_said_NNN."""
-    said = re.fullmatch("(backend_said_)([0-9]{3})", word)
-    if not said:
-        return REASONS.get(word)
-    row = REASONS[said.group(1) + "NNN"]
-    status = said.group(2)
-    return Reason(int(status), row.meaning.replace("NNN", status), row.remedy)
+    row = REASONS.get(re.sub("(?<=backend_said_)[0-9]{3}", "NNN", word))
+    if row and word not in REASONS:
+        status = word[-3:]
+        row = row._replace(status=int(status), meaning=row.meaning.replace("NNN", status))
+    return row
 
 
 class ConfigError(Exception):
@@ -425,15 +424,15 @@ def parse_pem(text):
 
 
 TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
+parse_tls_version = matching(
+    "(%s)" % "|".join(map(re.escape, TLS_VERSIONS)), str,
+    "unknown TLS version %%r (expected some of: %s)" % " ".join(TLS_VERSIONS))
 
 
 def parse_protocols(text):
     """Return a list of TLS versions, a tuple of str."""
-    words = words_of(text)
-    unknown = [word for word in words if word not in TLS_VERSIONS]
-    require(words and not unknown, "unknown TLS version %r (expected some of: %s)",
-            " ".join(unknown), " ".join(TLS_VERSIONS))
-    return tuple(words)
+    return require(tuple(map(parse_tls_version, words_of(text))),
+                   "no TLS version (expected some of: %s)", " ".join(TLS_VERSIONS))
 
 
 def parse_ciphers(text):
@@ -554,7 +553,7 @@ def parse_address(text, default_port=None, default_host=None):
     require(host or default_host, "missing host in %r (expected host:port)", text)
     check_host(host or default_host)
     require(port or default_port, "missing port in %r (expected host:port)", text)
-    require(int(port or 0) <= 65535, "invalid port in %r (expected at most 65535)", text)
+    require(int(port or 0) <= 65535, "invalid port %s (expected at most 65535)", port)
     return Address(host.strip("[]") or default_host, int(port or default_port), None)
 
 
@@ -633,13 +632,12 @@ def parse_listener(line):
 
 def parse_listen(text):
     """Return the listeners, one per line or by commas, as a tuple of Listen."""
-    listens = {}
-    for line in lines_of(text.replace(",", "\n")):
-        listen = parse_listener(line)
-        require(listen.address not in listens, "duplicate address %s", line.split()[0])
-        listens[listen.address] = listen
+    listens = tuple(map(parse_listener, lines_of(text.replace(",", "\n"))))
     require(listens, "no address (expected at least one, e.g. 127.0.0.1:8080)")
-    return tuple(listens.values())
+    addresses = [show_address(each.address) for each in listens]
+    require(len(set(addresses)) == len(addresses),
+            "duplicate address %s", max(addresses, key=addresses.count))
+    return listens
 
 
 NETWORK_WORDS = {  # unix: is a peer on a Unix socket; all is every address, and "all" for these
@@ -649,10 +647,8 @@ NETWORK_WORDS = {  # unix: is a peer on a Unix socket; all is every address, and
 
 def parse_networks(text):
     """Return a list of addresses and CIDRs as a tuple of ip_network, or str of NETWORK_WORDS."""
-    networks = []
-    for word in words_of(text):
-        networks += NETWORK_WORDS.get(word) or [parse_network(word)]
-    return tuple(networks)
+    return tuple(network for word in words_of(text)
+                 for network in NETWORK_WORDS.get(word) or [parse_network(word)])
 
 
 def parse_network(word):
@@ -688,14 +684,15 @@ def parse_proxy_pass(text):
     return Target(bool(secure), authority, uri)
 
 
+parse_origin = matching(
+    r"(any|same|null|\*[^/]*|[a-z*][a-z0-9+.*-]*://[^/?#@]*)", str,
+    "invalid origin %r (expected e.g. https://example.com)")
+
+
 def parse_origins(text):
     """Return 'same' and scheme://host[:port] with * globs as a tuple of str, 'any' as None."""
-    words = words_of(text.lower())
-    for word in words:
-        require(
-            re.fullmatch(r"any|same|null|\*[^/]*|[a-z*][a-z0-9+.*-]*://[^/?#@]*", word),
-            "invalid origin %r (expected e.g. https://example.com)", word)
-    return None if not words or "any" in words else tuple(words)
+    words = tuple(map(parse_origin, words_of(text.lower())))
+    return None if not words or "any" in words else words
 
 
 def parse_weight(text):
@@ -1278,14 +1275,11 @@ class ConfigReader:
 
     def values(self, title, texts, table):
         """Return {key: value} of what a section gives; INVALID where it has an error."""
-        values = {}
-        for name, text in texts.items():
-            if name in table:
-                values[name] = self.checked(title, name, self.value, title, name, text,
-                                            table[name].parse)
-            else:
+        for name in texts:
+            if name not in table:
                 self.error(title, name, unknown_key(name, table))
-        return values
+        return {name: self.checked(title, name, self.value, title, name, text, table[name].parse)
+                for name, text in texts.items() if name in table}
 
     def value(self, title, name, text, parse):
         """Return the value of a key; raise ValueError or OSError. Its text is that of split()."""
@@ -1387,10 +1381,9 @@ class ConfigReader:
 
     def upstream_for(self, title, key, target):
         """Return the Upstream that a Target names, or one made for its single address."""
-        if target.authority in self.upstreams:
-            return self.upstreams[target.authority]
-        address = parse_address(target.authority, default_port=443 if target.tls else 80)
-        name = show_address(address)
+        where = target.authority
+        address = parse_address(where, default_port=443 if target.tls else 80)
+        name = where if where in self.upstreams else show_address(address)
         if name not in self.upstreams:
             self.hosts.append((title, key, address))
             self.upstreams[name] = Upstream(name, (Server(address),), "round_robin")
@@ -1599,12 +1592,10 @@ FILE_KEYS = ("ssl_certificate", "ssl_certificate_key", "ssl_client_certificate",
 
 def resolves(address, deadline):
     """False if the host of an Address has no IP address now; True if time is up before."""
-    if address.path or time.monotonic() >= deadline.at:
-        return True
-    try:
-        return bool(resolver.resolve(address.host, address.port, deadline))
-    except (OSError, UnicodeError, TimedOut):
-        return False
+    with contextlib.suppress(OSError, UnicodeError, TimedOut):
+        return bool(address.path or time.monotonic() >= deadline.at
+                    or resolver.resolve(address.host, address.port, deadline))
+    return False
 
 
 def readable_by(user, path):
