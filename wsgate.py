@@ -619,11 +619,11 @@ LISTEN_OPTIONS = {
 
 def parse_listener(line):
     """Return 'ADDRESS [OPTION ...]' as a Listen."""
-    where, *words = line.split()
-    address = parse_listen_address(where, "0.0.0.0")
-    options = parse_options(words, LISTEN_OPTIONS, "unknown listen option %r (expected one of: ssl,"
-                                                   " proxy_protocol, reuseport, redirect,"
-                                                   " mode=0660)")
+    words = line.split()
+    address = parse_listen_address(words[0], "0.0.0.0")
+    options = parse_options(words[1:], LISTEN_OPTIONS,
+                            "unknown listen option %r (expected one of: ssl, proxy_protocol,"
+                            " reuseport, redirect, mode=0660)")
     require("ssl" not in options or "redirect" not in options,
             "redirect leads from http to https, so it cannot be combined with ssl")
     require(address.path or "mode" not in options, "mode= is for unix: addresses only")
@@ -707,10 +707,10 @@ SERVER_OPTIONS = {"weight": parse_weight, "max_fails": parse_count, "fail_timeou
 
 def parse_server_line(line):
     """Return 'ADDRESS [weight=1] [max_fails=1] [fail_timeout=10s] ... [down]' as a Server."""
-    address, *words = line.split()
-    return Server(parse_address(address, default_port=80), **parse_options(
-        words, SERVER_OPTIONS, "unknown server parameter %%r (expected one server per line, with"
-                               " any of: %s)" % ", ".join(SERVER_OPTIONS)))
+    words = line.split()
+    return Server(parse_address(words[0], default_port=80), **parse_options(
+        words[1:], SERVER_OPTIONS, "unknown server parameter %%r (expected one server per line,"
+                                   " with any of: %s)" % ", ".join(SERVER_OPTIONS)))
 
 
 def parse_servers(text):
@@ -1246,8 +1246,9 @@ class ConfigReader:
                 self.line_error(number - 1, "invalid line: %s%s" % (line, expected_line(line)))
         self.raise_errors()
         for header in parser.sections():
-            items = [(*take_number(key), text) for key, text in parser.items(header)]
-            self.add_section(*take_number(header), items)
+            items = [take_number(key) + (text,) for key, text in parser.items(header)]
+            name, line = take_number(header)
+            self.add_section(name, line, items)
 
     def add_section(self, header, line, items):
         """Add a section to self.sections. items: (key, line number, text) of its keys."""
