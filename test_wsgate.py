@@ -1068,8 +1068,8 @@ class RunningGate:
     config = property(lambda self: self.gate.config)
 
     def traffic(self):
-        """Return what Gate.traffic returns: totals of all tunnels."""
-        return self.gate.traffic()
+        """Return (open tunnels, bytes up, bytes down), those under way included."""
+        return self.gate.counters.traffic(self.gate.connections.tunnels())
 
     def signal(self, name):
         """Act as if the process had received this signal."""
@@ -1107,7 +1107,7 @@ def running(ini, tmp_path):
     """Run a gate with this configuration; yield a RunningGate. Fail if it logs a traceback."""
     path = write_file(tmp_path, "wsgate.ini", with_listen(ini))
     gate = wsgate.Gate(wsgate.load_config(path), lambda: wsgate.load_config(path))
-    gate.open()
+    gate.apply_config(gate.config)
     here = RunningGate(gate)
     here.path = path
     handlers = [(wsgate.access_log, ListHandler(here.access)),

@@ -1634,7 +1634,7 @@ def run_gate(path, overrides, ready=None):
         raise ConfigError(["%s: %s" % (config.place("server", key)[1], error)
                            for key, error in errors.items()])
     gate = Gate(config, lambda: reload_config(path, overrides), open_logs)
-    gate.open(inherited_sockets())
+    gate.apply_config(config, inherited_sockets())
     with fatal_for(config, "pid"):
         gate.pid_file.write(config.server.pid, config.server.user)
     if config.server.user:
@@ -1697,8 +1697,6 @@ def drop_privileges(user):
     except PermissionError:
         raise OSError(errno.EPERM, "changing to %s requires root (expected a start by root, or no"
                                    " user)" % user)
-    if os.getuid() != entry.pw_uid or os.geteuid() == 0:
-        raise OSError(errno.EPERM, "cannot drop privileges to %s" % user)
 
 
 def give_to(user, path, descriptor):
@@ -1730,8 +1728,11 @@ class PidFile:
         if path == self.path:
             return
         if path:
-            other = running_gate(path)
-            if other and not (other == os.getppid() and "WSGATE_READY" in os.environ):
+            other = None
+            with contextlib.suppress(OSError):  # then it cannot be written either
+                other = running_gate(path) if os.name == "posix" else None
+            predecessor = os.getppid() if "WSGATE_READY" in os.environ else None
+            if other not in (None, os.getpid(), predecessor):
                 raise OSError(errno.EEXIST, "%s belongs to the running wsgate process %d (expected"
                               " a file of its own for each process)" % (path, other))
             try:
@@ -1754,20 +1755,26 @@ class PidFile:
 
 
 def running_gate(path):
-    """Return the ID of the other process that a pid file names, None unless it runs wsgate."""
-    if os.name != "posix":  # elsewhere os.kill() is not harmless
-        return None
+    """Return the ID of the process that a pid file names, None unless it runs wsgate.
+
+    Without /proc any process counts. Raise OSError if the file cannot be read.
+    """
     try:
         with open(path) as file:
             number = int(file.read(32))
-        if number < 1 or number == os.getpid():  # kill(2) would signal a group
+        if number < 1:  # kill(2) would signal a group
             return None
-        os.kill(number, 0)
-    except PermissionError:  # of another user
-        pass
-    except (OSError, ValueError, OverflowError):  # no file, no number, no process
+        if os.name == "posix":  # elsewhere signal 0 is not harmless
+            with contextlib.suppress(PermissionError):  # of another user
+                os.kill(number, 0)
+    except (FileNotFoundError, ProcessLookupError, ValueError, OverflowError):
         return None
-    return number if is_wsgate(number) else None
+    with contextlib.suppress(OSError), open("/proc/%d/cmdline" % number, "rb") as file:
+        names = [os.path.basename(word) for word in file.read().split(b"\0")]
+        ours = {b"wsgate.py", b"wsgate", os.path.basename(__file__).encode()}
+        if not re.match(b"python|pypy|wsgate", names[0]) or ours.isdisjoint(names):
+            return None  # python3 -u wsgate.py ...
+    return number
 
 
 def stay_on_one_processor(wanted):
@@ -1856,34 +1863,12 @@ class Gate:
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.signal_wakeup, selectors.EVENT_READ, self.handle_signals)
 
-    def open(self, inherited=None):
-        """Bind all listeners; raise ConfigError. inherited: see inherited_sockets."""
-        inherited = inherited or {}
-        try:
-            for listen in wanted_listeners(self.config.server).values():
-                with fatal_for(self.config, "status_listen" if listen.status else "listen"):
-                    self.add_listener(Listener(self, listen, take_inherited(inherited,
-                                                                            listen.address)))
-        except ConfigError:
-            self.close()
-            raise
-
-    def add_listener(self, listener):
-        """Accept connections of this Listener from now on."""
-        self.listeners.append(listener)
-        self.selector.register(listener, selectors.EVENT_READ, listener.accept_ready)
-
     def close_listener(self, listener):
         """Accept no more connections of this Listener and close it."""
         self.listeners.remove(listener)
         if not listener.paused_until:
             self.selector.unregister(listener)
         listener.server_close()
-
-    def close(self):
-        """Close the listening sockets, at once."""
-        for listener in list(self.listeners):
-            self.close_listener(listener)
 
     def run(self):
         """Accept connections and handle signals until the gate has been stopped."""
@@ -1892,7 +1877,8 @@ class Gate:
             for key, _ in self.selector.select(1.0 if self.state == "running" else 0.05):
                 key.data()
             self.tick(time.monotonic())
-        self.close()
+        for listener in list(self.listeners):
+            self.close_listener(listener)
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)  # a second Ctrl-C finds it closed otherwise
         self.selector.close()
@@ -1916,8 +1902,9 @@ class Gate:
                 self.config.certificates.refresh()
         if now >= self.next_sample:
             self.next_sample = now + 5
-            self.counters.sample(now, self.tunnels())
-            notify("WATCHDOG=1\nSTATUS=%d tunnels open" % len(self.tunnels()))
+            tunnels = self.connections.tunnels()
+            self.counters.sample(now, tunnels)
+            notify("WATCHDOG=1\nSTATUS=%d tunnels open" % len(tunnels))
             report_dropped_lines()
 
     # Signals: Python runs the handler in the main thread, and its wake-up descriptor makes
@@ -1927,9 +1914,8 @@ class Gate:
         """Route the process's signals to this gate (main thread only)."""
         signal.set_wakeup_fd(self.signal_wakeup.writer.fileno())
         for name in SIGNALS:
-            number = getattr(signal, name, None)  # Windows has few of them
-            if number is not None:
-                signal.signal(number, lambda number, frame: self.signals.append(number))
+            if hasattr(signal, name):  # Windows has few of them
+                signal.signal(getattr(signal, name), lambda number, _: self.signals.append(number))
 
     def handle_signals(self):
         """Do what the signals that have come demand, in their order, each kind once.
@@ -1939,7 +1925,7 @@ class Gate:
         self.signal_wakeup.clear()
         pending = [self.signals.popleft() for _ in range(len(self.signals))]
         for number in collections.OrderedDict.fromkeys(pending):
-            name = next(name for name in SIGNALS if getattr(signal, name, None) == number)
+            name = signal.Signals(number).name
             log.info("%s: %s", name, SIGNALS[name])
             getattr(self, SIGNALS[name])()
 
@@ -1961,7 +1947,7 @@ class Gate:
             return
         window = self.config.server.drain_timeout
         now = time.monotonic()
-        tunnels = sorted(self.tunnels(), key=lambda each: each.last_byte)
+        tunnels = sorted(self.connections.tunnels(), key=lambda each: each.last_byte)
         for place, tunnel in enumerate(tunnels):
             tunnel.end_at = now + window * (place + 0.5) / len(tunnels)
         self.end("draining", window + 0.5)
@@ -1995,8 +1981,8 @@ class Gate:
         notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         try:
             self.apply_config(self.load())
-        except (ConfigError, OSError) as error:
-            for line in str(error).splitlines():
+        except ConfigError as error:
+            for line in error.errors:
                 log.error("reload: %s", line)
             log.error("reload failed, keeping the current configuration")
         else:
@@ -2009,20 +1995,22 @@ class Gate:
             log.info("reloaded %s", self.config.path)
         notify("READY=1")
 
-    def apply_config(self, config):
-        """Open the listeners that are new, then switch, then close those that went."""
+    def apply_config(self, config, inherited=None):
+        """Open the listeners that are new, then switch, then close those that went.
+
+        inherited: see inherited_sockets. Raise ConfigError if a listener cannot be opened.
+        """
         current = {(listener.listen.status, listener.listen.address): listener
                    for listener in self.listeners}
         wanted = wanted_listeners(config.server)
         opened = []
-        try:
-            for key, listen in wanted.items():
-                if key not in current:
-                    opened.append(Listener(self, listen))
-        except OSError:
-            for listener in opened:
-                listener.server_close()
-            raise
+        with contextlib.ExitStack() as if_one_fails:
+            for listen in [wanted[key] for key in wanted if key not in current]:
+                with fatal_for(config, "status_listen" if listen.status else "listen"):
+                    listener = Listener(self, listen, take_inherited(inherited or {},
+                                                                     listen.address))
+                opened.append(if_one_fails.enter_context(listener))  # closes it
+            if_one_fails.pop_all()
         for upstream in config.upstreams:
             for old in self.config.upstreams:
                 if old.name == upstream.name:
@@ -2035,7 +2023,8 @@ class Gate:
             else:
                 self.close_listener(listener)
         for listener in opened:
-            self.add_listener(listener)
+            self.listeners.append(listener)
+            self.selector.register(listener, selectors.EVENT_READ, listener.accept_ready)
 
     def reopen(self):
         """USR1: open the log files again, after a rotation."""
@@ -2068,14 +2057,6 @@ class Gate:
         for listener in self.listeners:
             listener.handed_over = True
         self.quit()
-
-    def tunnels(self):
-        """Return the open tunnels, a list of Tunnel."""
-        return self.connections.tunnels()
-
-    def traffic(self):
-        """Return (open tunnels, bytes up, bytes down), those under way included."""
-        return self.counters.traffic(self.tunnels())
 
 
 SIGNALS = {"SIGINT": "stop", "SIGTERM": "stop", "SIGBREAK": "stop", "SIGQUIT": "quit",
@@ -7458,7 +7439,7 @@ class StatusConnection(socketserver.BaseRequestHandler):
         if path == "/metrics":
             return 200, b"text/plain; version=0.0.4", metrics(status(gate))
         facts = status(gate)
-        facts["live"] = [describe_tunnel(tunnel, time.monotonic()) for tunnel in gate.tunnels()]
+        facts["live"] = [describe_tunnel(tunnel, time.monotonic()) for tunnel in gate.connections.tunnels()]
         if path == "/status.json":
             return 200, b"application/json", json.dumps(facts, indent=1) + "\n"
         if path == "/":
@@ -7501,7 +7482,7 @@ def status(gate):
     bounds = ["%g" % bound for bound in HANDSHAKE_BUCKETS] + ["+Inf"]
     servers = [describe_server(upstream, server, now)
                for upstream in gate.config.upstreams for server in upstream.servers]
-    tunnels, up, down = gate.traffic()
+    tunnels, up, down = counters.traffic(connections.tunnels())
     return {"version": VERSION, "state": gate.state, "started": round(counters.started, 3),
             "uptime": round(time.time() - counters.started), "connections": len(connections),
             "capacity": connections.capacity, "capacity_reason": connections.limited_by,
@@ -7730,48 +7711,11 @@ def parse_arguments(argv):
         epilog="examples:\n  wsgate.py --demo\n"
                "  wsgate.py --listen :8080 --backend http://127.0.0.1:9000\n"
                "  wsgate.py -c wsgate.ini -t\n  wsgate.py -s reload")
-    group = parser.add_argument_group("run").add_argument
-    group("-c", metavar="FILE",
-          help="configuration file (default: ./wsgate.ini, then wsgate.ini beside wsgate.py)")
-    group("--listen", metavar="ADDRESS", help="listen on this address, in place of the file's")
-    group("--backend", metavar="URL",
-          help="forward all requests to this backend: a URL, host:port or port")
-    group("--demo", action="store_true", help="run a gateway, an echo backend and a test page")
-    group = parser.add_argument_group("control a running process").add_argument
-    words = sorted(CONTROL)
-    group("-s", metavar="SIGNAL", choices=words,
-          help="send a signal through the pid file: %s" % ", ".join(words))
-    group = parser.add_argument_group("check and print").add_argument
-    group("-t", action="store_true", help="test the configuration and report all errors")
-    group("--probe", metavar="URL",
-          help="perform a WebSocket handshake and explain the result; /path: with each backend of"
-               " the configuration, then with the gateway")
-    group("--hash-password", metavar="USER",
-          help="read a password and print a line for auth_basic_user_file")
-    group("--print-config", action="store_true",
-          help="print a wsgate.ini that lists every key with its default")
-    group("--print-unit", action="store_true", help="print a systemd unit")
-    group("-v", "--version", action="version",
-          version="wsgate %s, Python %s" % (VERSION, sys.version.split()[0]))
-    add_probe_arguments(parser)
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for names, facts in options.items():
+            group.add_argument(*names.split(), **facts)
     return parser.parse_args(argv)
-
-
-def add_probe_arguments(parser):
-    """Add the options that go with --probe to an ArgumentParser."""
-    group = parser.add_argument_group("with --probe").add_argument
-    group("--header", metavar="'NAME: VALUE'", action="append",
-          help="add or replace a header field")
-    group("--origin", metavar="URL", help="send this Origin, as a browser does")
-    group("--subprotocol", metavar="NAME", help="offer this Sec-WebSocket-Protocol")
-    group("--cafile", metavar="FILE", help="CA file (PEM) to verify the server with")
-    group("--insecure", action="store_true", help="do not verify the certificate")
-    group("--message", metavar="TEXT", help="send a message and wait for its echo")
-    group("--count", metavar="N", type=argument(parse_count), help="number of echo round trips")
-    group("--idle", metavar="TIME", type=argument(parse_timeout),
-          help="then stay idle for this long and report who closes the connection")
-    group("--timeout", metavar="TIME", type=argument(parse_timeout), default="10s",
-          help="time limit of each step without --idle (default: 10s)")
 
 
 def argument(parse):
@@ -7784,8 +7728,50 @@ def argument(parse):
     return convert
 
 
-CONTROL = {"reload": "SIGHUP", "quit": "SIGQUIT", "stop": "SIGTERM", "reopen": "SIGUSR1",
+CONTROL = {"quit": "SIGQUIT", "reload": "SIGHUP", "reopen": "SIGUSR1", "stop": "SIGTERM",
            "upgrade": "SIGUSR2"}
+OPTIONS = {  # title of a group: {names of an option: what add_argument() takes}
+    "run": {
+        "-c": dict(metavar="FILE", help="configuration file (default: ./wsgate.ini, then"
+                                        " wsgate.ini beside wsgate.py)"),
+        "--listen": dict(metavar="ADDRESS", help="listen on this address, in place of the file's"),
+        "--backend": dict(metavar="URL", help="forward all requests to this backend: a URL,"
+                                              " host:port or port"),
+        "--demo": dict(action="store_true", help="run a gateway, an echo backend and a test page"),
+    },
+    "control a running process": {
+        "-s": dict(metavar="SIGNAL", choices=list(CONTROL),
+                   help="send a signal through the pid file: %s" % ", ".join(CONTROL)),
+    },
+    "check and print": {
+        "-t": dict(action="store_true", help="test the configuration and report all errors"),
+        "--probe": dict(metavar="URL", help="perform a WebSocket handshake and explain the result;"
+                                            " /path: with each backend of the configuration, then"
+                                            " with the gateway"),
+        "--hash-password": dict(metavar="USER", help="read a password and print a line for"
+                                                     " auth_basic_user_file"),
+        "--print-config": dict(action="store_true", help="print a wsgate.ini that lists every key"
+                                                         " with its default"),
+        "--print-unit": dict(action="store_true", help="print a systemd unit"),
+        "-v --version": dict(action="version", version="wsgate %s, Python %s" % (
+            VERSION, sys.version.split()[0])),
+    },
+    "with --probe": {
+        "--header": dict(metavar="'NAME: VALUE'", action="append",
+                         help="add or replace a header field"),
+        "--origin": dict(metavar="URL", help="send this Origin, as a browser does"),
+        "--subprotocol": dict(metavar="NAME", help="offer this Sec-WebSocket-Protocol"),
+        "--cafile": dict(metavar="FILE", help="CA file (PEM) to verify the server with"),
+        "--insecure": dict(action="store_true", help="do not verify the certificate"),
+        "--message": dict(metavar="TEXT", help="send a message and wait for its echo"),
+        "--count": dict(metavar="N", type=argument(parse_count),
+                        help="number of echo round trips"),
+        "--idle": dict(metavar="TIME", type=argument(parse_timeout),
+                       help="then stay idle for this long and report who closes the connection"),
+        "--timeout": dict(metavar="TIME", type=argument(parse_timeout), default="10s",
+                          help="time limit of each step without --idle (default: 10s)"),
+    },
+}
 
 
 def find_config(arguments):
@@ -7821,26 +7807,10 @@ def send_signal(arguments):
     path = reload_config(path, overrides).server.pid
     if not path:
         raise ValueError("-s needs pid = FILE in [server]")
-    try:
-        with open(path) as file:
-            number = int(file.read())
-        if number < 1 or not is_wsgate(number):  # below 1, kill(2) signals groups of processes
-            raise ValueError
-        os.kill(number, getattr(signal, CONTROL[arguments.s]))
-    except (FileNotFoundError, ProcessLookupError, ValueError):
+    number = running_gate(path)
+    if number is None:
         raise ValueError("no wsgate process with the PID in %s" % path)
-
-
-def is_wsgate(number):
-    """False if the process with this ID is known to be another program (Linux)."""
-    try:
-        with open("/proc/%d/cmdline" % number, "rb") as file:
-            words = file.read().split(b"\0")
-    except OSError:
-        return True  # no /proc, or no such process: kill(2) decides
-    names = [os.path.basename(word) for word in words]  # python3 -u wsgate.py ...
-    return bool(re.match(b"python|pypy|wsgate", names[0]) and {
-        b"wsgate.py", b"wsgate", os.path.basename(__file__).encode()}.intersection(names))
+    os.kill(number, getattr(signal, CONTROL[arguments.s]))
 
 
 def print_password(arguments):
@@ -8035,7 +8005,8 @@ class DemoConnection(socketserver.BaseRequestHandler):
             stream.write_all(make_response(200, None, DEMO_PAGE.encode(),
                                            content_type=b"text/html"), deadline)
         else:
-            times = [tunnel.rtt for tunnel in self.server.gate.tunnels() if tunnel.rtt]
+            times = [tunnel.rtt for tunnel in self.server.gate.connections.tunnels()
+                     if tunnel.rtt]
             text = "The last ping of wsgate took %.1f ms." % (times[-1] * 1000) if times else ""
             stream.write_all(make_response(200, None, text.encode()), deadline)
 
