@@ -8698,7 +8698,7 @@ def test_stalled_syslogd(tmp_path, monkeypatch):
     monkeypatch.setattr(wsgate.LogWriter, "LIMIT", 1000)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslogd, own_logging():
         syslogd.bind(str(tmp_path / "log"))
-        writer = wsgate.LogWriter("syslog:", wsgate.SyslogSink(str(tmp_path / "log")))
+        writer = wsgate.LogWriter("syslog:", wsgate.SyslogSink(str(tmp_path / "log"), "daemon"))
         wsgate.log.addHandler(writer)
         for number in range(2000):
             wsgate.log.warning("line %d", number)

@@ -79,6 +79,7 @@ import json
 import logging
 import logging.handlers
 import math
+import operator
 import os
 import random
 import re
@@ -7177,9 +7178,10 @@ class LogWriter(logging.Handler):
     GATHER = 0.05    # seconds
     PATIENCE = 0.3   # seconds to write what is queued when the log is closed
 
-    def __init__(self, where, sink):
+    def __init__(self, where, sink, old=None):
         """where: the value of access_log or error_log. sink: an object with write(lines)
-        that returns how many lines were lost, and close(). Raises OSError."""
+        that returns how many lines were lost, and close(). old: the LogWriter that this one
+        replaces. Raises OSError."""
         super().__init__()
         self.where = where
         self.sink = sink
@@ -7187,8 +7189,8 @@ class LogWriter(logging.Handler):
         # Guarded by queue_lock:
         self.queue = []    # of (level name, text)
         self.size = 0      # characters in it
-        self.dropped = 0   # lines, in all
-        self.reported = 0  # of these, in the error log; main thread alone
+        self.dropped = old.dropped if old else 0    # lines, in all
+        self.reported = old.reported if old else 0  # of these, in the error log; main thread alone
         self.ready = threading.Event()    # there is something to do
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.run, name="log writer", daemon=True)
@@ -7248,15 +7250,13 @@ class FileSink:
 
     def write(self, lines):
         """Write (level, text) pairs; return how many are lost, e.g. because the disk is full."""
-        data = "".join([text + "\n" for _, text in lines]).encode("utf-8", "backslashreplace")
-        rest = memoryview(data)
+        text = "".join([text + "\n" for _, text in lines])
+        rest = memoryview(text.encode("utf-8", "backslashreplace"))
         while rest:
             try:
                 rest = rest[os.write(self.descriptor, rest):]
             except BlockingIOError:  # made non-blocking by a process that shares the pipe
-                poll = Poll()
-                poll.register(self.descriptor, POLLOUT)
-                poll.poll(1000)
+                time.sleep(0.1)
             except OSError:
                 return bytes(rest).count(b"\n")
         return 0
@@ -7265,50 +7265,26 @@ class FileSink:
         os.close(self.descriptor)
 
 
-class SyslogSink:
-    """Sends each line to syslogd as a datagram (RFC 3164)."""
+class SyslogSink(logging.handlers.SysLogHandler):
+    """Sends each line to syslogd, at (host, port) or a path, as a datagram (RFC 3164)."""
 
-    def __init__(self, address):
-        """address: of syslogd, (host, port) or the path of its socket. Raises OSError."""
-        self.handler = logging.handlers.SysLogHandler(address, facility="daemon")
-        self.handler.append_nul = False
-        self.handler.ident = "wsgate: "  # without it syslogd takes the first word for the host
-        self.handler.handleError = lambda record: self.lost.append(record)
-        self.lost = []
+    append_nul = False
+    ident = "wsgate: "  # without it syslogd takes the first word for the host
 
     def write(self, lines):
         """Send (level, text) pairs; return how many could not be sent."""
-        self.lost = []
+        self.lost = 0
         for level, text in lines:
-            self.handler.emit(logging.makeLogRecord({"levelname": level, "msg": text}))
-        return len(self.lost)
+            self.emit(logging.makeLogRecord({"levelname": level, "msg": text}))
+        return self.lost
 
-    def close(self):
-        self.handler.close()
-
-
-class LogFormatter(logging.Formatter):
-    """Lines of the error log: UTC time as in the access log, level, message."""
-
-    def __init__(self):
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
-
-    def formatTime(self, record, datefmt=None):
-        return utc(record.created)
+    def handleError(self, record):
+        """Count a line that could not be sent."""
+        self.lost += 1
 
 
-class JSONFormatter(logging.Formatter):
-    """Access log lines as JSON objects."""
-
-    def format(self, record):
-        return record.json()
-
-
-class TextFormatter(logging.Formatter):
-    """Access log lines as text."""
-
-    def format(self, record):
-        return record.getMessage()
+ERROR_LINE = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+ERROR_LINE.formatTime = lambda record, datefmt: utc(record.created)  # as in the access log
 
 
 def open_logs(server):
@@ -7321,50 +7297,48 @@ def open_logs(server):
     logging.raiseExceptions = False  # a log that cannot be written costs no connection
     logging._srcfile = None  # do not look for caller and thread (Logging HOWTO, Optimization)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    access_line = operator.methodcaller("json" if server.log_format == "json" else "getMessage")
     errors = {}
-    for key, logger, where, formatter in (
-            ("error_log", log, server.error_log, LogFormatter()),
-            ("access_log", access_log, server.access_log,
-             JSONFormatter() if server.log_format == "json" else TextFormatter())):
+    for key, form in (("error_log", ERROR_LINE.format), ("access_log", access_line)):
         try:
-            open_log(logger, where, formatter, server.user)
+            open_log(key, getattr(server, key), form, server.user)
         except OSError as error:
             errors[key] = error.strerror or str(error)
     return errors
 
 
-def open_log(logger, where, formatter, user):
-    """Give a logger the one handler for this destination; raise OSError and keep the old one."""
-    old = list(logger.handlers)
-    for handler in old:  # only a file can have been replaced by another of its name
-        if getattr(handler, "where", None) == where and where.startswith(("-", "syslog:")):
-            handler.setFormatter(formatter)
-            return
-    sink = log_sink(where, sys.stderr if logger is log else sys.stdout, user)
-    handler = LogWriter(where, sink) if sink else logging.NullHandler()
-    handler.setFormatter(formatter)
-    logger.propagate = False
-    logger.handlers = [handler]  # in one step: other threads are logging
-    for each in old:
-        each.close()
-        if sink and isinstance(each, LogWriter):
-            with handler.queue_lock:
-                handler.dropped += each.dropped
-            handler.reported = each.reported
+LOGS = {"access_log": access_log, "error_log": log}
+
+
+def open_log(key, where, form, user):
+    """Give a log the one writer for this destination; raise OSError and keep the old one.
+
+    form: a function that makes a line of a record.
+    """
+    writer = old = log_writers().get(key)
+    # Only a file can have been replaced by another of its name.
+    if not old or old.where != where or not where.startswith(("-", "syslog:")):
+        writer = LogWriter(where, log_sink(where, sys.stderr if key == "error_log" else sys.stdout,
+                                           user), old)
+    writer.format = form
+    LOGS[key].propagate = False
+    LOGS[key].handlers = [writer]  # in one step: other threads are logging
+    if old not in (None, writer):
+        old.close()
 
 
 def log_sink(where, stream, user):
-    """Return the sink for a value of access_log or error_log, None for off; raise OSError.
+    """Return the sink for a value of access_log or error_log; raise OSError.
 
     stream: what - is. user: who will have to open the file again.
     """
     if where.startswith("syslog:"):
         host, _, port = where[7:].partition(":")
-        return SyslogSink((host, int(port or 514)) if host else "/dev/log")
-    if where == "off" or (where == "-" and stream is None):  # closed by who started us
-        return None
-    if where == "-":
+        return SyslogSink((host, int(port or 514)) if host else "/dev/log", "daemon")
+    if where == "-" and stream:  # else it was closed by who started us
         return FileSink(os.dup(stream.fileno()))
+    if where in ("-", "off"):
+        where = os.devnull
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
     try:  # without O_NONBLOCK a named pipe that has no reader would be waited for
         descriptor = os.open(where, flags, 0o644)
@@ -7376,7 +7350,7 @@ def log_sink(where, stream, user):
 
 def log_writers():
     """Return {"access_log" or "error_log": LogWriter} of the logs that are open."""
-    return {key: handler for key, logger in (("access_log", access_log), ("error_log", log))
+    return {key: handler for key, logger in LOGS.items()
             for handler in logger.handlers if isinstance(handler, LogWriter)}
 
 
@@ -7439,7 +7413,8 @@ class StatusConnection(socketserver.BaseRequestHandler):
         if path == "/metrics":
             return 200, b"text/plain; version=0.0.4", metrics(status(gate))
         facts = status(gate)
-        facts["live"] = [describe_tunnel(tunnel, time.monotonic()) for tunnel in gate.connections.tunnels()]
+        facts["live"] = [describe_tunnel(tunnel, time.monotonic())
+                         for tunnel in gate.connections.tunnels()]
         if path == "/status.json":
             return 200, b"application/json", json.dumps(facts, indent=1) + "\n"
         if path == "/":
