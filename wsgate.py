@@ -8135,6 +8135,7 @@ def refusal(status, reason):
 
 # ------------------------------------------------------------------------ Probe
 
+INTERIM = set(range(100, 200)) - {101}
 PROBE_UPGRADE = Upgrade(b"websocket", b"Upgrade", True, None, None)
 # Those of REDACTED_FIELDS that are shown: they explain the result.
 SHOWN_FIELDS = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))
@@ -8154,13 +8155,10 @@ def probe(arguments):
         raise ValueError("invalid URL %r (expected ws://host[:port]/path, wss://... or a /path of"
                          " the configuration)" % arguments.probe)
     tls, authority, target = match.groups()
-    server = Server(parse_address(authority, default_port=443 if tls else 80))
-    context = None
-    if tls:
-        cafile = arguments.cafile and parse_pem(arguments.cafile)
-        context = probe_context(not arguments.insecure, cafile)
-    host = re.sub(":443$" if tls else ":80$", "", authority)
-    head = handshake_head(arguments, host, "/" + target)
+    port = 443 if tls else 80
+    server = Server(parse_address(authority, default_port=port))
+    head = handshake_head(arguments, re.sub(":%d$" % port, "", authority), "/" + target)
+    context = probe_context(not arguments.insecure, arguments.cafile) if tls else None
     return 0 if Probe(arguments, server, head, context).run().word == "works" else 1
 
 
@@ -8170,8 +8168,7 @@ def probe_config(arguments):
     Return the exit status, 0 if all work.
     """
     config = load_config(*find_config(arguments))
-    listens = [each for each in config.server.listen if not each.redirect]
-    listen = (listens or config.server.listen)[0]
+    listen = min(config.server.listen, key=lambda each: each.redirect)
     host = loopback_for(listen.address.host)
     gate = Server(listen.address._replace(host=host))
     head = handshake_head(arguments, gate.name if host else "localhost", arguments.probe)
@@ -8217,10 +8214,8 @@ def compare(probes):
     for row in rows:
         print_line("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
     bad = [each.server.name for each in probes[:-1] if each.word != "works"]
-    if bad:
-        print_line(BACKENDS_FAIL % ", ".join(bad))
-    else:
-        print_line(EVERYTHING_WORKS if probes[-1].word == "works" else GATE_FAILS)
+    print_line(BACKENDS_FAIL % ", ".join(bad) if bad else
+               EVERYTHING_WORKS if probes[-1].word == "works" else GATE_FAILS)
 
 
 def handshake_head(arguments, authority, target):
@@ -8237,28 +8232,28 @@ def handshake_head(arguments, authority, target):
               "Sec-WebSocket-Protocol: " + (arguments.subprotocol or "")]
     replaced = [line.partition(":")[0].lower() for line in given]
     lines = [line for line in fields if line.partition(":")[0].lower() not in replaced] + given
-    for line in lines:
-        field_line = line.encode("utf-8", "surrogateescape") + b"\r\n"
-        if "\n" in line or not FIELD_LINES.fullmatch(field_line):
-            raise ValueError("invalid header field '%s' (expected Name: value)" % printable(line))
-    pairs = [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines)]
-    block = "".join("%s: %s\r\n" % pair for pair in pairs if pair[1])
-    target = re.sub(br"[^\x21-\x7e]", lambda match: b"%%%02X" % ord(match.group()),
-                    target.encode("utf-8", "surrogateescape"))
-    return b"GET %s HTTP/1.1\r\n%s\r\n" % (target, block.encode("utf-8", "surrogateescape"))
+    head = b"GET %s HTTP/1.1\r\n" % percent_encode(target.encode("utf-8", "surrogateescape"),
+                                                   NOT_PRINTABLE)
+    for line in [line.encode("utf-8", "surrogateescape") + b"\r\n" for line in lines]:
+        if line.count(b"\n") > 1 or not FIELD_LINES.fullmatch(line):
+            raise ValueError("invalid header field '%s' (expected Name: value)" % printable(
+                line[:-2]))
+        head += line if line.partition(b":")[2].strip() else b""
+    return head + b"\r\n"
 
 
 def probe_context(verify, cafile=None):
     """Return the SSLContext of a probe, made as those for backends are."""
-    values = {name: key.parse(key.default) for name, key in LOCATION_KEYS.items()
-              if name in BACKEND_TLS_KEYS}
-    values.update(proxy_ssl_verify=verify, proxy_ssl_trusted_certificate=cafile)
-    return backend_context(Settings(values))
+    values = {name: LOCATION_KEYS[name].parse(LOCATION_KEYS[name].default)
+              for name in BACKEND_TLS_KEYS}
+    return backend_context(Settings(dict(
+        values, proxy_ssl_verify=verify,
+        proxy_ssl_trusted_certificate=cafile and parse_pem(cafile))))
 
 
 def print_line(label, text=None, since=None):
     """Print a line of the report, in ASCII. since: time.monotonic() at which this step began."""
-    line = label if text is None else "%-10s%s" % (label, text)
+    line = label if text is None else "%-10s%s" % (label, text.replace("\\x22", '"'))
     if since is not None:
         line += "  (%.1f ms)" % ((time.monotonic() - since) * 1000)
     sys.stdout.write(line.encode("ascii", "backslashreplace").decode() + "\n")
@@ -8286,7 +8281,7 @@ class Probe:
     def run(self):
         """Perform all steps up to the Verdict; return self."""
         try:
-            self.connect(self.resolve())
+            self.connect()
             if self.context:
                 self.start_tls()
             self.perform_handshake()
@@ -8300,21 +8295,16 @@ class Probe:
                 self.stream.close()
         return self
 
-    def resolve(self):
-        """Return [(family, address)] of the server."""
+    def connect(self):
+        """Resolve the name and connect to the first address that accepts, in their order."""
         began = time.monotonic()
         try:
-            found = self.server.addresses(self.deadline)
+            addresses = self.server.addresses(self.deadline)
         except (OSError, UnicodeError, TimedOut) as error:
             raise Verdict("unresolved", error=describe_error(error))
-        names = [address if isinstance(address, str) else address[0] for _, address in found]
+        names = [address if isinstance(address, str) else address[0] for _, address in addresses]
         print_line("resolve", "%s is %s" % (printable(self.server.name), ", ".join(names)), began)
-        return found
-
-    def connect(self, addresses):
-        """Connect to the first address that accepts, in their order."""
-        for place, (family, address) in enumerate(addresses):
-            where = self.server.name if isinstance(address, str) else address[0]
+        for place, ((family, address), where) in enumerate(zip(addresses, names)):
             began = time.monotonic()
             try:
                 share = self.deadline.remaining() / (len(addresses) - place)
@@ -8343,11 +8333,9 @@ class Probe:
         sock = self.stream.sock
         print_line("TLS", "%s, %s" % (sock.version(), sock.cipher()[0]), began)
         facts = sock.getpeercert()  # empty if it was not verified
-        if not facts:
-            return print_line("", "certificate not verified")
         print_line("", "certificate of %s, issued by %s, valid until %s" % (
             distinguished_name(facts), distinguished_name({"subject": facts["issuer"]}),
-            facts["notAfter"]))
+            facts["notAfter"]) if facts else "certificate not verified")
 
     def perform_handshake(self):
         """Send the handshake and read the head of the response."""
@@ -8355,8 +8343,7 @@ class Probe:
         began = time.monotonic()
         try:
             self.stream.write_all(self.head, self.deadline)
-            while (self.response is None
-                   or (self.response.status < 200 and self.response.status != 101)):
+            while not self.response or self.response.status in INTERIM:
                 self.deadline.remaining()
                 head = read_head(self.stream, BIG_READ, self.deadline, take_response_head)
                 self.print_head("received", head, began)
@@ -8378,8 +8365,7 @@ class Probe:
         for line in re.split(br"\r?\n", head.rstrip(b"\r\n")):
             name = line.partition(b":")[0]
             hidden = name.lower() in REDACTED_FIELDS - SHOWN_FIELDS
-            text = printable(name + b": ..." if hidden else line)
-            print_line(label, text.replace("\\x22", '"'), since)
+            print_line(label, printable(name + b": ..." if hidden else line), since)
             label, since = "", None
 
     def check_response(self):
@@ -8388,15 +8374,15 @@ class Probe:
         if self.response.status != 101:
             raise self.refused(self.read_body())
         fault = fault_in_101(sent, fields, PROBE_UPGRADE)
+        chosen, offered = (each.tokens(b"sec-websocket-protocol") for each in (fields, sent))
         if len(fields.get_all(b"upgrade")) > 1:
             fault = "not_upgraded"
-        chosen, offered = (each.tokens(b"sec-websocket-protocol") for each in (fields, sent))
-        if fault and fault != "wrong_choice":
-            raise Verdict(fault)
-        if fault or len(chosen) != min(1, len(offered)):  # browsers reject a missing choice too
-            name = printable(b", ".join(chosen)) or "(none)"
-            raise Verdict("wrong_choice", chosen="Sec-WebSocket-Protocol: " + name,
-                          offered=printable(b", ".join(offered)) or "none")
+        elif not fault and len(chosen) != min(1, len(offered)):
+            fault = "wrong_choice"  # browsers reject a missing choice too
+        if fault:
+            raise Verdict(fault, offered=printable(b", ".join(offered)) or "none",
+                          chosen="Sec-WebSocket-Protocol: %s" % (
+                              printable(b", ".join(chosen)) or "(none)"))
         if extensions_used(self.response) and not sent.get_all(b"sec-websocket-extensions"):
             raise Verdict("wrong_choice", chosen="Sec-WebSocket-Extensions", offered="none")
 
@@ -8411,14 +8397,13 @@ class Probe:
                 if (scanner.done or len(body) > SMALL_READ
                         or not self.stream.read_more(deadline)):
                     break
-        return re.sub(br"(?is)<(style|script).*?</\1>|<[^>]*>|\s+", b" ", body).strip()
+        return b" ".join(re.sub(br"(?is)<(style|script).*?</\1>|<[^>]*>", b" ", body).split())
 
     def refused(self, body):
         """Print the body of a response that is not 101; return its Verdict."""
         status, fields = self.response.status, self.response.fields
         if body:
-            text = printable(re.sub(b" +", b" ", body)[:400])
-            print_line("body", text.replace("\\x22", '"'))
+            print_line("body", printable(body[:400]).replace("\\x22", '"'))
         if status == 400 and re.search(br"(?i)HTTPS (port|server)|SSL-enabled|TLS port", body):
             return Verdict("tls_port")
         reason = printable(fields.get(b"x-wsgate-reason") or b"")
@@ -8433,10 +8418,15 @@ class Probe:
         try:
             if asked.count or asked.message is not None:
                 message = (asked.message or "wsgate").encode("utf-8", "surrogateescape")
-                self.echo(asked.count or 1, message)
+                count = asked.count or 1
+                times = self.round_trips(count, TEXT, message, self.deadline)
+                print_line("echo", "%d of %d echoed%s" % (
+                    len(times), count, ": min %.1f, median %.1f, max %.1f ms" % (
+                        times[0], times[len(times) // 2], times[-1])
+                    if times else "; is it an echo server?"))
             elif not asked.idle:
-                took = self.round_trip(PING, b"wsgate", Deadline(1))
-                print_line("ping", "no pong" if took is None else "pong after %.1f ms" % took)
+                times = self.round_trips(1, PING, b"wsgate", Deadline(1))
+                print_line("ping", "pong after %.1f ms" % times[0] if times else "no pong")
             if asked.idle:
                 self.idle(asked.idle)
             deadline = Deadline(1)
@@ -8448,34 +8438,23 @@ class Probe:
         except OSError as error:
             raise Verdict("cut", how="connection lost: %s" % describe_error(error))
 
-    def echo(self, count, payload):
-        """Send a message count times, each after the echo of the last; print the times."""
-        times = []
-        while len(times) < count:
-            took = self.round_trip(TEXT, payload, self.deadline)
-            if took is None:
-                break
-            times.append(took)
-        times.sort()
-        text = "; is it an echo server?"
-        if times:
-            text = ": min %.1f, median %.1f, max %.1f ms" % (
-                times[0], times[len(times) // 2], times[-1])
-        print_line("echo", "%d of %d echoed%s" % (len(times), count, text))
+    def round_trips(self, count, opcode, payload, deadline):
+        """Send a frame count times, each after the payload of the last has come back.
 
-    def round_trip(self, opcode, payload, deadline):
-        """Send a frame and wait for its payload; return milliseconds, None if it does not come."""
-        began = time.monotonic()
-        expected = (PONG,) if opcode == PING else (TEXT, BINARY, CONTINUATION)
-        try:
-            self.stream.write_all(make_frame(opcode, payload, masked=True), deadline)
-            for received, data in self.frames(deadline):
-                if received in expected and data == payload:
-                    return (time.monotonic() - began) * 1000
-                if received == PING:
-                    self.stream.write_all(make_frame(PONG, data[:125], masked=True), deadline)
-        except TimedOut:
-            return None
+        Return the times in milliseconds, sorted: less than count if the deadline came first.
+        """
+        times, expected = [], (PONG,) if opcode == PING else (TEXT, BINARY, CONTINUATION)
+        with contextlib.suppress(TimedOut):
+            while len(times) < count:
+                began = time.monotonic()
+                self.stream.write_all(make_frame(opcode, payload, masked=True), deadline)
+                for received, data in self.frames(deadline):
+                    if received in expected and data == payload:
+                        break
+                    if received == PING:
+                        self.stream.write_all(make_frame(PONG, data[:125], masked=True), deadline)
+                times.append((time.monotonic() - began) * 1000)
+        return sorted(times)
 
     def idle(self, seconds):
         """Send nothing for this long, not even pongs."""
