@@ -73,6 +73,7 @@ import hashlib
 import hmac
 import html
 import http
+import io
 import ipaddress
 import itertools
 import json
@@ -1621,7 +1622,7 @@ def readable_by(user, path):
 # ------------------------------------------------------------------ The process
 
 
-def run_gate(path, overrides, ready=None):
+def run_gate(path, overrides, ready=lambda gate: None):
     """Start the gate, run it to its end and return the exit status.
 
     path, overrides: as load_config takes them. ready: called with the Gate once it listens.
@@ -1643,8 +1644,7 @@ def run_gate(path, overrides, ready=None):
             drop_privileges(config.server.user)
     gate.catch_signals()
     announce(config, gate)
-    if ready:
-        ready(gate)
+    ready(gate)
     report_ready()
     gate.run()
     gate.pid_file.remove()
@@ -1788,10 +1788,9 @@ def stay_on_one_processor(wanted):
     if wanted is None or not hasattr(os, "sched_setaffinity"):
         return
     if wanted == "auto":
-        allowed = sorted(ALLOWED_PROCESSORS)
         if not getattr(sys, "_is_gil_enabled", lambda: True)():
             return  # free-threaded Python has no such lock
-        wanted = allowed[os.getpid() % len(allowed)]
+        wanted = sorted(ALLOWED_PROCESSORS)[os.getpid() % len(ALLOWED_PROCESSORS)]
     try:
         os.sched_setaffinity(0, {wanted})
     except OSError as error:
@@ -1859,8 +1858,7 @@ class Gate:
         self.successor = None                      # the Successor that USR2 started
         self.next_check = 0.0                      # time.monotonic() of the next look at files
         self.next_sample = 0.0                     # the same, for the counters
-        self.signals = collections.deque()         # numbers; appended to by the signal handler
-        self.signal_wakeup = Wakeup()              # written to for each signal
+        self.signal_wakeup = Wakeup()              # the numbers of signals are written to it
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.signal_wakeup, selectors.EVENT_READ, self.handle_signals)
 
@@ -1908,24 +1906,22 @@ class Gate:
             notify("WATCHDOG=1\nSTATUS=%d tunnels open" % len(tunnels))
             report_dropped_lines()
 
-    # Signals: Python runs the handler in the main thread, and its wake-up descriptor makes
-    # select() return, so that all work is done in run().
+    # Signals: Python writes their numbers to its wake-up descriptor, which makes select() return,
+    # so that all work is done in run(), not in a handler.
 
     def catch_signals(self):
         """Route the process's signals to this gate (main thread only)."""
         signal.set_wakeup_fd(self.signal_wakeup.writer.fileno())
         for name in SIGNALS:
             if hasattr(signal, name):  # Windows has few of them
-                signal.signal(getattr(signal, name), lambda number, _: self.signals.append(number))
+                signal.signal(getattr(signal, name), lambda number, frame: None)
 
     def handle_signals(self):
         """Do what the signals that have come demand, in their order, each kind once.
 
         300 HUPs in a row are a few reloads, and clients are accepted between them.
         """
-        self.signal_wakeup.clear()
-        pending = [self.signals.popleft() for _ in range(len(self.signals))]
-        for number in collections.OrderedDict.fromkeys(pending):
+        for number in collections.OrderedDict.fromkeys(self.signal_wakeup.reader.recv(4096)):
             name = signal.Signals(number).name
             log.info("%s: %s", name, SIGNALS[name])
             getattr(self, SIGNALS[name])()
@@ -1944,14 +1940,13 @@ class Gate:
         do not all come back in the same second (HAProxy: close-spread-time).
         """
         if self.state != "running":
-            self.stop()
-            return
+            return self.stop()
         window = self.config.server.drain_timeout
         now = time.monotonic()
         tunnels = sorted(self.connections.tunnels(), key=lambda each: each.last_byte)
         for place, tunnel in enumerate(tunnels):
             tunnel.end_at = now + window * (place + 0.5) / len(tunnels)
-        self.end("draining", window + 0.5)
+        return self.end("draining", window + 0.5)
 
     def end(self, state, seconds):
         """Accept nothing more and wake all threads; run() returns within `seconds`.
@@ -1988,9 +1983,8 @@ class Gate:
             log.error("reload failed, keeping the current configuration")
         else:
             self.reopen()
-            server = self.config.server
             try:
-                self.pid_file.write(server.pid, server.user)
+                self.pid_file.write(self.config.server.pid, self.config.server.user)
             except OSError as error:
                 log.error("reload: pid: %s; keeping the current file", error.strerror)
             log.info("reloaded %s", self.config.path)
@@ -2012,10 +2006,9 @@ class Gate:
                                                                      listen.address))
                 opened.append(if_one_fails.enter_context(listener))  # closes it
             if_one_fails.pop_all()
+        before = {upstream.name: upstream for upstream in self.config.upstreams}
         for upstream in config.upstreams:
-            for old in self.config.upstreams:
-                if old.name == upstream.name:
-                    upstream.inherit_health(old)
+            upstream.inherit_health(before.get(upstream.name, upstream))
         self.config = config
         self.connections.set_capacity(config.server.max_connections)
         for key, listener in current.items():
@@ -2076,14 +2069,9 @@ class Wakeup:
         return self.reader.fileno()
 
     def set(self):
-        """Make it readable until clear()."""
+        """Make it readable from now on."""
         with contextlib.suppress(BlockingIOError):  # it is
             self.writer.send(b"!")
-
-    def clear(self):
-        """Make it unreadable again."""
-        with contextlib.suppress(BlockingIOError):
-            self.reader.recv(4096)
 
     def close(self):
         self.reader.close()
@@ -2136,10 +2124,9 @@ class Successor:
             return "the new process ended with status %d" % self.process.wait(word is not None)
         self.process.kill()
         self.process.wait()
-        if word is not None:
-            return "the new process closed its pipe before it was ready; it was killed"
-        return "the new process was not ready after %.1f s; it was killed" % (
-            time.monotonic() - self.deadline + self.TIMEOUT)
+        return "the new process %s; it was killed" % (
+            "closed its pipe before it was ready" if word is not None else
+            "was not ready after %.1f s" % (time.monotonic() - self.deadline + self.TIMEOUT))
 
 
 def report_ready():
@@ -2153,7 +2140,7 @@ def report_ready():
 def inherited_sockets():
     """Return the listening sockets of a predecessor (USR2) or of systemd (sd_listen_fds(3)).
 
-    {address text: socket}; the variables that name them are removed from the environment.
+    {Address: socket}; the variables that name them are removed from the environment.
     """
     pairs = os.environ.pop("WSGATE_SOCKETS", "").split()
     descriptors = [int(pair.rpartition("=")[2]) for pair in pairs]
@@ -2164,22 +2151,19 @@ def inherited_sockets():
         os.set_inheritable(descriptor, False)
         sock = socket.socket(fileno=descriptor)
         name = sock.getsockname()
-        address = (Address(None, None, name) if isinstance(name, str)
-                   else Address(name[0], name[1], None))
-        found[show_address(address)] = sock
+        found[Address(None, None, name) if isinstance(name, str)
+              else Address(name[0], name[1], None)] = sock
     return found
 
 
 def take_inherited(inherited, address):
-    """Remove and return the inherited socket for this address, None if there is none.
+    """Remove and return the inherited socket for this Address, None if there is none.
 
-    The same text, else the only socket on that port.
+    The same address, else the only socket on that port.
     """
-    text = show_address(address)
-    if text in inherited:
-        return inherited.pop(text)
-    alike = [key for key in inherited if not address.path and key.endswith(":%d" % address.port)]
-    return inherited.pop(alike[0]) if len(alike) == 1 else None
+    alike = [key for key in inherited if not address.path and key.port == address.port]
+    key = alike[0] if len(alike) == 1 and address not in inherited else address
+    return inherited.pop(key, None)
 
 
 # ----------------------------------------------------------- Limits and counters
@@ -3623,9 +3607,10 @@ def parse_proxy_v2(command, family, data):
 # effect, a key of root is out of reach, and a reload that has nothing to do with TLS must
 # not fail for that.
 
-# What is in use, a CertificateStore or SSLContext: (keys that it was made of, stamps of their
-# files). Only the main thread makes, looks for and drops configurations.
-TLS_IN_USE = weakref.WeakKeyDictionary()
+# What is in use: {keys that it was made of: CertificateStore or SSLContext}. Only the main thread
+# makes, looks for and drops configurations.
+TLS_IN_USE = weakref.WeakValueDictionary()
+TLS_STAMPS = weakref.WeakKeyDictionary()  # {SSLContext: stamps of its files}
 ListenerTLS = collections.namedtuple("ListenerTLS", "client_ca protocols ciphers")
 BACKEND_TLS_KEYS = (
     "proxy_ssl_verify", "proxy_ssl_trusted_certificate", "proxy_ssl_certificate",
@@ -3639,9 +3624,9 @@ class CertificateStore:
         """keys: as certificate_store makes them. Raise ValueError or OSError."""
         self.settings, pairs = keys  # ListenerTLS, and the items of pairs
         self.pairs = dict(pairs)     # host or None: (certificate, key)
-        self.files = [file for pair in self.pairs.values() for file in pair if file]
-        self.files += [self.settings.client_ca] if self.settings.client_ca else []
-        self.stamps = file_stamps(self.files)
+        self.files = list(filter(None, itertools.chain([self.settings.client_ca],
+                                                       *self.pairs.values())))
+        self.stamps = list(map(file_stamp, self.files))
         self.contexts = self.load()
 
     def load(self):
@@ -3669,19 +3654,17 @@ class CertificateStore:
     def make_context(self, certificate, key):
         """Return the SSLContext of a certificate; raise ValueError or OSError."""
         client_ca, protocols, ciphers = self.settings
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        set_versions(context, "ssl", protocols, ciphers)
+        context = new_context(ssl.PROTOCOL_TLS_SERVER, "ssl", protocols, ciphers)
         load_pair(context, certificate, key)
         if client_ca:
             load_ca(context, "ssl_client_certificate", client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
-        context.set_alpn_protocols(["http/1.1"])
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # Python 3.7
         return context
 
     def refresh(self):
         """Load the files again if they have changed; if that fails, log it once, keep the old."""
-        stamps = file_stamps(self.files)
+        stamps = list(map(file_stamp, self.files))
         if stamps == self.stamps:
             return
         self.stamps = stamps
@@ -3697,25 +3680,20 @@ def certificate_store(config):
     """Return the CertificateStore of a Config: the one in use, if its keys are the same."""
     server = config.server
     default = (server.ssl_certificate, server.ssl_certificate_key)
-    pairs = {None: default}
+    pairs = collections.OrderedDict()
     for location in config.locations:
         pair = (location.ssl_certificate, location.ssl_certificate_key)
-        if pair[0] and pair != default:
-            for host in filter(None, location.hosts):
-                pairs.setdefault(host, pair)
-    if not default[0] and len(pairs) > 1:
-        pairs[None] = list(pairs.values())[1]
-    if not pairs[None][0]:
+        for host in filter(None, location.hosts if pair[0] and pair != default else ()):
+            pairs.setdefault(host, pair)
+    entry = default if default[0] else next(iter(pairs.values()), None)
+    if entry is None:
         raise ValueError("missing (a listener with ssl needs ssl_certificate and"
                          " ssl_certificate_key)")
     keys = (ListenerTLS(server.ssl_client_certificate, server.ssl_protocols, server.ssl_ciphers),
-            tuple(pairs.items()))
-    store = tls_in_use(keys)
-    if store is None:
-        store = CertificateStore(keys)
-        TLS_IN_USE[store] = keys, ()
-    else:
-        store.refresh()
+            ((None, entry),) + tuple(pairs.items()))
+    store = TLS_IN_USE.get(keys) or CertificateStore(keys)
+    TLS_IN_USE[keys] = store
+    store.refresh()
     return store
 
 
@@ -3726,24 +3704,23 @@ def backend_context(settings):
     """
     keys = tuple((name, getattr(settings, name)) for name in BACKEND_TLS_KEYS)
     files = [file for name, file in keys if file and name.endswith(("certificate", "_key"))]
-    stamps = file_stamps(files)
-    context = tls_in_use(keys, stamps)
-    if context is None:
+    stamps = list(map(file_stamp, files))
+    context = TLS_IN_USE.get(keys)
+    if context is None or TLS_STAMPS[context] != stamps:
         try:
             context = make_backend_context(settings)
         except PermissionError as error:
-            context = tls_in_use(keys)
             if context is None:
                 raise
             log.error("%s; keeping the certificates loaded before", describe_error(error))
-        TLS_IN_USE[context] = keys, stamps
+        TLS_IN_USE[keys], TLS_STAMPS[context] = context, stamps
     return context
 
 
 def make_backend_context(settings):
     """Return a new SSLContext; raise ValueError or OSError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    set_versions(context, "proxy_ssl", settings.proxy_ssl_protocols, settings.proxy_ssl_ciphers)
+    context = new_context(ssl.PROTOCOL_TLS_CLIENT, "proxy_ssl", settings.proxy_ssl_protocols,
+                          settings.proxy_ssl_ciphers)
     if not settings.proxy_ssl_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -3753,25 +3730,7 @@ def make_backend_context(settings):
         context.load_default_certs()
     if settings.proxy_ssl_certificate:
         load_pair(context, settings.proxy_ssl_certificate, settings.proxy_ssl_certificate_key)
-    context.set_alpn_protocols(["http/1.1"])
     return context
-
-
-def tls_in_use(keys, stamps=None):
-    """Return what is in use with these keys and stamps (None: whatever they are), or None."""
-    return next((each for each, made_of in list(TLS_IN_USE.items())
-                 if made_of[0] == keys and stamps in (None, made_of[1])), None)
-
-
-def file_stamps(files):
-    """Return for each file what changes when it does: its stamp, or why that cannot be read."""
-    stamps = []
-    for file in files:
-        try:
-            stamps.append(file_stamp(file))
-        except OSError as error:
-            stamps.append(error.errno)
-    return tuple(stamps)
 
 
 def load_pair(context, certificate, key):
@@ -3805,19 +3764,20 @@ def load_ca(context, name, file):
                            % (file, describe_error(error)))
 
 
-def set_versions(context, prefix, names, ciphers):
-    """Allow these versions of TLS and these ciphers ('': the default of Python and OpenSSL).
+def new_context(protocol, prefix, names, ciphers):
+    """Return an SSLContext for these TLS versions and ciphers ('': the default of OpenSSL).
 
     Raise SettingError for prefix_protocols if this OpenSSL refuses one of the versions.
     """
+    context = ssl.SSLContext(protocol)
+    context.set_alpn_protocols(["http/1.1"])
     for name in names:
         if not version_usable(name, ciphers):
             raise SettingError(prefix + "_protocols", "%s is refused by %s (remove it, or set"
                                " %s_ciphers = DEFAULT@SECLEVEL=0)" % (
                                    name, ssl.OPENSSL_VERSION, prefix))
-    if ciphers:
-        context.set_ciphers(ciphers)
-    set_protocols(context, names)
+    set_protocols(context, names, ciphers)
+    return context
 
 
 @functools.lru_cache()
@@ -3827,13 +3787,9 @@ def version_usable(name, ciphers):
     OpenSSL 3 allows TLS 1.0 and 1.1 at security level 0 only; some builds have none of both.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    if ciphers:
-        context.set_ciphers(ciphers)
-    set_protocols(context, (name,))
+    set_protocols(context, (name,), ciphers)
     try:
-        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO()).do_handshake()
+        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="any").do_handshake()
     except ssl.SSLWantReadError:  # the ClientHello was made
         level = getattr(context, "security_level", 0 if "SECLEVEL=0" in ciphers else 1)
         return (name not in ("TLSv1", "TLSv1.1") or ssl.OPENSSL_VERSION_INFO < (3,) or level == 0)
@@ -3841,8 +3797,10 @@ def version_usable(name, ciphers):
         return False
 
 
-def set_protocols(context, names):
-    """Allow these TLS versions, and none between them."""
+def set_protocols(context, names, ciphers=""):
+    """Allow these TLS versions, and none between them, and these ciphers ('': the default)."""
+    if ciphers:
+        context.set_ciphers(ciphers)
     with warnings.catch_warnings():  # TLSv1 and the options are deprecated
         warnings.simplefilter("ignore", DeprecationWarning)
         if hasattr(ssl, "TLSVersion"):  # Python 3.7; it also overrides a minimum of openssl.cnf
@@ -4556,12 +4514,9 @@ class ProxyPass:
         self.upstream = upstream
         self.context = backend_context(settings) if target.tls else None
         self.uri = None if target.uri is None else target.uri.encode()
-        self.prefix = b""
-        if target.uri and not exact:
-            self.prefix = forwarded_prefix(path, target.uri)
-        self.redirects = None
-        if settings.proxy_redirect == "default":
-            self.redirects = RedirectRewriter(target, upstream.servers, path, exact)
+        self.prefix = forwarded_prefix(path, target.uri) if target.uri and not exact else b""
+        self.redirects = (RedirectRewriter(target, upstream.servers, path, exact)
+                          if settings.proxy_redirect == "default" else None)
 
 
 PATH_UNIT = re.compile(br"(?:/|%2[Ff])+|%[0-9A-Fa-f]{2}|[^/%]")  # what makes up a byte of a path
@@ -4622,7 +4577,7 @@ def read_path(raw):
         return (raw.decode("ascii"),)
     if BAD_ESCAPE.search(raw):
         raise HTTPError(400, "bad_request", "invalid percent-encoding in the path")
-    forms = other_readings([unquote(form) for form in other_readings([raw])])
+    forms = other_readings(list(map(urllib.parse.unquote_to_bytes, other_readings([raw]))))
     if b"\\" in raw or CONTROL_BYTE.search(forms[0]):
         raise HTTPError(400, "bad_request", "backslash or control character in the path")
     forms += [form.decode("utf-8", "ignore").encode() for form in forms]  # as bottle does
@@ -4639,21 +4594,10 @@ def other_readings(forms):
     return forms
 
 
-def unquote(raw):
-    """Return bytes with percent-encoding decoded."""
-    return urllib.parse.unquote_to_bytes(raw) if b"%" in raw else raw
-
-
 def raw_length(raw, prefix):
     """Return how many bytes of a raw path make up this prefix of the decoded path."""
-    prefix = len(prefix.encode())
-    decoded = length = 0
-    for match in PATH_UNIT.finditer(raw):
-        if decoded >= prefix:
-            break
-        decoded += 1
-        length = match.end()
-    return length
+    units = itertools.islice(PATH_UNIT.finditer(raw), len(prefix.encode()))
+    return max((unit.end() for unit in units), default=0)
 
 
 # --------------------------------------------------------------- Access control
@@ -4666,10 +4610,8 @@ def real_client(server, client, fields):
     """Return the address of the real client: the peer, or the one that a trusted proxy names."""
     if server.real_ip_header == "proxy_protocol" or not client.trusted:
         return client.peer
-    if server.real_ip_header == "X-Real-IP":
-        named = [fields.get(b"x-real-ip") or b""]
-    else:
-        named = b",".join(fields.get_all(b"x-forwarded-for")).split(b",")
+    named = ([fields.get(b"x-real-ip") or b""] if server.real_ip_header == "X-Real-IP"
+             else b",".join(fields.get_all(b"x-forwarded-for")).split(b","))
     found = client.peer
     for part in reversed(named):  # from the right: the left end is what the client claims
         text = part.strip(b" \t").decode("latin-1")
@@ -4741,45 +4683,36 @@ def check_origin(location, request, client):
     host = request.authority
     if client.trusted and request.fields.get(b"x-forwarded-host"):
         host = request.fields.get(b"x-forwarded-host").partition(b",")[0].strip()
-    if len(origins) == 1 and len(origins[0]) <= ORIGIN_LIMIT:
-        origin = origins[0].decode("latin-1").lower()
-        for allowed in location.allowed_origins:
-            if same_origin(origin, host) if allowed == "same" else glob_matches(allowed, origin):
-                return
-    raise HTTPError(403, "origin_denied", "Origin %s is not in allowed_origins; Host is %s" % (
-        printable(b", ".join(origins)[:ORIGIN_LIMIT]), printable(host)))
+    origin = origins[0].decode("latin-1").lower()
+    if len(origins) > 1 or len(origin) > ORIGIN_LIMIT or not any(
+            same_origin(origin, host) if allowed == "same"
+            else pattern_of(allowed).fullmatch(origin)
+            for allowed in location.allowed_origins):
+        raise HTTPError(403, "origin_denied", "Origin %s is not in allowed_origins; Host is %s" % (
+            printable(b", ".join(origins)[:ORIGIN_LIMIT]), printable(host)))
 
 
 def same_origin(origin, host):
     """Return True if an origin (lower case) is http or https, with this host and port (bytes)."""
     scheme, _, authority = origin.partition("://")
-    default = {"http": ":80", "https": ":443"}.get(scheme)
-    if default is None:
-        return False
-    names = [name[:-len(default)] if name.endswith(default) else name
-             for name in (authority, host.decode("latin-1").lower())]
-    return names[0] == names[1]
+    default_port = {"http": ":80$", "https": ":443$"}.get(scheme)
+    return default_port is not None and (
+        re.sub(default_port, "", authority)
+        == re.sub(default_port, "", host.decode("latin-1").lower()))
 
 
-def glob_matches(glob, text):
-    """Return True if text matches a glob, each * of which is any text without /."""
-    globs, texts = glob.split("/"), text.split("/")
-    return len(globs) == len(texts) and all(map(part_matches, globs, texts))
+@functools.lru_cache()
+def pattern_of(glob):
+    """Return a glob as a compiled pattern; each * is any text without /.
 
-
-def part_matches(glob, text):
-    """Return True if text matches a glob with *; each literal is looked for once, from the left."""
-    literals = glob.split("*")
-    first, last = literals[0], literals[-1]
-    if len(literals) == 1:
-        return text == glob
-    position = len(first)
-    for literal in literals[1:-1]:
-        found = text.find(literal, position)
-        if found < 0:
-            return False
-        position = found + len(literal)
-    return text.startswith(first) and text.endswith(last) and position + len(last) <= len(text)
+    It matches in linear time: as in fnmatch, a literal between two stars is looked for once, in
+    an atomic group, which is (?=(?P<name>...))(?P=name) up to Python 3.10.
+    """
+    literals = list(map(re.escape, glob.split("*")))
+    between = ["(?=(?P<g%d>[^/]*?%s))(?P=g%d)" % (place, literal, place)
+               for place, literal in enumerate(literals[1:-1])]
+    last = "[^/]*" + literals[-1] if literals[1:] else ""
+    return re.compile(literals[0] + "".join(between) + last)
 
 
 def check_password(location, request):
@@ -4804,11 +4737,10 @@ class PasswordFile:
     def __init__(self, path):
         self.path = path
         self.secret = os.urandom(32)
-        self.lock = threading.Lock()
-        # Guarded by lock: a slow hash is computed once for each right password.
-        self.known = collections.OrderedDict()
         self.stamp = None
-        self.hashes = {}    # {user: PasswordHash}; replaced as a whole
+        # {user: PasswordHash}, and of the right passwords what identifies them: a slow hash is
+        # computed once for each. Both are replaced together, and need no lock.
+        self.loaded = {}, set()
         self.refresh()
 
     def refresh(self):
@@ -4826,9 +4758,7 @@ class PasswordFile:
                     hashes[user] = parse_hash(rest.partition(b":")[0])  # then a comment
                 except ValueError as error:
                     raise ValueError("%s:%d: %s" % (self.path, number, error))
-        with self.lock:
-            self.hashes, self.stamp = hashes, stamp
-            self.known.clear()
+        self.loaded, self.stamp = (hashes, set()), stamp
 
     def accepts(self, credentials):
         """Return True if base64 of user:password is right. Raise HTTPError 503 if too busy."""
@@ -4836,33 +4766,34 @@ class PasswordFile:
             self.refresh()
         except (OSError, ValueError) as error:
             log.error("auth_basic_user_file: %s; keeping the current one", error)
+        hashes, known = self.loaded
         digest = hmac.new(self.secret, credentials, "sha256").digest()
-        with self.lock:
-            if digest in self.known:
-                return True
-            hashes = self.hashes
+        if digest in known:
+            return True
         try:
             user, _, password = base64.b64decode(credentials, validate=True).partition(b":")
         except ValueError:
             return False
-        dearest = max(hashes.values(), key=PasswordHash.cost, default=NO_HASH)
+        dearest = max(hashes.values(), default=NO_HASH)
         if not HASHES_PENDING.acquire(blocking=False):
             raise HTTPError(503, "auth_unavailable", "too many passwords to check", retry_after())
         try:
             right = HASHING.submit(verify_password, hashes.get(user), dearest, password).result()
         finally:
             HASHES_PENDING.release()
-        with self.lock:
-            if right and self.hashes is hashes:  # else the file has changed meanwhile
-                self.known[digest] = True
-                while len(self.known) > 1000:
-                    self.known.popitem(last=False)
+        if right:
+            if len(known) >= 1000:
+                known.clear()
+            known.add(digest)
         return right
 
 
 def file_stamp(path):
-    """Return what changes when a file does: a tuple to be compared. Raise OSError."""
-    info = os.stat(path)
+    """Return what changes when a file does, also when it cannot be read any more."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        return error.errno
     return info.st_mtime_ns, info.st_size, info.st_ino
 
 
@@ -4871,25 +4802,21 @@ HASHING = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
 HASHES_PENDING = threading.BoundedSemaphore(16 * (os.cpu_count() or 1))  # under a second of work
 
 
-class PasswordHash(collections.namedtuple("PasswordHash", "scheme digest salt")):
-    """The hash in a line of an htpasswd file. scheme: b"SHA", b"SSHA" or b"SCRYPT"."""
+class PasswordHash(collections.namedtuple("PasswordHash", "scrypt digest salt")):
+    """The hash in a line of an htpasswd file. scrypt: whether it is {SCRYPT}, which is slow."""
 
     __slots__ = ()
 
-    def cost(self):
-        """Return a number that is larger for a slower scheme."""
-        return self.scheme == b"SCRYPT"
-
     def matches(self, password):
         """Return True if this is the hash of a password (bytes)."""
-        if self.scheme == b"SCRYPT":
+        if self.scrypt:
             digest = hashlib.scrypt(password, salt=self.salt, **SCRYPT)
         else:
             digest = hashlib.sha1(password + self.salt).digest()
         return hmac.compare_digest(digest, self.digest)
 
 
-NO_HASH = PasswordHash(b"SHA", bytes(20), b"")  # of a file without users
+NO_HASH = PasswordHash(False, bytes(20), b"")  # of a file without users
 
 
 def parse_hash(text):
@@ -4898,20 +4825,17 @@ def parse_hash(text):
     if not match:
         raise ValueError("unsupported password hash (expected {SCRYPT}, {SSHA} or {SHA}, as"
                          " printed by wsgate.py --hash-password)")
-    scheme = match.group(1)
+    scheme, scrypt = match.group(1), match.group(1) == b"SCRYPT"
     try:
         data = base64.b64decode(match.group(2), validate=True)
     except ValueError:
         raise ValueError("invalid base64 in the password hash")
-    if scheme == b"SCRYPT":
-        if not hasattr(hashlib, "scrypt"):
-            raise ValueError("{SCRYPT} is not supported by this Python (expected {SSHA})")
-        salt, digest = data[:16], data[16:]
-    else:
-        digest, salt = data[:20], data[20:]
-    if len(digest) != (64 if scheme == b"SCRYPT" else 20) or (scheme == b"SHA" and salt):
+    if scrypt and not hasattr(hashlib, "scrypt"):
+        raise ValueError("{SCRYPT} is not supported by this Python (expected {SSHA})")
+    digest, salt = (data[16:], data[:16]) if scrypt else (data[:20], data[20:])
+    if len(digest) != (64 if scrypt else 20) or (scheme == b"SHA" and salt):
         raise ValueError("password hash of the wrong length")
-    return PasswordHash(scheme, digest, salt)
+    return PasswordHash(scrypt, digest, salt)
 
 
 def hash_password(password):
@@ -4922,8 +4846,7 @@ def hash_password(password):
     salt = os.urandom(16)
     if not hasattr(hashlib, "scrypt"):
         return b"{SSHA}" + base64.b64encode(hashlib.sha1(password + salt).digest() + salt)
-    digest = hashlib.scrypt(password, salt=salt, **SCRYPT)
-    return b"{SCRYPT}" + base64.b64encode(salt + digest)
+    return b"{SCRYPT}" + base64.b64encode(salt + hashlib.scrypt(password, salt=salt, **SCRYPT))
 
 
 def verify_password(stored, dearest, password):
@@ -4934,7 +4857,7 @@ def verify_password(stored, dearest, password):
     """
     use_all_processors()  # hashlib releases the GIL
     right = stored is not None and stored.matches(password)
-    if not right and (stored is None or stored.cost() < dearest.cost()):
+    if not right and (stored is None or stored.scrypt < dearest.scrypt):
         dearest.matches(password)
     return right
 
@@ -7179,19 +7102,19 @@ class LogWriter(logging.Handler):
     PATIENCE = 0.3   # seconds to write what is queued when the log is closed
 
     def __init__(self, where, sink, old=None):
-        """where: the value of access_log or error_log. sink: an object with write(lines)
+        """where: the value of access_log or error_log. sink: an object with deliver(lines)
         that returns how many lines were lost, and close(). old: the LogWriter that this one
         replaces. Raises OSError."""
         super().__init__()
         self.where = where
         self.sink = sink
         self.queue_lock = threading.Lock()
+        self.changed = threading.Condition(self.queue_lock)  # there is something to do
         # Guarded by queue_lock:
         self.queue = []    # of (level name, text)
         self.size = 0      # characters in it
         self.dropped = old.dropped if old else 0    # lines, in all
         self.reported = old.reported if old else 0  # of these, in the error log; main thread alone
-        self.ready = threading.Event()    # there is something to do
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.run, name="log writer", daemon=True)
         try:
@@ -7204,33 +7127,28 @@ class LogWriter(logging.Handler):
         """Queue a line, or drop it; in place of logging's own, which holds a lock over I/O."""
         try:
             text = self.format(record)
-        except Exception:  # as all handlers of logging do
-            self.handleError(record)
+        except Exception:  # a mistake in a log line costs no connection
             return
         with self.queue_lock:
             if self.size + len(text) > self.LIMIT:
                 self.dropped += 1
                 return
+            if not self.queue:
+                self.changed.notify()
             self.queue.append((record.levelname, text))
             self.size += len(text)
-            if not self.ready.is_set():
-                self.ready.set()
 
     def run(self):
         """Write what is queued until close(), in the writer's own thread."""
-        while True:
-            self.ready.wait()
+        while self.queue or not self.closing.is_set():
+            with self.changed:
+                self.changed.wait_for(lambda: self.queue or self.closing.is_set())
             self.closing.wait(self.GATHER)
             with self.queue_lock:
                 lines, self.queue, self.size = self.queue, [], 0
-                if not self.closing.is_set():
-                    self.ready.clear()
-                elif not lines:
-                    break
-            lost = self.sink.write(lines)
-            if lost:
-                with self.queue_lock:
-                    self.dropped += lost
+            lost = self.sink.deliver(lines)
+            with self.queue_lock:
+                self.dropped += lost
         self.sink.close()
 
     def close(self):
@@ -7238,31 +7156,26 @@ class LogWriter(logging.Handler):
         if not self.closing.is_set():
             super().close()
             self.closing.set()
-            self.ready.set()
+            with self.changed:
+                self.changed.notify()
             self.thread.join(self.PATIENCE)
 
 
-class FileSink:
+class FileSink(io.FileIO):
     """Writes lines to a descriptor: a file, stdout or stderr."""
 
-    def __init__(self, descriptor):
-        self.descriptor = descriptor
-
-    def write(self, lines):
+    def deliver(self, lines):
         """Write (level, text) pairs; return how many are lost, e.g. because the disk is full."""
         text = "".join([text + "\n" for _, text in lines])
         rest = memoryview(text.encode("utf-8", "backslashreplace"))
         while rest:
             try:
-                rest = rest[os.write(self.descriptor, rest):]
+                rest = rest[os.write(self.fileno(), rest):]
             except BlockingIOError:  # made non-blocking by a process that shares the pipe
                 time.sleep(0.1)
             except OSError:
                 return bytes(rest).count(b"\n")
         return 0
-
-    def close(self):
-        os.close(self.descriptor)
 
 
 class SyslogSink(logging.handlers.SysLogHandler):
@@ -7271,7 +7184,7 @@ class SyslogSink(logging.handlers.SysLogHandler):
     append_nul = False
     ident = "wsgate: "  # without it syslogd takes the first word for the host
 
-    def write(self, lines):
+    def deliver(self, lines):
         """Send (level, text) pairs; return how many could not be sent."""
         self.lost = 0
         for level, text in lines:
@@ -7283,8 +7196,11 @@ class SyslogSink(logging.handlers.SysLogHandler):
         self.lost += 1
 
 
-ERROR_LINE = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-ERROR_LINE.formatTime = lambda record, datefmt: utc(record.created)  # as in the access log
+class ErrorFormatter(logging.Formatter):
+    """Lines of the error log, with UTC time as in the access log."""
+
+    def formatTime(self, record, datefmt=None):
+        return utc(record.created)
 
 
 def open_logs(server):
@@ -7297,9 +7213,10 @@ def open_logs(server):
     logging.raiseExceptions = False  # a log that cannot be written costs no connection
     logging._srcfile = None  # do not look for caller and thread (Logging HOWTO, Optimization)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    error_line = ErrorFormatter("%(asctime)s %(levelname)s %(message)s").format
     access_line = operator.methodcaller("json" if server.log_format == "json" else "getMessage")
     errors = {}
-    for key, form in (("error_log", ERROR_LINE.format), ("access_log", access_line)):
+    for key, form in (("error_log", error_line), ("access_log", access_line)):
         try:
             open_log(key, getattr(server, key), form, server.user)
         except OSError as error:
@@ -7336,7 +7253,7 @@ def log_sink(where, stream, user):
         host, _, port = where[7:].partition(":")
         return SyslogSink((host, int(port or 514)) if host else "/dev/log", "daemon")
     if where == "-" and stream:  # else it was closed by who started us
-        return FileSink(os.dup(stream.fileno()))
+        return FileSink(os.dup(stream.fileno()), "w")
     if where in ("-", "off"):
         where = os.devnull
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
@@ -7345,7 +7262,7 @@ def log_sink(where, stream, user):
     except OSError as error:
         raise OSError(error.errno, "cannot write %s (%s)" % (where, error.strerror))
     give_to(user, where, descriptor)
-    return FileSink(descriptor)
+    return FileSink(descriptor, "w")
 
 
 def log_writers():
@@ -7357,10 +7274,9 @@ def log_writers():
 def report_dropped_lines():
     """Log how many lines have been dropped, once the error log has room for that."""
     writers = log_writers()
-    error_log = writers.get("error_log")
     for key, writer in writers.items():
         dropped = writer.dropped - writer.reported
-        if dropped and error_log and error_log.size < error_log.LIMIT // 2:
+        if dropped and writers["error_log"].size < LogWriter.LIMIT // 2:
             writer.reported += dropped
             log.warning("%s: %d lines dropped (it cannot be written, or its reader stalls)",
                         key, dropped)
@@ -7383,7 +7299,8 @@ class StatusConnection(socketserver.BaseRequestHandler):
         """Read the request, send the response, close."""
         stream, deadline = Stream(self.request), Deadline(STATUS_TIMEOUT)
         head_only, fields = False, ()
-        try:
+        # The client may disconnect.
+        with contextlib.suppress(OSError, EOFError, TimedOut), contextlib.closing(stream):
             try:
                 request = parse_request_head(read_head(stream, SMALL_READ, deadline))
                 head_only = request.method == b"HEAD"
@@ -7394,10 +7311,6 @@ class StatusConnection(socketserver.BaseRequestHandler):
             stream.write_all(make_response(status, None, text.encode(), STATUS_FIELDS + fields,
                                            head_only=head_only, content_type=kind), deadline)
             stream.linger(Deadline(LINGER))
-        except (OSError, EOFError, TimedOut):  # the client disconnected
-            pass
-        finally:
-            stream.close()
 
     def page(self, gate, request):
         """Return (status, content type, text); raise HTTPError."""
@@ -7405,21 +7318,11 @@ class StatusConnection(socketserver.BaseRequestHandler):
         if request.method not in (b"GET", b"HEAD"):
             raise HTTPError(405, "method_not_allowed", "", ((b"Allow", b"GET, HEAD"),))
         path, _, query = request.target.decode("ascii").partition("?")
-        if path == "/healthz":
-            return 200, b"text/plain", "ok\n"
-        if path == "/readyz":
-            ready = gate.state == "running"
-            return 200 if ready else 503, b"text/plain", "ready\n" if ready else gate.state + "\n"
-        if path == "/metrics":
-            return 200, b"text/plain; version=0.0.4", metrics(status(gate))
-        facts = status(gate)
-        facts["live"] = [describe_tunnel(tunnel, time.monotonic())
-                         for tunnel in gate.connections.tunnels()]
-        if path == "/status.json":
-            return 200, b"application/json", json.dumps(facts, indent=1) + "\n"
-        if path == "/":
-            return 200, b"text/html", status_page(facts, query)
-        raise HTTPError(404, "no_route", "no such page")
+        if path not in STATUS_PAGES:
+            raise HTTPError(404, "no_route", "no such page")
+        kind, text = STATUS_PAGES[path]
+        status = 503 if path == "/readyz" and gate.state != "running" else 200
+        return status, kind, text(gate, query)
 
     def check_client(self, server, request):
         """Raise HTTPError unless status_allow has the client and Host is one of ours.
@@ -7440,6 +7343,15 @@ class StatusConnection(socketserver.BaseRequestHandler):
 
 
 STATUS_TIMEOUT = 5  # seconds for a whole exchange
+STATUS_PAGES = {    # path: (content type, function that returns the text)
+    "/": (b"text/html", lambda gate, query: status_page(status_with_tunnels(gate), query)),
+    "/status.json": (b"application/json",
+                     lambda gate, _: json.dumps(status_with_tunnels(gate), indent=1) + "\n"),
+    "/metrics": (b"text/plain; version=0.0.4", lambda gate, _: metrics(status(gate))),
+    "/healthz": (b"text/plain", lambda gate, _: "ok\n"),
+    "/readyz": (b"text/plain",
+                lambda gate, _: "%s\n" % gate.state.replace("running", "ready")),
+}
 STATUS_FIELDS = (
     (b"Cache-Control", b"no-store"),
     (b"Content-Security-Policy", b"default-src 'none'; style-src 'unsafe-inline';"
@@ -7469,6 +7381,12 @@ def status(gate):
             "handshake_sum": totals["handshake_sum"],
             "log_lines_dropped": {key: writer.dropped for key, writer in log_writers().items()},
             "servers": servers, "history": rates(list(counters.samples))}
+
+
+def status_with_tunnels(gate):
+    """Return what status() does, with the open tunnels as "live"."""
+    return dict(status(gate), live=[describe_tunnel(tunnel, time.monotonic())
+                                    for tunnel in gate.connections.tunnels()])
 
 
 def describe_server(upstream, server, now):
@@ -7674,8 +7592,7 @@ def main(argv=None):
 
 def print_error(*lines):
     """Print lines to stderr, each with the name of the program."""
-    for line in lines:
-        sys.stderr.write("wsgate: %s\n" % line)
+    sys.stderr.writelines("wsgate: %s\n" % line for line in lines)
 
 
 def parse_arguments(argv):
@@ -7732,7 +7649,7 @@ OPTIONS = {  # title of a group: {names of an option: what add_argument() takes}
             VERSION, sys.version.split()[0])),
     },
     "with --probe": {
-        "--header": dict(metavar="'NAME: VALUE'", action="append",
+        "--header": dict(metavar="'NAME: VALUE'", action="append", default=[],
                          help="add or replace a header field"),
         "--origin": dict(metavar="URL", help="send this Origin, as a browser does"),
         "--subprotocol": dict(metavar="NAME", help="offer this Sec-WebSocket-Protocol"),
@@ -7768,10 +7685,9 @@ def find_config(arguments):
 def check_config(arguments):
     """-t: print warnings and nginx's own line of success; raise ConfigError with all errors."""
     path, overrides = find_config(arguments)
-    lines = ["warning: %s" % warning for warning in load_config(path, overrides).warnings]
-    what = "file %s" % path if path else "of the command line"
-    lines.append("configuration %s test is successful" % what)
-    print_error(*lines)
+    print_error(*["warning: %s" % line for line in load_config(path, overrides).warnings])
+    print_error("configuration %s test is successful" % (
+        "file %s" % path if path else "of the command line"))
 
 
 def send_signal(arguments):
@@ -7798,8 +7714,8 @@ def print_password(arguments):
         password = ""
     if not password:
         raise ValueError("no password given")
-    line = "%s:%s\n" % (arguments.hash_password, hash_password(password.encode()).decode())
-    sys.stdout.write(line)
+    sys.stdout.write("%s:%s\n" % (arguments.hash_password,
+                                  hash_password(password.encode()).decode()))
 
 
 SAMPLE = """\
@@ -7835,15 +7751,15 @@ proxy_pass = http://127.0.0.1:9000
 
 def print_config(arguments):
     """--print-config: print wsgate.ini, made from the tables."""
-    sections = []
-    for table in (SERVER_KEYS, LOCATION_KEYS, UPSTREAM_KEYS):
-        lines = []
-        for name, key in table.items():
-            if name != "proxy_pass":
-                lines += ["# " + line for line in textwrap.wrap(key.meaning, 86)]
-                lines.append(("#%s = %s" % (name, key.default)).rstrip())
-        sections.append("\n".join(lines))
-    sys.stdout.write(SAMPLE % tuple(sections))
+    sys.stdout.write(SAMPLE % tuple(map(sample_of, (SERVER_KEYS, LOCATION_KEYS, UPSTREAM_KEYS))))
+
+
+def sample_of(table):
+    """Return the keys of a table with their defaults, as comments of wsgate.ini."""
+    return "\n".join(
+        "%s\n#%s" % (textwrap.fill(key.meaning, 88, initial_indent="# ", subsequent_indent="# "),
+                     ("%s = %s" % (name, key.default)).rstrip())
+        for name, key in table.items() if name != "proxy_pass")
 
 
 UNIT = """\
@@ -7993,11 +7909,11 @@ class DemoConnection(socketserver.BaseRequestHandler):
         for opcode, payload in read_frames(stream, deadline):
             if payload == b"head":
                 payload = head.strip()
-            opcode = PONG if opcode == PING else opcode
-            stream.write_all(make_frame(opcode, payload, masked=False), deadline)
+            answer = PONG if opcode == PING else opcode
+            stream.write_all(make_frame(answer, payload, masked=False), deadline)
             if opcode == CLOSE:
-                stream.linger(Deadline(LINGER))
-                return
+                return stream.linger(Deadline(LINGER))
+        return None
 
 
 def read_frames(stream, deadline):
@@ -8193,8 +8109,8 @@ def probe_config(arguments):
         probes.append(Probe(arguments, server, forwarded, proxy.context, location.proxy_ssl_name,
                             location.proxy_protocol).run())
     print_line("wsgate at %s:" % gate.name)
-    context = probe_context(False) if listen.ssl else None
-    probes.append(Probe(arguments, gate, head, context, request.host, listen.proxy_protocol).run())
+    probes.append(Probe(arguments, gate, head, probe_context(False) if listen.ssl else None,
+                        request.host, listen.proxy_protocol).run())
     compare(probes)
     return 0 if all(each.word == "works" for each in probes) else 1
 
@@ -8223,21 +8139,20 @@ def handshake_head(arguments, authority, target):
 
     --header replaces the field of its name; without a value it removes it.
     """
-    given = arguments.header or []
     host = authority if max(authority) < "\x7f" else authority.encode("idna").decode()
     fields = ["Host: " + host, "Upgrade: websocket", "Connection: Upgrade",
               "Sec-WebSocket-Version: 13",
               "Sec-WebSocket-Key: " + base64.b64encode(os.urandom(16)).decode(),
               "Origin: " + (arguments.origin or ""),
               "Sec-WebSocket-Protocol: " + (arguments.subprotocol or "")]
-    replaced = [line.partition(":")[0].lower() for line in given]
-    lines = [line for line in fields if line.partition(":")[0].lower() not in replaced] + given
+    replaced = [line.partition(":")[0].lower() for line in arguments.header]
+    lines = [line for line in fields if line.partition(":")[0].lower() not in replaced]
     head = b"GET %s HTTP/1.1\r\n" % percent_encode(target.encode("utf-8", "surrogateescape"),
                                                    NOT_PRINTABLE)
-    for line in [line.encode("utf-8", "surrogateescape") + b"\r\n" for line in lines]:
+    for text in lines + arguments.header:
+        line = text.encode("utf-8", "surrogateescape") + b"\r\n"
         if line.count(b"\n") > 1 or not FIELD_LINES.fullmatch(line):
-            raise ValueError("invalid header field '%s' (expected Name: value)" % printable(
-                line[:-2]))
+            raise ValueError("invalid header field '%s' (expected Name: value)" % printable(text))
         head += line if line.partition(b":")[2].strip() else b""
     return head + b"\r\n"
 
@@ -8251,11 +8166,9 @@ def probe_context(verify, cafile=None):
         proxy_ssl_trusted_certificate=cafile and parse_pem(cafile))))
 
 
-def print_line(label, text=None, since=None):
-    """Print a line of the report, in ASCII. since: time.monotonic() at which this step began."""
+def print_line(label, text=None):
+    """Print a line of the report, in ASCII."""
     line = label if text is None else "%-10s%s" % (label, text.replace("\\x22", '"'))
-    if since is not None:
-        line += "  (%.1f ms)" % ((time.monotonic() - since) * 1000)
     sys.stdout.write(line.encode("ascii", "backslashreplace").decode() + "\n")
     sys.stdout.flush()
 
@@ -8276,7 +8189,7 @@ class Probe:
         self.preface = b"PROXY UNKNOWN\r\n" if proxy_protocol else b""
         self.deadline = Deadline(arguments.timeout)
         self.stream = self.response = self.word = None
-        self.since = 0.0                 # time.monotonic() of the 101, or when the silence began
+        self.since = time.monotonic()    # of the last step, of the 101, or when the silence began
 
     def run(self):
         """Perform all steps up to the Verdict; return self."""
@@ -8295,24 +8208,28 @@ class Probe:
                 self.stream.close()
         return self
 
+    def took(self):
+        """Return the time since the last step as text, for the end of a line."""
+        before, self.since = self.since, time.monotonic()
+        return "  (%.1f ms)" % ((self.since - before) * 1000)
+
     def connect(self):
         """Resolve the name and connect to the first address that accepts, in their order."""
-        began = time.monotonic()
         try:
             addresses = self.server.addresses(self.deadline)
         except (OSError, UnicodeError, TimedOut) as error:
             raise Verdict("unresolved", error=describe_error(error))
         names = [address if isinstance(address, str) else address[0] for _, address in addresses]
-        print_line("resolve", "%s is %s" % (printable(self.server.name), ", ".join(names)), began)
+        print_line("resolve", "%s is %s%s" % (printable(self.server.name), ", ".join(names),
+                                              self.took()))
         for place, ((family, address), where) in enumerate(zip(addresses, names)):
-            began = time.monotonic()
             try:
                 share = self.deadline.remaining() / (len(addresses) - place)
                 self.stream = connect_socket(family, address, Deadline(share))
-                print_line("connect", "connected to %s" % where, began)
+                print_line("connect", "connected to %s%s" % (where, self.took()))
                 return self.stream.write_all(self.preface, self.deadline)
             except (OSError, TimedOut) as failure:
-                print_line("connect", "%s: %s" % (where, describe_error(failure)), began)
+                print_line("connect", "%s: %s%s" % (where, describe_error(failure), self.took()))
                 error = failure
         if timed_out(error):
             raise Verdict("timeout", step="connection")
@@ -8321,7 +8238,6 @@ class Probe:
 
     def start_tls(self):
         """Start TLS and print version, cipher and certificate."""
-        began = time.monotonic()
         try:
             self.stream.start_tls(self.context, self.deadline, server_hostname=self.tls_name)
         except (OSError, ValueError) as error:  # ValueError: CertificateError, Python 3.6
@@ -8331,7 +8247,7 @@ class Probe:
             raise Verdict("certificate" if kind in ("untrusted", "host_name") else kind,
                           error=describe_error(error))
         sock = self.stream.sock
-        print_line("TLS", "%s, %s" % (sock.version(), sock.cipher()[0]), began)
+        print_line("TLS", "%s, %s%s" % (sock.version(), sock.cipher()[0], self.took()))
         facts = sock.getpeercert()  # empty if it was not verified
         print_line("", "certificate of %s, issued by %s, valid until %s" % (
             distinguished_name(facts), distinguished_name({"subject": facts["issuer"]}),
@@ -8340,13 +8256,12 @@ class Probe:
     def perform_handshake(self):
         """Send the handshake and read the head of the response."""
         self.print_head("sent", self.head)
-        began = time.monotonic()
         try:
             self.stream.write_all(self.head, self.deadline)
             while not self.response or self.response.status in INTERIM:
                 self.deadline.remaining()
                 head = read_head(self.stream, BIG_READ, self.deadline, take_response_head)
-                self.print_head("received", head, began)
+                self.print_head("received", head, self.took())
                 self.response = parse_response_head(head)
         except (TimedOut, EOFError, HTTPError, OSError) as error:
             got = self.stream.buffer
@@ -8360,13 +8275,13 @@ class Probe:
             raise Verdict("tls_failed" if isinstance(error, ssl.SSLError) else "closed",
                           error=describe_error(error))
 
-    def print_head(self, label, head, since=None):
+    def print_head(self, label, head, took=""):
         """Print a head line by line, without secrets."""
         for line in re.split(br"\r?\n", head.rstrip(b"\r\n")):
             name = line.partition(b":")[0]
             hidden = name.lower() in REDACTED_FIELDS - SHOWN_FIELDS
-            print_line(label, printable(name + b": ..." if hidden else line), since)
-            label, since = "", None
+            print_line(label, printable(name + b": ..." if hidden else line) + took)
+            label = took = ""
 
     def check_response(self):
         """Return if the response opens the WebSocket; raise a Verdict otherwise."""
@@ -8403,7 +8318,7 @@ class Probe:
         """Print the body of a response that is not 101; return its Verdict."""
         status, fields = self.response.status, self.response.fields
         if body:
-            print_line("body", printable(body[:400]).replace("\\x22", '"'))
+            print_line("body", printable(body[:400]))
         if status == 400 and re.search(br"(?i)HTTPS (port|server)|SSL-enabled|TLS port", body):
             return Verdict("tls_port")
         reason = printable(fields.get(b"x-wsgate-reason") or b"")
