@@ -3688,7 +3688,7 @@ def certificate_store(config):
     entry = default if default[0] else next(iter(pairs.values()), None)
     if entry is None:
         raise ValueError("missing (a listener with ssl needs ssl_certificate and"
-                         " ssl_certificate_key)")
+                         " ssl_certificate_key in [server], or in a location of a host name)")
     keys = (ListenerTLS(server.ssl_client_certificate, server.ssl_protocols, server.ssl_ciphers),
             ((None, entry),) + tuple(pairs.items()))
     store = TLS_IN_USE.get(keys) or CertificateStore(keys)
@@ -7751,7 +7751,10 @@ proxy_pass = http://127.0.0.1:9000
 
 def print_config(arguments):
     """--print-config: print wsgate.ini, made from the tables."""
-    sys.stdout.write(SAMPLE % tuple(map(sample_of, (SERVER_KEYS, LOCATION_KEYS, UPSTREAM_KEYS))))
+    location = dict(LOCATION_KEYS)
+    certificate = {name: location.pop(name) for name in ("ssl_certificate", "ssl_certificate_key")}
+    tables = {**SERVER_KEYS, **certificate}, location, UPSTREAM_KEYS
+    sys.stdout.write(SAMPLE % tuple(map(sample_of, tables)))
 
 
 def sample_of(table):
@@ -8372,12 +8375,14 @@ class Probe:
         return sorted(times)
 
     def idle(self, seconds):
-        """Send nothing for this long, not even pongs."""
+        """Send nothing for this long but pongs, as a browser does."""
         self.since = time.monotonic()
+        deadline = Deadline(seconds)
         try:
-            for opcode, _ in self.frames(Deadline(seconds)):
+            for opcode, payload in self.frames(deadline):
                 if opcode == PING:
-                    print_line("idle", "ping after %.1f s, not answered"
+                    self.stream.write_all(make_frame(PONG, payload[:125], masked=True), deadline)
+                    print_line("idle", "ping after %.1f s, answered"
                                % (time.monotonic() - self.since))
         except TimedOut:
             print_line("idle", "survived %g s of silence" % seconds)
