@@ -7794,6 +7794,7 @@ PrivateDevices=yes
 ProtectKernelTunables=yes
 ProtectControlGroups=yes
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RuntimeDirectory=wsgate
 LogsDirectory=wsgate
 # For keys that only root can read, such as those of certbot (restart wsgate after a renewal):
 #LoadCredential=cert.pem:/etc/letsencrypt/live/NAME/fullchain.pem
