@@ -316,15 +316,21 @@ def optional(parse, word="", value=None):
     return lambda text: value if text == word else parse(text)
 
 
-def matching(pattern, make, message):
-    """Return a parser that calls make with the groups of a pattern; message: where none matches."""
-    return lambda text: make(*require(re.fullmatch(pattern, text), message, text).groups())
+def matching(pattern, message):
+    """Return a decorator: a parser that calls the function with the groups of this pattern.
+
+    message: of the ValueError for a text that does not match. Keywords are passed on.
+    """
+    def decorate(make):
+        return lambda text, **options: make(
+            *require(re.fullmatch(pattern, text), message, text).groups(), **options)
+    return decorate
 
 
 def choice(*words):
     """Return a parser that accepts these words only."""
-    return matching("(%s)" % "|".join(words), str,
-                    "invalid value %%r (expected one of: %s)" % ", ".join(words))
+    return matching("(%s)" % "|".join(words),
+                    "invalid value %%r (expected one of: %s)" % ", ".join(words))(str)
 
 
 def list_of(split, parse):
@@ -342,13 +348,13 @@ def lines_of(text):
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def parse_seconds(text):
+@matching(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|[smhd]?)",
+          "invalid duration %r (expected e.g. 500ms, 30s, 10m, 2h or 1d)")
+def parse_seconds(number, unit):
     """Return a duration ('500ms', '30s', '10m', '2h', '1d' or '30') in seconds, as float."""
-    number, unit = require(
-        re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|[smhd]?)", text),
-        "invalid duration %r (expected e.g. 500ms, 30s, 10m, 2h or 1d)", text).groups()
     seconds = float(number) * TIME_UNITS[unit]
-    require(seconds <= LONGEST, "duration %r is too long (expected at most 3650d)", text)
+    require(seconds <= LONGEST, "duration '%s%s' is too long (expected at most 3650d)",
+            number, unit)
     return seconds
 
 
@@ -357,29 +363,26 @@ def parse_timeout(text):
     return require(parse_seconds(text), "invalid duration %r (expected more than 0)", text)
 
 
-def parse_size(text, minimum=0):
+@matching(r"([0-9]{1,9})([kmgKMG]?)", "invalid size %r (expected e.g. 512, 16k, 1m or 1g)")
+def parse_size(number, unit, minimum=0):
     """Return a size ('512', '16k', '1m' or '1g') in bytes."""
-    number, unit = require(
-        re.fullmatch(r"([0-9]{1,9})([kmg]?)", text.lower()),
-        "invalid size %r (expected e.g. 512, 16k, 1m or 1g)", text).groups()
-    size = int(number) * SIZE_UNITS[unit]
-    require(size >= minimum, "invalid size %r (expected at least %d)", text, minimum)
+    size = int(number) * SIZE_UNITS[unit.lower()]
+    require(size >= minimum, "invalid size '%s%s' (expected at least %d)", number, unit, minimum)
     return size
 
 
 parse_count = matching(
-    r"([0-9]{1,9})", int, "invalid number %r (expected a non-negative integer)")
-parse_flag = matching(r"(on)|off", bool, "invalid value %r (expected on or off)")
+    r"([0-9]{1,9})", "invalid number %r (expected a non-negative integer)")(int)
+parse_flag = matching(r"(on)|off", "invalid value %r (expected on or off)")(bool)
 
 
-def parse_cpu(text):
+@matching(r"([0-9]{1,9})", "invalid CPU %r (expected auto, off or the number of a CPU)")
+def parse_cpu(number):
     """Return the number of a CPU that this process may use."""
-    require(re.fullmatch(r"[0-9]{1,9}", text),
-            "invalid CPU %r (expected auto, off or the number of a CPU)", text)
-    require(not ALLOWED_PROCESSORS or int(text) in ALLOWED_PROCESSORS,
+    require(not ALLOWED_PROCESSORS or int(number) in ALLOWED_PROCESSORS,
             "CPU %s is not available (expected one of: %s)",
-            text, ", ".join(map(str, sorted(ALLOWED_PROCESSORS))))
-    return int(text)
+            number, ", ".join(map(str, sorted(ALLOWED_PROCESSORS))))
+    return int(number)
 
 
 def parse_log(text):
@@ -427,8 +430,8 @@ def parse_pem(text):
 
 TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
 parse_tls_version = matching(
-    "(%s)" % "|".join(map(re.escape, TLS_VERSIONS)), str,
-    "unknown TLS version %%r (expected some of: %s)" % " ".join(TLS_VERSIONS))
+    "(%s)" % "|".join(map(re.escape, TLS_VERSIONS)),
+    "unknown TLS version %%r (expected some of: %s)" % " ".join(TLS_VERSIONS))(str)
 
 
 def parse_protocols(text):
@@ -447,14 +450,13 @@ def parse_ciphers(text):
     return text
 
 
-def parse_return(text):
+@matching(r"(?s)([2-5][0-9]{2})(?:\s+(\S.*))?",
+          "invalid response %r (expected CODE, CODE TEXT or 30x URL)")
+def parse_return(status, body):
     """Return 'CODE', 'CODE TEXT' or '30x URL' as a Return."""
-    status, body = require(re.fullmatch(r"([2-5][0-9]{2})(?:\s+(\S.*))?", text, re.S),
-                           "invalid response %r (expected CODE, CODE TEXT or 30x URL)",
-                           text).groups("")
     require(body or int(status) not in REDIRECTS,
             "missing URL of the redirect (expected e.g. %s https://example.com/)", status)
-    return Return(int(status), Template(body))
+    return Return(int(status), Template(body or ""))
 
 
 def parse_header_line(line):
@@ -507,8 +509,9 @@ class Template:
     def __init__(self, text):
         self.text = text
         parts = re.split(r"\$\{?(\w+)\}?", text)  # text and names of variables by turns
+        # Bytes, or functions as in VARIABLES.
         self.parts = [self.variable(part) if place % 2 else part.encode()
-                      for place, part in enumerate(parts)]  # bytes, or functions as in VARIABLES
+                      for place, part in enumerate(parts) if part]
 
     def variable(self, name):
         """Return the function for a variable. Raise ValueError if it is unknown."""
@@ -526,8 +529,8 @@ class Template:
 
 
 parse_login_url = matching(  # variables stand after the host only
-    r"(https?://[^\s/?#$@\\]+(?:[/?#]\S*)?|/(?![/\\])\S*)", Template,
-    "invalid URL %r (expected https://HOST/... or /path)")
+    r"(https?://[^\s/?#$@\\]+(?:[/?#]\S*)?|/(?![/\\])\S*)",
+    "invalid URL %r (expected https://HOST/... or /path)")(Template)
 
 
 # --------------------------------------------------------- Configuration: hosts
@@ -615,8 +618,8 @@ def parse_listen_address(text, default_host="127.0.0.1"):
 
 LISTEN_OPTIONS = {
     "ssl": None, "proxy_protocol": None, "reuseport": None, "redirect": None,
-    "mode": matching("(0?[0-7]{3})", lambda digits: int(digits, 8),
-                     "invalid mode %r (expected e.g. 0660)")}
+    "mode": matching("0?([0-7]{3})", "invalid mode %r (expected e.g. 0660)")(
+        functools.partial(int, base=8))}
 
 
 def parse_listener(line):
@@ -668,27 +671,25 @@ def parse_network(word):
     return network
 
 
-def parse_proxy_pass(text):
+@matching(r"(?:http|ws)(s?)://(unix:/[^:\s]+|[^/?#\s]+):?(/[\x21-\x7e]*)?",
+          "invalid URL %r (expected http://host:port, https://host:port or http://unix:/path)")
+def parse_proxy_pass(secure, authority, uri):
     """Return the URL of a backend as a Target.
 
     scheme://NAME, scheme://host[:port] or scheme://unix:/path: , then an optional /uri;
     the scheme is http or https (ws and wss mean the same).
     """
-    secure, authority, uri = require(
-        re.fullmatch(r"(?:http|ws)(s?)://(unix:/[^:\s]+|[^/?#\s]+):?(/[\x21-\x7e]*)?", text),
-        "invalid URL %r (expected http://host:port, https://host:port or http://unix:/path)",
-        text).groups()
     require("@" not in authority, "credentials are not allowed in a backend URL (expected"
                                   " proxy_set_header = Authorization: ...)")
-    require("$" not in authority, "variables are not allowed in the host of %r (expected host:port"
-                                  " or the name of an [upstream])", text)
+    require("$" not in authority, "variables are not allowed in the host %r (expected host:port or"
+                                  " the name of an [upstream])", authority)
     parse_address(authority, default_port=80)  # raises ValueError
     return Target(bool(secure), authority, uri)
 
 
 parse_origin = matching(
-    r"(any|same|null|\*[^/]*|[a-z*][a-z0-9+.*-]*://[^/?#@]*)", str,
-    "invalid origin %r (expected e.g. https://example.com)")
+    r"(any|same|null|\*[^/]*|[a-z*][a-z0-9+.*-]*://[^/?#@]*)",
+    "invalid origin %r (expected e.g. https://example.com)")(str)
 
 
 def parse_origins(text):
@@ -729,7 +730,8 @@ def parse_balance(text):
     return " ".join(text.split())
 
 
-parse_upstream_name = matching(r"([\w.-]+)", str, "invalid name %r (expected [upstream NAME])")
+parse_upstream_name = matching(
+    r"([\w.-]+)", "invalid name %r (expected [upstream NAME])")(str)
 LOCATION_HOST = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]")
 
 
