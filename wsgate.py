@@ -1080,19 +1080,22 @@ def unknown_key(name, table):
     return "unknown key" + (foreign(name.replace(" ", "_"), word) or nearest(name, table))
 
 
+LINE_SHAPES = (  # of a line that is neither [section] nor key = value, and what to do with it
+    (r"[\s{};]*", "remove it: a section ends where the next one begins"),
+    (r"((?:server|location|upstream)\b[^{]*?)\s*\{.*", r"expected [\1]"),
+    (r"(%s)[\s:]+([^\s:;].*?)[\s:;]*" % "|".join(SECTION_OF), r"expected \1 = \2"),
+)
+
+
 def expected_line(line):
     """Return ' (what to do)' with a line that is neither [section] nor key = value."""
+    for shape, advice in LINE_SHAPES:
+        match = re.fullmatch(shape, line)
+        if match:
+            return " (%s)" % match.expand(advice)
     words = re.findall(r"[^\s{};]+", line)
-    if not words:
-        return " (remove it: a section ends where the next one begins)"
-    block = re.match(r"((?:server|location|upstream)\b[^{]*)\{", line)
-    if block:
-        return " (expected [%s])" % " ".join(block.group(1).split())
-    name, value = words[0].rstrip(":"), line[len(words[0]):].strip(" \t:;")
-    if value and name in SECTION_OF:
-        return " (expected %s = %s)" % (name, value)
-    return (foreign("_".join(words[:2]), name) or " (expected [section] or key = value; a line"
-            " that continues a value is indented)")
+    return (foreign("_".join(words[:2]), words[0].rstrip(":")) or " (expected [section] or key ="
+            " value; a line that continues a value is indented)")
 
 
 def nearest(word, words):
@@ -1149,6 +1152,7 @@ class ConfigReader:
         self.errors = []     # (line number, text)
         self.warnings = []
         self.sections = {}   # title -> texts
+        self.server = None   # Settings
         self.defaults = {}   # the values of [server] that locations inherit
         self.upstreams = {}  # {name of an [upstream], or address: Upstream}: one object, one health
         self.hosts = []      # (title, key, Address) of what is resolved at every connect
@@ -1160,19 +1164,21 @@ class ConfigReader:
         if self.path is not None:
             self.split(self.read_text())
         self.sections.setdefault("server", {}).update(self.overrides)
-        server = self.read_server(self.sections["server"])
+        self.read_server(self.sections["server"])
         readers = {"upstream": self.read_upstream, "location": self.read_location}
         titles = [title for title in self.sections if title != "server"]
         for title in sorted(titles, key=lambda title: title.split()[:1] != ["upstream"]):
             readers.get(title.partition(" ")[0], self.unknown_section)(title, self.sections[title])
         self.add_root()
         self.raise_errors()
-        config = Config(self.path, server, self.locations, list(self.upstreams.values()),
-                        self.warnings, self.place)
-        if any(listen.ssl for listen in server.listen):
-            config.certificates = self.checked("server", "ssl_certificate", certificate_store,
-                                               config)
+        certificates = None
+        if any(listen.ssl for listen in self.server.listen):
+            certificates = self.checked("server", "ssl_certificate", certificate_store, self)
             self.raise_errors()
+        config = Config({
+            "path": self.path, "server": self.server, "locations": self.locations,
+            "upstreams": list(self.upstreams.values()), "certificates": certificates,
+            "warnings": self.warnings, "place": self.place})
         warn_of_mistakes(self, config)
         return config
 
@@ -1313,14 +1319,14 @@ class ConfigReader:
             foreign(word) or nearest(word, ("server", "location", "upstream"))))
 
     def read_server(self, texts):
-        """Return the Settings of [server], which are also the defaults of all locations."""
+        """Read [server], whose values are also the defaults of all locations."""
         table = dict(LOCATION_KEYS, **SERVER_KEYS)
         given = self.values("server", texts, table)
         values = {name: given[name] if name in given else key.parse(key.default)
                   for name, key in table.items()}
         self.defaults = {name: key.parse(key.default) if name in SERVER_KEYS else values[name]
                          for name, key in LOCATION_KEYS.items()}
-        return Settings(values)
+        self.server = Settings(values)
 
     def read_upstream(self, title, texts):
         """Add the Upstream of an [upstream NAME]."""
@@ -1421,7 +1427,7 @@ def find_slip(text, parse):
 
 
 class Settings:
-    """The values of one section as attributes, named by their keys; immutable."""
+    """Values as attributes, named by their keys, as of one section; immutable."""
 
     def __init__(self, values):
         self.__dict__.update(values)
@@ -1431,33 +1437,29 @@ class Settings:
         raise AttributeError("the configuration is immutable")
 
 
-class Config:
+class Config(Settings):
     """One configuration, complete and checked. A reload makes a new one; tunnels keep theirs.
 
-    server: Settings. locations: list of Location. upstreams: list of Upstream.
-    certificates: a CertificateStore, if a listener has TLS. warnings: list of lines.
+    path: of the file, or None. server: Settings. locations: list of Location. upstreams: list of
+    Upstream. certificates: a CertificateStore, if a listener has TLS. warnings: list of lines.
     place: ConfigReader.place, for errors that are found later.
     """
 
-    def __init__(self, path, server, locations, upstreams, warnings, place):
-        self.path = path
-        self.server = server
-        self.locations = locations
-        self.upstreams = upstreams
-        self.warnings = warnings
-        self.place = place
-        self.certificates = None
-        # {host: its Locations: the exact ones, then prefixes by falling length}
-        self.by_host = {}
-        for location in sorted(locations, key=lambda each: (not each.exact, -len(each.path))):
+    def __init__(self, values):
+        super().__init__(values)
+        by_host = {}
+        for location in sorted(self.locations, key=lambda each: (not each.exact, -len(each.path))):
             for host in location.hosts:
-                self.by_host.setdefault(host, []).append(location)
-        self.wildcards = sorted((host for host in self.by_host if host and host[:2] == "*."),
-                                key=len, reverse=True)
-        # {(host, path without its last slash): Location}
-        self.without_slash = {
-            (host, each.path[:-1]): each for each in locations for host in each.hosts
-            if each.path.endswith("/") and not each.exact and len(each.path) > 1}
+                by_host.setdefault(host, []).append(location)
+        vars(self).update(
+            # {host: its Locations: the exact ones, then prefixes by falling length}
+            by_host=by_host,
+            wildcards=sorted((host for host in by_host if host and host[:2] == "*."),
+                             key=len, reverse=True),
+            # {(host, path without its last slash): Location}
+            without_slash={
+                (host, each.path[:-1]): each for each in self.locations for host in each.hosts
+                if each.path.endswith("/") and not each.exact and len(each.path) > 1})
 
     def route(self, host, path):
         """Return the Location that serves this host name and decoded path, or None."""
