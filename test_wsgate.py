@@ -1924,6 +1924,12 @@ def test_server_lines(line, values):
             server.backup, server.down) == values
 
 
+def test_servers_are_separated_by_commas_or_lines():
+    servers = wsgate.parse_servers("a.test:1 weight=2, b.test:2 backup\nc.test:3,")
+    assert [(each.name, each.weight, each.backup) for each in servers] == [
+        ("a.test:1", 2, False), ("b.test:2", 1, True), ("c.test:3", 1, False)]
+
+
 def test_a_location_has_several_hosts(tmp_path):
     """Its counters are those of one location, whichever host a request names."""
     config = load_text(tmp_path,
@@ -9203,7 +9209,8 @@ def test_idle_probe(capsys, tmp_path):
 
 def test_an_idle_probe_answers_pings(capsys, tmp_path):
     """A tunnel that pings keep open is not reported as cut."""
-    settings = "ping_peers = client\nping_interval = %dms\nping_timeout = %dms" % (100000 * MS, 200000 * MS)
+    settings = "ping_peers = client\nping_interval = %dms\nping_timeout = %dms" % (
+        100000 * MS, 200000 * MS)
     with gate_and_backend(tmp_path, upgrade_then(read_until_close), settings) as (gate, _):
         _, word, report = run_probe(capsys, "ws://127.0.0.1:%d/" % gate.port,
                                     "--idle", "%dms" % (1000000 * MS))

@@ -712,13 +712,13 @@ def parse_server_line(line):
     """Return 'ADDRESS [weight=1] [max_fails=1] [fail_timeout=10s] ... [down]' as a Server."""
     words = line.split()
     return Server(parse_address(words[0], default_port=80), **parse_options(
-        words[1:], SERVER_OPTIONS, "unknown server parameter %%r (expected one server per line,"
-                                   " with any of: %s)" % ", ".join(SERVER_OPTIONS)))
+        words[1:], SERVER_OPTIONS, "unknown server parameter %%r (expected any of: %s; each server"
+                                   " on a line of its own)" % ", ".join(SERVER_OPTIONS)))
 
 
 def parse_servers(text):
-    """Return the servers of an upstream, one per line, as a tuple of Server."""
-    return require(tuple(map(parse_server_line, lines_of(text))),
+    """Return the servers of an upstream, one per line or by commas, as a tuple of Server."""
+    return require(tuple(map(parse_server_line, lines_of(text.replace(",", "\n")))),
                    "no server (expected at least one address)")
 
 
@@ -972,7 +972,7 @@ PROXY_PASS_KEYS = ("proxy_pass", "proxy_pass_websocket", "auth_request")
 UPSTREAM_KEYS = {
     "server": Key(
         parse_servers, "",
-        "servers, one per line: address, then parameters weight=1 max_fails=1 fail_timeout=10s"
+        "servers, one per line or by commas: address, then weight=1 max_fails=1 fail_timeout=10s"
         " max_conns=0 backup down"),
     "balance": Key(
         parse_balance, "least_conn",
