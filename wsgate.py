@@ -1680,8 +1680,8 @@ def announce(config, gate):
         log.info("%s %s%s", "status page on" if listener.listen.status else "listening on",
                  listener.url(), others.get(listener.listen.address.host, ""))
     for location in config.locations:
-        for key, kind in (("proxy_pass", ""), ("proxy_pass_websocket", " WebSocket")):
-            target = getattr(location, key)
+        for kind, target in (("", location.proxy_pass),
+                             (" WebSocket", location.proxy_pass_websocket)):
             if target:
                 log.info("[location %s]%s -> %s://%s%s", location.name, kind,
                          "https" if target.tls else "http", target.authority, target.uri or "")
@@ -1710,12 +1710,11 @@ def give_to(user, path, descriptor):
     nginx does the same for its logs. A device or a link is left alone: the user could have
     put it there, to get at the file that it leads to.
     """
-    if not user or os.getuid():
-        return
-    opened, named = os.fstat(descriptor), os.lstat(path)
-    if (stat.S_ISREG(opened.st_mode) and opened.st_nlink == 1
-            and (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino)):
-        os.fchown(descriptor, pwd.getpwnam(user).pw_uid, -1)
+    if user and not os.getuid():
+        opened, named = os.fstat(descriptor), os.lstat(path)
+        if (stat.S_ISREG(opened.st_mode) and opened.st_nlink == 1
+                and (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino)):
+            os.fchown(descriptor, pwd.getpwnam(user).pw_uid, -1)
 
 
 class PidFile:
@@ -1733,9 +1732,8 @@ class PidFile:
         if path == self.path:
             return
         if path:
-            other = None
-            with contextlib.suppress(OSError):  # then it cannot be written either
-                other = running_gate(path) if os.name == "posix" else None
+            known = os.name == "posix" and os.access(path, os.R_OK)
+            other = running_gate(path) if known else None
             predecessor = os.getppid() if "WSGATE_READY" in os.environ else None
             if other not in (None, os.getpid(), predecessor):
                 raise OSError(errno.EEXIST, "%s belongs to the running wsgate process %d (expected"
@@ -1751,24 +1749,20 @@ class PidFile:
 
     def remove(self):
         """Remove the file, unless another process has written its own."""
-        if self.path:
-            with contextlib.suppress(OSError, ValueError):  # removed, or no permission
-                with open(self.path) as file:
-                    ours = int(file.read()) == os.getpid()
-                if ours:
-                    os.unlink(self.path)
+        with contextlib.suppress(OSError):  # no permission
+            if self.path and running_gate(self.path) == os.getpid():
+                os.unlink(self.path)
 
 
 def running_gate(path):
     """Return the ID of the process that a pid file names, None unless it runs wsgate.
 
-    Without /proc any process counts. Raise OSError if the file cannot be read.
+    It may be this one. Without /proc any process counts. Raise OSError if the file cannot be read.
     """
     try:
         with open(path) as file:
             number = int(file.read(32))
-        if number < 1:  # kill(2) would signal a group
-            return None
+        require(number > 0, "kill(2) would signal a group of processes")
         if os.name == "posix":  # elsewhere signal 0 is not harmless
             with contextlib.suppress(PermissionError):  # of another user
                 os.kill(number, 0)
@@ -1777,8 +1771,9 @@ def running_gate(path):
     with contextlib.suppress(OSError), open("/proc/%d/cmdline" % number, "rb") as file:
         names = [os.path.basename(word) for word in file.read().split(b"\0")]
         ours = {b"wsgate.py", b"wsgate", os.path.basename(__file__).encode()}
-        if not re.match(b"python|pypy|wsgate", names[0]) or ours.isdisjoint(names):
-            return None  # python3 -u wsgate.py ...
+        if number != os.getpid() and (  # python3 -u wsgate.py ...
+                not re.match(b"python|pypy|wsgate", names[0]) or ours.isdisjoint(names)):
+            return None
     return number
 
 
@@ -1860,8 +1855,8 @@ class Gate:
         self.spare_wakeups = [Wakeup(), Wakeup()]  # one to drain, one to stop
         self.pid_file = PidFile()
         self.successor = None                      # the Successor that USR2 started
-        self.next_check = 0.0                      # time.monotonic() of the next look at files
-        self.next_sample = 0.0                     # the same, for the counters
+        # time.monotonic() of the next look at certificates, and of the next sample of counters
+        self.next_check = self.next_sample = 0.0
         self.signal_wakeup = Wakeup()              # the numbers of signals are written to it
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.signal_wakeup, selectors.EVENT_READ, self.handle_signals)
@@ -2146,8 +2141,8 @@ def inherited_sockets():
 
     {Address: socket}; the variables that name them are removed from the environment.
     """
-    pairs = os.environ.pop("WSGATE_SOCKETS", "").split()
-    descriptors = [int(pair.rpartition("=")[2]) for pair in pairs]
+    descriptors = [int(pair.rpartition("=")[2])
+                   for pair in os.environ.pop("WSGATE_SOCKETS", "").split()]
     if os.environ.get("LISTEN_PID") == str(os.getpid()):
         descriptors += range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
     found = {}
@@ -3689,10 +3684,9 @@ def certificate_store(config):
         pair = (location.ssl_certificate, location.ssl_certificate_key)
         for host in filter(None, location.hosts if pair[0] and pair != default else ()):
             pairs.setdefault(host, pair)
-    entry = default if default[0] else next(iter(pairs.values()), None)
-    if entry is None:
-        raise ValueError("missing (a listener with ssl needs ssl_certificate and"
-                         " ssl_certificate_key in [server], or in a location of a host name)")
+    entry = require(default if default[0] else next(iter(pairs.values()), None),
+                    "missing (a listener with ssl needs ssl_certificate and ssl_certificate_key"
+                    " in [server], or in a location of a host name)")
     keys = (ListenerTLS(server.ssl_client_certificate, server.ssl_protocols, server.ssl_ciphers),
             ((None, entry),) + tuple(pairs.items()))
     store = TLS_IN_USE.get(keys) or CertificateStore(keys)
@@ -3707,8 +3701,8 @@ def backend_context(settings):
     It is the one in use, if its keys are the same and no file has changed.
     """
     keys = tuple((name, getattr(settings, name)) for name in BACKEND_TLS_KEYS)
-    files = [file for name, file in keys if file and name.endswith(("certificate", "_key"))]
-    stamps = list(map(file_stamp, files))
+    stamps = [file_stamp(file) for name, file in keys
+              if file and name.endswith(("certificate", "_key"))]
     context = TLS_IN_USE.get(keys)
     if context is None or TLS_STAMPS[context] != stamps:
         try:
@@ -3795,8 +3789,8 @@ def version_usable(name, ciphers):
     try:
         context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="any").do_handshake()
     except ssl.SSLWantReadError:  # the ClientHello was made
-        level = getattr(context, "security_level", 0 if "SECLEVEL=0" in ciphers else 1)
-        return (name not in ("TLSv1", "TLSv1.1") or ssl.OPENSSL_VERSION_INFO < (3,) or level == 0)
+        return (name not in ("TLSv1", "TLSv1.1") or ssl.OPENSSL_VERSION_INFO < (3,)
+                or not getattr(context, "security_level", "SECLEVEL=0" not in ciphers))
     except (ssl.SSLError, ValueError):
         return False
 
@@ -4618,8 +4612,7 @@ def real_client(server, client, fields):
              else b",".join(fields.get_all(b"x-forwarded-for")).split(b","))
     found = client.peer
     for part in reversed(named):  # from the right: the left end is what the client claims
-        text = part.strip(b" \t").decode("latin-1")
-        address = parse_ip(FORWARDED_PORT.sub(r"\1\2", text))
+        address = parse_ip(FORWARDED_PORT.sub(r"\1\2", part.strip(b" \t").decode("latin-1")))
         if address is None:
             break
         found = str(address)
@@ -4684,9 +4677,8 @@ def check_origin(location, request, client):
     origins = request.fields.get_all(b"origin")
     if location.allowed_origins is None or not origins:
         return
-    host = request.authority
-    if client.trusted and request.fields.get(b"x-forwarded-host"):
-        host = request.fields.get(b"x-forwarded-host").partition(b",")[0].strip()
+    named = client.trusted and request.fields.get(b"x-forwarded-host")
+    host = named.partition(b",")[0].strip() if named else request.authority
     origin = origins[0].decode("latin-1").lower()
     if len(origins) > 1 or len(origin) > ORIGIN_LIMIT or not any(
             same_origin(origin, host) if allowed == "same"
@@ -4813,10 +4805,8 @@ class PasswordHash(collections.namedtuple("PasswordHash", "scrypt digest salt"))
 
     def matches(self, password):
         """Return True if this is the hash of a password (bytes)."""
-        if self.scrypt:
-            digest = hashlib.scrypt(password, salt=self.salt, **SCRYPT)
-        else:
-            digest = hashlib.sha1(password + self.salt).digest()
+        digest = (hashlib.scrypt(password, salt=self.salt, **SCRYPT) if self.scrypt
+                  else hashlib.sha1(password + self.salt).digest())
         return hmac.compare_digest(digest, self.digest)
 
 
@@ -4825,20 +4815,19 @@ NO_HASH = PasswordHash(False, bytes(20), b"")  # of a file without users
 
 def parse_hash(text):
     """Return {SCHEME}base64 as a PasswordHash; raise ValueError for what cannot be checked."""
-    match = re.fullmatch(br"\{(SHA|SSHA|SCRYPT)\}(.*)", text)
-    if not match:
-        raise ValueError("unsupported password hash (expected {SCRYPT}, {SSHA} or {SHA}, as"
-                         " printed by wsgate.py --hash-password)")
+    match = require(re.fullmatch(br"\{(SHA|SSHA|SCRYPT)\}(.*)", text),
+                    "unsupported password hash (expected {SCRYPT}, {SSHA} or {SHA}, as printed by"
+                    " wsgate.py --hash-password)")
     scheme, scrypt = match.group(1), match.group(1) == b"SCRYPT"
     try:
         data = base64.b64decode(match.group(2), validate=True)
     except ValueError:
         raise ValueError("invalid base64 in the password hash")
-    if scrypt and not hasattr(hashlib, "scrypt"):
-        raise ValueError("{SCRYPT} is not supported by this Python (expected {SSHA})")
+    require(not scrypt or hasattr(hashlib, "scrypt"),
+            "{SCRYPT} is not supported by this Python (expected {SSHA})")
     digest, salt = (data[16:], data[:16]) if scrypt else (data[:20], data[20:])
-    if len(digest) != (64 if scrypt else 20) or (scheme == b"SHA" and salt):
-        raise ValueError("password hash of the wrong length")
+    require(len(digest) == (64 if scrypt else 20) and not (scheme == b"SHA" and salt),
+            "password hash of the wrong length")
     return PasswordHash(scrypt, digest, salt)
 
 
@@ -7108,7 +7097,7 @@ class LogWriter(logging.Handler):
     def __init__(self, where, sink, old=None):
         """where: the value of access_log or error_log. sink: an object with deliver(lines)
         that returns how many lines were lost, and close(). old: the LogWriter that this one
-        replaces. Raises OSError."""
+        replaces. Raises RuntimeError if there can be no more threads."""
         super().__init__()
         self.where = where
         self.sink = sink
@@ -7121,11 +7110,7 @@ class LogWriter(logging.Handler):
         self.reported = old.reported if old else 0  # of these, in the error log; main thread alone
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.run, name="log writer", daemon=True)
-        try:
-            self.thread.start()
-        except RuntimeError as error:  # no more threads
-            sink.close()
-            raise OSError(errno.EAGAIN, str(error))
+        self.thread.start()
 
     def handle(self, record):
         """Queue a line, or drop it; in place of logging's own, which holds a lock over I/O."""
@@ -7136,11 +7121,11 @@ class LogWriter(logging.Handler):
         with self.queue_lock:
             if self.size + len(text) > self.LIMIT:
                 self.dropped += 1
-                return
-            if not self.queue:
-                self.changed.notify()
-            self.queue.append((record.levelname, text))
-            self.size += len(text)
+            else:
+                if not self.queue:
+                    self.changed.notify()
+                self.queue.append((record.levelname, text))
+                self.size += len(text)
 
     def run(self):
         """Write what is queued until close(), in the writer's own thread."""
@@ -7200,13 +7185,6 @@ class SyslogSink(logging.handlers.SysLogHandler):
         self.lost += 1
 
 
-class ErrorFormatter(logging.Formatter):
-    """Lines of the error log, with UTC time as in the access log."""
-
-    def formatTime(self, record, datefmt=None):
-        return utc(record.created)
-
-
 def open_logs(server):
     """Open both logs that [server] names, again if they are open.
 
@@ -7217,14 +7195,16 @@ def open_logs(server):
     logging.raiseExceptions = False  # a log that cannot be written costs no connection
     logging._srcfile = None  # do not look for caller and thread (Logging HOWTO, Optimization)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    error_line = ErrorFormatter("%(asctime)s %(levelname)s %(message)s").format
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s",
+                                  "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
     access_line = operator.methodcaller("json" if server.log_format == "json" else "getMessage")
     errors = {}
-    for key, form in (("error_log", error_line), ("access_log", access_line)):
+    for key, form in (("error_log", formatter.format), ("access_log", access_line)):
         try:
             open_log(key, getattr(server, key), form, server.user)
-        except OSError as error:
-            errors[key] = error.strerror or str(error)
+        except (OSError, RuntimeError) as error:
+            errors[key] = describe_error(error)
     return errors
 
 
@@ -7338,10 +7318,9 @@ class StatusConnection(socketserver.BaseRequestHandler):
             return
         if not trusted(server.status_allow, self.client_address[0]):
             raise HTTPError(403, "access_denied", "this address is not in status_allow")
-        host = request.host.strip("[]")
-        # "": HTTP/1.0 without Host
-        names = ("", "localhost", self.server.listen.address.host.lower())
-        if host not in names and parse_ip(host) is None:
+        host = request.host.strip("[]")  # "": HTTP/1.0 without Host
+        if (host not in ("", "localhost", self.server.listen.address.host.lower())
+                and parse_ip(host) is None):
             raise HTTPError(403, "access_denied", "Host is not an address, localhost or the name"
                                                   " in status_listen")
 
@@ -7371,8 +7350,6 @@ def status(gate):
     with counters.lock:
         totals, handshakes = counters.totals.copy(), list(counters.handshakes)
     bounds = ["%g" % bound for bound in HANDSHAKE_BUCKETS] + ["+Inf"]
-    servers = [describe_server(upstream, server, now)
-               for upstream in gate.config.upstreams for server in upstream.servers]
     tunnels, up, down = counters.traffic(connections.tunnels())
     return {"version": VERSION, "state": gate.state, "started": round(counters.started, 3),
             "uptime": round(time.time() - counters.started), "connections": len(connections),
@@ -7384,7 +7361,9 @@ def status(gate):
             "handshakes": dict(zip(bounds, itertools.accumulate(handshakes))),
             "handshake_sum": totals["handshake_sum"],
             "log_lines_dropped": {key: writer.dropped for key, writer in log_writers().items()},
-            "servers": servers, "history": rates(list(counters.samples))}
+            "servers": [describe_server(upstream, server, now)
+                        for upstream in gate.config.upstreams for server in upstream.servers],
+            "history": rates(list(counters.samples))}
 
 
 def status_with_tunnels(gate):
@@ -7507,12 +7486,12 @@ def status_page(facts, query):
     """Return the dict of status() as HTML that refreshes itself; no script, nothing loaded."""
     keys = ("up_bytes", "down_bytes") if query == "sort=bytes" else ("age",)
     live = sorted(facts["live"], key=lambda each: -sum(each[key] for key in keys))[:500]
-    refusals = ", ".join("%s %d" % pair for pair in facts["refusals"].items()) or "nothing"
     curves, peaks = status_curves(facts["history"])
     return STATUS_PAGE.format(**dict(
-        facts, uptime=duration(facts["uptime"]), curves=curves, peaks=peaks,
+        facts, uptime=scaled(facts["uptime"], DURATION), curves=curves, peaks=peaks,
         servers="".join(server_row(each) for each in facts["servers"]),
-        live="".join(tunnel_row(each) for each in live), refusals=html.escape(refusals)))
+        live="".join(tunnel_row(each) for each in live),
+        refusals=", ".join("%s %d" % pair for pair in facts["refusals"].items()) or "nothing"))
 
 
 def status_curves(history):
@@ -7526,7 +7505,7 @@ def status_curves(history):
                   for place, value in enumerate(values)]
         if points:
             curves.append('<path class="%s" d="M%s"/>' % (kind, " L".join(points)))
-        peaks.append("most %s: %s" % (name, amount(peak)))
+        peaks.append("most %s: %s" % (name, scaled(peak, AMOUNT)))
     return "".join(curves), ", ".join(peaks)
 
 
@@ -7539,10 +7518,10 @@ def server_row(each):
 
 def tunnel_row(each):
     """Return a row of the table of tunnels; each: the dict of describe_tunnel."""
-    return table_row((each["id"], duration(each["age"]), each["client"], each["location"],
-                      each["server"], each["up_messages"], amount(each["up_bytes"]),
-                      each["down_messages"], amount(each["down_bytes"]),
-                      duration(each["last_data"]),
+    return table_row((each["id"], scaled(each["age"], DURATION), each["client"], each["location"],
+                      each["server"], each["up_messages"], scaled(each["up_bytes"], AMOUNT),
+                      each["down_messages"], scaled(each["down_bytes"], AMOUNT),
+                      scaled(each["last_data"], DURATION),
                       "-" if each["rtt"] is None else "%.1f ms" % (each["rtt"] * 1000)))
 
 
@@ -7552,20 +7531,14 @@ def table_row(values, kind=""):
     return '<tr class="%s">%s' % (kind, cells)
 
 
-def duration(seconds):
-    """Return seconds as '12s', '5m', '3h' or '2d', for people."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= 2 * size:
-            return "%d%s" % (seconds // size, unit)
-    return "%ds" % seconds
+# Units for people: (from which number, size, format).
+DURATION = ((172800, 86400, "%dd"), (7200, 3600, "%dh"), (120, 60, "%dm"), (-math.inf, 1, "%ds"))
+AMOUNT = ((1e9, 1e9, "%.1fG"), (1e6, 1e6, "%.1fM"), (1e3, 1e3, "%.1fk"), (-math.inf, 1, "%d"))
 
 
-def amount(count):
-    """Return a number as '512', '3.4k', '1.2M' or '5.0G', for people."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return "%.1f%s" % (count / size, unit)
-    return "%d" % count
+def scaled(number, units):
+    """Return a number in the first of these units that it reaches: '90m', '3.4k'."""
+    return next(form % (number / size) for least, size, form in units if number >= least)
 
 
 # ----------------------------------------------------------------- Command line
@@ -7577,11 +7550,12 @@ def main(argv=None):
     0: done. 1: configuration or run-time error. 2: usage (argparse exits with it).
     """
     arguments = parse_arguments(argv)
-    actions = ((arguments.print_config, print_config), (arguments.print_unit, print_unit),
-               (arguments.hash_password, print_password), (arguments.demo, demo),
-               (arguments.probe, probe), (arguments.t, check_config), (arguments.s, send_signal))
     try:
-        for wanted, action in actions:
+        for wanted, action in (
+                (arguments.print_config, print_config), (arguments.print_unit, print_unit),
+                (arguments.hash_password, print_password), (arguments.demo, demo),
+                (arguments.probe, probe), (arguments.t, check_config),
+                (arguments.s, send_signal)):
             if wanted:
                 return action(arguments) or 0
         return run_gate(*find_config(arguments))
@@ -7672,9 +7646,8 @@ OPTIONS = {  # title of a group: {names of an option: what add_argument() takes}
 
 def find_config(arguments):
     """Return (path or None, {key: text} for [server]) as the command line says."""
-    path, overrides = arguments.c, {}
-    if arguments.listen:
-        overrides["listen"] = arguments.listen
+    path = arguments.c
+    overrides = {"listen": arguments.listen} if arguments.listen else {}
     if arguments.backend:
         where = re.sub(r"^:?(?=[0-9]+$)", "127.0.0.1:", arguments.backend)  # PORT, :PORT
         overrides["proxy_pass"] = where if "://" in where else "http://" + where
@@ -7697,14 +7670,10 @@ def check_config(arguments):
 def send_signal(arguments):
     """-s: signal the process whose ID is in the pid file of the configuration."""
     path, overrides = find_config(arguments)
-    if not path:
-        raise ValueError("-s reads pid from the configuration of the running process (use -c FILE)")
-    path = reload_config(path, overrides).server.pid
-    if not path:
-        raise ValueError("-s needs pid = FILE in [server]")
-    number = running_gate(path)
-    if number is None:
-        raise ValueError("no wsgate process with the PID in %s" % path)
+    require(path, "-s reads pid from the configuration of the running process (use -c FILE)")
+    pid_file = require(reload_config(path, overrides).server.pid,
+                       "-s needs pid = FILE in [server]")
+    number = require(running_gate(pid_file), "no wsgate process with the PID in %s", pid_file)
     os.kill(number, getattr(signal, CONTROL[arguments.s]))
 
 
@@ -7716,8 +7685,7 @@ def print_password(arguments):
     except EOFError:
         sys.stderr.write("\n")
         password = ""
-    if not password:
-        raise ValueError("no password given")
+    require(password, "no password given")
     sys.stdout.write("%s:%s\n" % (arguments.hash_password,
                                   hash_password(password.encode()).decode()))
 
@@ -7917,11 +7885,11 @@ class DemoConnection(socketserver.BaseRequestHandler):
         for opcode, payload in read_frames(stream, deadline):
             if payload == b"head":
                 payload = head.strip()
-            answer = PONG if opcode == PING else opcode
-            stream.write_all(make_frame(answer, payload, masked=False), deadline)
+            stream.write_all(make_frame(PONG if opcode == PING else opcode, payload,
+                                        masked=False), deadline)
             if opcode == CLOSE:
-                return stream.linger(Deadline(LINGER))
-        return None
+                stream.linger(Deadline(LINGER))
+                return
 
 
 def read_frames(stream, deadline):
@@ -8059,26 +8027,19 @@ def refusal(status, reason):
 
 # ------------------------------------------------------------------------ Probe
 
-INTERIM = set(range(100, 200)) - {101}
 PROBE_UPGRADE = Upgrade(b"websocket", b"Upgrade", True, None, None)
 # Those of REDACTED_FIELDS that are shown: they explain the result.
 SHOWN_FIELDS = frozenset((b"sec-websocket-key", b"sec-websocket-protocol"))
-EVERYTHING_WORKS = "\nEverything works."
-BACKENDS_FAIL = "\nStart with the backend; by itself it does not work: %s"
-GATE_FAILS = ("\nThe backends work, wsgate does not: see its log, and whether it runs with this"
-              " configuration (-s reload).")
 
 
 def probe(arguments):
     """--probe URL or /path: return the exit status, 0 only if the WebSocket works."""
     if arguments.probe.startswith("/"):
         return probe_config(arguments)
-    match = re.fullmatch(r"(?:ws|http)(s?)://([^\s/?#@]+)/?([^\s#]*)(?:#\S*)?", arguments.probe,
-                         re.I)
-    if not match:
-        raise ValueError("invalid URL %r (expected ws://host[:port]/path, wss://... or a /path of"
-                         " the configuration)" % arguments.probe)
-    tls, authority, target = match.groups()
+    url = re.fullmatch(r"(?i)(?:ws|http)(s?)://([^\s/?#@]+)/?([^\s#]*)(?:#\S*)?", arguments.probe)
+    tls, authority, target = require(
+        url, "invalid URL %r (expected ws://host[:port]/path, wss://... or a /path of the"
+             " configuration)", arguments.probe).groups()
     port = 443 if tls else 80
     server = Server(parse_address(authority, default_port=port))
     head = handshake_head(arguments, re.sub(":%d$" % port, "", authority), "/" + target)
@@ -8100,10 +8061,9 @@ def probe_config(arguments):
         request = parse_request_head(head)
     except HTTPError as error:
         raise ValueError("wsgate would reject this request: %s" % error)
-    location = config.route(request.host, request.path)
-    if location is None:
-        raise ValueError("no [location] for this path on host %s (expected another path, or"
-                         " --header 'Host: NAME')" % request.host)
+    location = require(config.route(request.host, request.path),
+                       "no [location] for this path on host %s (expected another path, or"
+                       " --header 'Host: NAME')", request.host)
     address = "::1" if ":" in (host or "") else "127.0.0.1"
     client = ClientInfo(  # this process, as wsgate would see it
         peer=address, address=address, port=0, scheme=b"https" if listen.ssl else b"http",
@@ -8113,9 +8073,10 @@ def probe_config(arguments):
     proxy, probes = location.websocket_proxy, []
     for server in proxy.upstream.servers if proxy else ():
         print_line("Backend %s of [location %s]:" % (server.name, location.name))
-        forwarded = request_head_for_backend(request, location, client, server, PROBE_UPGRADE)
-        probes.append(Probe(arguments, server, forwarded, proxy.context, location.proxy_ssl_name,
-                            location.proxy_protocol).run())
+        probes.append(Probe(
+            arguments, server,
+            request_head_for_backend(request, location, client, server, PROBE_UPGRADE),
+            proxy.context, location.proxy_ssl_name, location.proxy_protocol).run())
     print_line("wsgate at %s:" % gate.name)
     probes.append(Probe(arguments, gate, head, probe_context(False) if listen.ssl else None,
                         request.host, listen.proxy_protocol).run())
@@ -8138,8 +8099,11 @@ def compare(probes):
     for row in rows:
         print_line("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
     bad = [each.server.name for each in probes[:-1] if each.word != "works"]
-    print_line(BACKENDS_FAIL % ", ".join(bad) if bad else
-               EVERYTHING_WORKS if probes[-1].word == "works" else GATE_FAILS)
+    print_line(
+        "\nStart with the backend; by itself it does not work: %s" % ", ".join(bad) if bad else
+        "\nEverything works." if probes[-1].word == "works" else
+        "\nThe backends work, wsgate does not: see its log, and whether it runs with this"
+        " configuration (-s reload).")
 
 
 def handshake_head(arguments, authority, target):
@@ -8159,8 +8123,8 @@ def handshake_head(arguments, authority, target):
                                                    NOT_PRINTABLE)
     for text in lines + arguments.header:
         line = text.encode("utf-8", "surrogateescape") + b"\r\n"
-        if line.count(b"\n") > 1 or not FIELD_LINES.fullmatch(line):
-            raise ValueError("invalid header field '%s' (expected Name: value)" % printable(text))
+        require(line.count(b"\n") == 1 and FIELD_LINES.fullmatch(line),
+                "invalid header field '%s' (expected Name: value)", printable(text))
         head += line if line.partition(b":")[2].strip() else b""
     return head + b"\r\n"
 
@@ -8177,8 +8141,7 @@ def probe_context(verify, cafile=None):
 def print_line(label, text=None):
     """Print a line of the report, in ASCII."""
     line = label if text is None else "%-10s%s" % (label, text.replace("\\x22", '"'))
-    sys.stdout.write(line.encode("ascii", "backslashreplace").decode() + "\n")
-    sys.stdout.flush()
+    print(line.encode("ascii", "backslashreplace").decode(), flush=True)
 
 
 class Probe:
@@ -8266,7 +8229,8 @@ class Probe:
         self.print_head("sent", self.head)
         try:
             self.stream.write_all(self.head, self.deadline)
-            while not self.response or self.response.status in INTERIM:
+            while not self.response or (self.response.status != 101
+                                        and self.response.status < 200):
                 self.deadline.remaining()
                 head = read_head(self.stream, BIG_READ, self.deadline, take_response_head)
                 self.print_head("received", head, self.took())
@@ -8410,12 +8374,12 @@ class Probe:
     def report(self, verdict):
         """Print a Verdict and what to do."""
         self.word = verdict.word
-        fields = self.response.fields if self.response else Headers()
-        facts = {"where": self.server.name, "target": self.head.split(b" ")[1],
-                 "host": self.sent.get(b"host") or "missing",
-                 "origin": self.sent.get(b"origin") or "not sent",
-                 "location": fields.get(b"location") or "nowhere"}
-        facts = {name: printable(value) for name, value in facts.items()}
+        location = self.response.fields.get(b"location") if self.response else None
+        facts = {name: printable(value) for name, value in (
+            ("where", self.server.name), ("target", self.head.split(b" ")[1]),
+            ("host", self.sent.get(b"host") or "missing"),
+            ("origin", self.sent.get(b"origin") or "not sent"),
+            ("location", location or "nowhere"))}
         facts.update(timeout=self.arguments.timeout, seconds=time.monotonic() - self.since,
                      status=self.response.status if self.response else 0, **verdict.facts)
         happened, remedy = verdict.sentence
