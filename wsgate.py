@@ -1732,8 +1732,8 @@ class PidFile:
         if path == self.path:
             return
         if path:
-            known = os.name == "posix" and os.access(path, os.R_OK)
-            other = running_gate(path) if known else None
+            other = (running_gate(path) if os.name == "posix" and os.access(path, os.R_OK)
+                     else None)
             predecessor = os.getppid() if "WSGATE_READY" in os.environ else None
             if other not in (None, os.getpid(), predecessor):
                 raise OSError(errno.EEXIST, "%s belongs to the running wsgate process %d (expected"
@@ -7491,7 +7491,8 @@ def status_page(facts, query):
         facts, uptime=scaled(facts["uptime"], DURATION), curves=curves, peaks=peaks,
         servers="".join(server_row(each) for each in facts["servers"]),
         live="".join(tunnel_row(each) for each in live),
-        refusals=", ".join("%s %d" % pair for pair in facts["refusals"].items()) or "nothing"))
+        refusals=html.escape(", ".join("%s %d" % pair for pair in facts["refusals"].items())
+                             or "nothing")))
 
 
 def status_curves(history):
