@@ -7726,7 +7726,7 @@ def print_config(arguments):
     """--print-config: print wsgate.ini, made from the tables."""
     location = dict(LOCATION_KEYS)
     certificate = {name: location.pop(name) for name in ("ssl_certificate", "ssl_certificate_key")}
-    tables = {**SERVER_KEYS, **certificate}, location, UPSTREAM_KEYS
+    tables = dict(SERVER_KEYS, **certificate), location, UPSTREAM_KEYS
     sys.stdout.write(SAMPLE % tuple(map(sample_of, tables)))
 
 
@@ -8142,7 +8142,8 @@ def probe_context(verify, cafile=None):
 def print_line(label, text=None):
     """Print a line of the report, in ASCII."""
     line = label if text is None else "%-10s%s" % (label, text.replace("\\x22", '"'))
-    print(line.encode("ascii", "backslashreplace").decode(), flush=True)
+    sys.stdout.write(line.encode("ascii", "backslashreplace").decode() + "\n")
+    sys.stdout.flush()
 
 
 class Probe:
@@ -8336,29 +8337,27 @@ class Probe:
             while len(times) < count:
                 began = time.monotonic()
                 self.stream.write_all(make_frame(opcode, payload, masked=True), deadline)
-                for received, data in self.frames(deadline):
-                    if received in expected and data == payload:
-                        break
-                    if received == PING:
-                        self.stream.write_all(make_frame(PONG, data[:125], masked=True), deadline)
+                next(data for received, data in self.frames(deadline)
+                     if received in expected and data == payload)
                 times.append((time.monotonic() - began) * 1000)
         return sorted(times)
 
     def idle(self, seconds):
-        """Send nothing for this long but pongs, as a browser does."""
+        """Send nothing for this long but pongs."""
         self.since = time.monotonic()
-        deadline = Deadline(seconds)
         try:
-            for opcode, payload in self.frames(deadline):
+            for opcode, _ in self.frames(Deadline(seconds)):
                 if opcode == PING:
-                    self.stream.write_all(make_frame(PONG, payload[:125], masked=True), deadline)
                     print_line("idle", "ping after %.1f s, answered"
                                % (time.monotonic() - self.since))
         except TimedOut:
             print_line("idle", "survived %g s of silence" % seconds)
 
     def frames(self, deadline):
-        """Yield as read_frames does; raise a Verdict for a Close or the end of the connection."""
+        """Yield as read_frames does, and answer pings, as a browser does.
+
+        Raise a Verdict for a Close or the end of the connection.
+        """
         for opcode, payload in read_frames(self.stream, deadline):
             if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
                 raise Verdict("garbage", error="frame with opcode %d" % opcode)
@@ -8369,6 +8368,8 @@ class Probe:
                 if row and row.status:  # reject_with = close
                     raise refusal(0, reason)
                 raise Verdict("cut", how="Close %d %s" % (code, reason or "without a reason"))
+            if opcode == PING:
+                self.stream.write_all(make_frame(PONG, payload[:125], masked=True), deadline)
             yield opcode, payload
         raise Verdict("cut", how="connection closed without a Close frame (1006 in browsers)")
 
