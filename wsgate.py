@@ -1560,12 +1560,11 @@ def warn_of_hidden(reader, config):
     """
     hidden = {}  # Location: (a host, the Location chosen for it)
     for host in filter(None, config.by_host):
-        name = host.replace("*", "x", 1)
-        groups = config.hosts_for(name)
-        for location in itertools.chain.from_iterable(map(config.by_host.get, groups)):
-            chosen = config.route(name, location.path)
-            if len(chosen.path) < len(location.path):
-                hidden.setdefault(location, (host, chosen))
+        for group in config.hosts_for(host):
+            for location in config.by_host[group]:
+                chosen = config.route(host, location.path)
+                if len(chosen.path) < len(location.path):
+                    hidden.setdefault(location, (host, chosen))
     for location, (host, chosen) in hidden.items():
         reader.warn("location " + location.name, None, "hidden by [location %s] for requests to %s"
                     " (expected [location %s%s] too)" % (chosen.name, host, host, location.path))
@@ -1612,6 +1611,7 @@ def readable_by(user, path):
     path = os.path.realpath(path)
 
     def permits(path, bit):
+        """Return a true value if this bit of rwx is set for the user."""
         status = os.stat(path)
         shift = 6 if status.st_uid == entry.pw_uid else 3 if status.st_gid in groups else 0
         return status.st_mode >> shift & bit or entry.pw_uid == 0
