@@ -4594,8 +4594,10 @@ def other_readings(forms):
 
 def raw_length(raw, prefix):
     """Return how many bytes of a raw path make up this prefix of the decoded path."""
-    units = itertools.islice(PATH_UNIT.finditer(raw), len(prefix.encode()))
-    return max((unit.end() for unit in units), default=0)
+    length = 0
+    for unit in itertools.islice(PATH_UNIT.finditer(raw), len(prefix.encode())):
+        length = unit.end()
+    return length
 
 
 # --------------------------------------------------------------- Access control
@@ -4691,10 +4693,10 @@ def check_origin(location, request, client):
 def same_origin(origin, host):
     """Return True if an origin (lower case) is http or https, with this host and port (bytes)."""
     scheme, _, authority = origin.partition("://")
-    default_port = {"http": ":80$", "https": ":443$"}.get(scheme)
-    return default_port is not None and (
-        re.sub(default_port, "", authority)
-        == re.sub(default_port, "", host.decode("latin-1").lower()))
+    port = {"http": ":80", "https": ":443"}.get(scheme)
+    host = host.decode("latin-1").lower()
+    return port is not None and (
+        authority == host or authority + port == host or authority == host + port)
 
 
 @functools.lru_cache()
