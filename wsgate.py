@@ -2089,6 +2089,7 @@ class Successor:
     """The process that USR2 has started, and the pipe on which it reports that it is ready."""
 
     TIMEOUT = 30  # seconds until it must be ready
+    GRACE = 1     # seconds until it must have ended once it has closed its pipe
 
     def __init__(self, listeners):
         """Start it with the sockets of these Listeners; raise OSError."""
@@ -2120,7 +2121,8 @@ class Successor:
         if word == b"ready":
             return None
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return "the new process ended with status %d" % self.process.wait(word is not None)
+            status = self.process.wait(0 if word is None else self.GRACE)
+            return "the new process ended with status %d" % status
         self.process.kill()
         self.process.wait()
         return "the new process %s; it was killed" % (
