@@ -12,7 +12,7 @@ install_pytest = $(1) -m pip install --quiet --disable-pip-version-check $$($(1)
 help:
 	@echo 'make run      start wsgate with ./wsgate.ini (ARGS="-c FILE")'
 	@echo 'make demo     start wsgate with an echo backend and a page for the browser'
-	@echo 'make test     run the tests, about two minutes (ARGS="-k WORDS -x")'
+	@echo 'make test     run the tests, about a minute (ARGS="-k WORDS -x")'
 	@echo 'make compat   run the tests under every Python from 3.6 to 3.15 found here'
 	@echo 'make lint     compile all scripts, check wsgate.ini'
 	@echo 'make fuzz     send mutated bytes for five minutes'

@@ -8227,7 +8227,8 @@ def test_only_the_gate_ends_a_tunnel_with_a_close_frame(tmp_path, constants, wha
                     assert each[1].was_reset == (what == "client resets")
         for peer in plain + up + down:
             peer.close()
-        eventually(lambda: sum(logged in line for line in list(gate.access)) == 3)
+        eventually(lambda: sum("101 closed" in line for line in list(gate.access)) == 3)
+        assert all(logged in line for line in gate.access), gate.access
 
 
 @pytest.mark.parametrize("who", ["client", "backend"])
