@@ -7244,9 +7244,9 @@ def log_sink(where, stream, user):
         return FileSink(os.dup(stream.fileno()), "w")
     if where in ("-", "off"):
         where = os.devnull
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
     try:  # without O_NONBLOCK a named pipe that has no reader would be waited for
-        descriptor = os.open(where, flags, 0o644)
+        descriptor = os.open(where, os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                             | getattr(os, "O_NONBLOCK", 0), 0o644)
     except OSError as error:
         raise OSError(error.errno, "cannot write %s (%s)" % (where, error.strerror))
     give_to(user, where, descriptor)
@@ -7309,8 +7309,8 @@ class StatusConnection(socketserver.BaseRequestHandler):
         if path not in STATUS_PAGES:
             raise HTTPError(404, "no_route", "no such page")
         kind, text = STATUS_PAGES[path]
-        status = 503 if path == "/readyz" and gate.state != "running" else 200
-        return status, kind, text(gate, query)
+        return (503 if path == "/readyz" and gate.state != "running" else 200, kind,
+                text(gate, query))
 
     def check_client(self, server, request):
         """Raise HTTPError unless status_allow has the client and Host is one of ours.
@@ -7532,8 +7532,8 @@ def tunnel_row(each):
 
 def table_row(values, kind=""):
     """Return a row of a table; kind: its class."""
-    cells = "".join("<td>%s" % html.escape(str(value)) for value in values)
-    return '<tr class="%s">%s' % (kind, cells)
+    return '<tr class="%s">%s' % (
+        kind, "".join("<td>%s" % html.escape(str(value)) for value in values))
 
 
 # Units for people: (from which number, size, format).
@@ -8041,10 +8041,10 @@ def probe(arguments):
     """--probe URL or /path: return the exit status, 0 only if the WebSocket works."""
     if arguments.probe.startswith("/"):
         return probe_config(arguments)
-    url = re.fullmatch(r"(?i)(?:ws|http)(s?)://([^\s/?#@]+)/?([^\s#]*)(?:#\S*)?", arguments.probe)
     tls, authority, target = require(
-        url, "invalid URL %r (expected ws://host[:port]/path, wss://... or a /path of the"
-             " configuration)", arguments.probe).groups()
+        re.fullmatch(r"(?i)(?:ws|http)(s?)://([^\s/?#@]+)/?([^\s#]*)(?:#\S*)?", arguments.probe),
+        "invalid URL %r (expected ws://host[:port]/path, wss://... or a /path of the"
+        " configuration)", arguments.probe).groups()
     port = 443 if tls else 80
     server = Server(parse_address(authority, default_port=port))
     head = handshake_head(arguments, re.sub(":%d$" % port, "", authority), "/" + target)
