@@ -2680,7 +2680,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             while end is KEEP_ALIVE:
                 end = self.serve()
                 self.served += 1
-                give_way()
+                self.stream.turns.took(time.monotonic(), Turns.LARGE)
             if end is LINGERING_CLOSE:
                 self.linger()
             elif end is RESET_CLOSE:
@@ -3034,7 +3034,7 @@ class Exchange:
                 relay.finish_request()
             finally:
                 relay.close_pipes()
-            return self.open_tunnel(response)
+            return self.open_tunnel(relay, response)
         if self.upgrade:
             self.entry.note_refusal(request, response)
             if location.reject_with == "close":
@@ -3154,7 +3154,7 @@ class Exchange:
             return []
         return added_fields(self.request, settings, self.client) + list(self.cookies)
 
-    def open_tunnel(self, response):
+    def open_tunnel(self, relay, response):
         """Send the 101 and make the Tunnel, which run() runs."""
         head = self.response_head(response, keep=True)
         self.responded = True
@@ -3163,8 +3163,7 @@ class Exchange:
         # With a limit unknown extensions are scanned too: bytes that are not frames end the tunnel.
         scan = self.upgrade.websocket and bool(
             self.location.max_message_size or extensions_known(response))
-        self.connection.tunnel = Tunnel(self, self.backend.stream, head, scan,
-                                        extensions_used(response))
+        self.connection.tunnel = Tunnel(self, relay, head, scan, extensions_used(response))
         self.connection.keep_backend(None)  # no request follows
         self.entry.tunnel_begins()
         return PLAIN_CLOSE
@@ -3446,35 +3445,64 @@ def unsent(sock):
         return 0
 
 
-class Turns:
-    """Makes a thread give way that never has to wait.
+class Crowd:
+    """The work of all threads, and how many threads do it.
 
-    All threads share Python's lock, and one processor. A thread that is woken does not preempt the
-    one that runs, and one that waits for a moment is preferred to those that wait for longer, until
-    it has used up its slice of the scheduler. So a client that pipelines, a flood of tiny frames,
-    or the luckier ones of a thousand chats would run for whole slices while their neighbours wait.
-    Hence every loop that can run without waiting calls took() after each turn: a thread gives way
-    when it has delivered something to its client, which is when it is due to wait, and otherwise
-    after a few turns in a row (an upload); one comes back every INTERVAL.
+    It has no lock: a lost update makes one thread give way once too often or too rarely.
     """
 
-    __slots__ = ("spent_until",)
+    __slots__ = ("work", "busy", "counted", "until")
 
-    INTERVAL = 0.01  # seconds in which a turn comes back
-    FREE = 5 * INTERVAL
+    WINDOW = 0.25  # seconds; a thread that took a turn in this or the last one is busy
 
     def __init__(self):
-        self.spent_until = 0.0  # time.monotonic() at which all turns taken have come back
+        self.work = 0       # done by all threads, in turns of a tunnel
+        self.busy = 0       # threads that took a turn in the last window, or more in this one
+        self.counted = 0    # ... in this one so far
+        self.until = 0.0    # time.monotonic() of its end
 
-    def took(self, now, delivered):
-        """A turn ended now. delivered: something was read for the client."""
-        spent_until = self.spent_until
-        if delivered or spent_until - now >= self.FREE:
+    def count(self, now):
+        """Count a thread that takes its first turn in a window; return the end of that."""
+        if now >= self.until:
+            self.busy = self.counted if now < self.until + self.WINDOW else 0
+            self.counted = 0
+            self.until = now + self.WINDOW
+        self.counted += 1
+        self.busy = max(self.busy, self.counted)
+        return self.until
+
+
+class Turns:
+    """Makes a thread give way that does not leave their share to the others.
+
+    All threads share Python's lock, and one processor. A thread that is woken does not preempt the
+    one that runs, and the kernel prefers those that wait briefly. So a client that pipelines, a
+    flood of tiny frames, or the luckier ones of a thousand chats would run for whole slices of the
+    scheduler while their neighbours wait. Hence each loop that can run without waiting calls took()
+    after each turn. A thread whose share of the work is more than half of what is fair among the
+    busy ones gives way. A chat beside greedy clients is far below: if it gave way too, it would
+    wait for all of them. A thread that is the only busy one gives way now and then.
+    """
+
+    __slots__ = ("last", "before", "counted_until")
+
+    crowd = Crowd()
+    LARGE = 4  # cost of a turn of bulk or HTTP, in turns of a tunnel
+    ALONE = 8  # cost of the turns until a thread gives way that is the only busy one
+
+    def __init__(self):
+        self.last = self.before = -math.inf  # Crowd.work after the last turn, and the one before
+        self.counted_until = 0.0             # Crowd.until when it was last counted
+
+    def took(self, now, cost=1):
+        """A turn of this cost ended now, time.monotonic()."""
+        crowd = self.crowd
+        if now >= self.counted_until:
+            self.counted_until = crowd.count(now)
+        crowd.work = work = crowd.work + cost
+        since, self.before, self.last = work - self.before, self.last, work
+        if since < 4 * cost * crowd.busy and (crowd.busy > 1 or work % self.ALONE < cost):
             give_way()
-        elif spent_until < now:
-            self.spent_until = now + self.INTERVAL
-        else:
-            self.spent_until = spent_until + self.INTERVAL
 
 
 def give_way():
@@ -3864,6 +3892,8 @@ STATUS_LINE = re.compile(
     br"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 FIELD_LINES = re.compile(                                          # RFC 9112 5
     br"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
+FIELD_LINE = re.compile(br"([^:\r]+):[\t ]*([^\r]*)\r\n")           # for valid FIELD_LINES
+SPACE_AT_END = re.compile(br"[\t ]\r\n")
 HOST = re.compile(                                                 # RFC 3986 3.2.2
     br"([A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?")
 CHUNK_LINE = re.compile(                                           # RFC 9112 7.1
@@ -4136,18 +4166,10 @@ def parse_fields(block):
             if not FIELD_LINES.fullmatch(line + b"\r\n"):  # its value may be a secret
                 name = re.match(br"([^\s:]+\s*:)?", line).group()[:40]
                 raise ValueError("invalid field line %s" % printable(name or b"without a name"))
-    fields = Headers()
-    index = fields.index
-    for line in block.split(b"\r\n")[:-1]:
-        name, _, value = line.partition(b":")
-        value = value.strip()
-        fields.append((name, value))
-        name = name.lower()
-        if name in index:
-            index[name].append(value)
-        else:
-            index[name] = [value]
-    return fields
+    pairs = FIELD_LINE.findall(block)
+    if SPACE_AT_END.search(block):
+        pairs = [(name, value.rstrip(b"\t ")) for name, value in pairs]
+    return Headers(pairs)
 
 
 class Headers(list):
@@ -4156,10 +4178,18 @@ class Headers(list):
     index: {lower-case name: [value]}. Made by parse_fields.
     """
 
-    def __init__(self):
-        super().__init__()
-        self.index = {}
+    __slots__ = ("index", "lists")
+
+    def __init__(self, pairs=()):
+        list.__init__(self, pairs)
         self.lists = {}  # what tokens() has returned, by name
+        self.index = index = {}
+        for name, value in pairs:
+            name = name.lower()
+            if name in index:
+                index[name].append(value)
+            else:
+                index[name] = [value]
 
     def get_all(self, name):
         """Return the values of all fields of this lower-case name, in order."""
@@ -4923,13 +4953,10 @@ class Upstream:
             servers = sorted(servers, key=lambda each: -rendezvous(key, each.name, each.weight))
         with self.lock:
             now = time.monotonic()
-            available, backups, unavailable = [], [], []
-            for server in servers:
-                if not server.down and not server.full() and server not in tried:
-                    group = (unavailable if not server.available(now) else
-                             backups if server.backup else available)
-                    group.append(server)
-            group = available or backups or unavailable
+            group = [each for each in servers
+                     if not each.down and each not in tried and not each.full()]
+            if len(group) > 1:
+                group = self.most_available(group, now)
             if not group:
                 return None
             if hashed or len(group) == 1:
@@ -4942,6 +4969,11 @@ class Upstream:
             if chosen.health.down_until:  # others wait for the result of this try
                 chosen.health.down_until = now + chosen.fail_timeout
             return chosen
+
+    def most_available(self, servers, now):
+        """Return those of servers that are up, else backups that are up, else all; lock held."""
+        up = [each for each in servers if each.available(now)]
+        return [each for each in up if not each.backup] or up or servers
 
     def choose(self, group):
         """Return the next server of a group by least_conn or round_robin; the lock is held."""
@@ -5449,26 +5481,31 @@ def connection_options(fields):
 def forwarded_fields(request, client, prefix, without):
     """Return the GENERATED_FIELDS as lines. without: names of those that are set otherwise."""
     scheme, host = reported_origin(request, client)
+    addresses = forwarded_for(request, client)
     if client.trusted:
         prefix = b",".join(request.fields.get_all(b"x-forwarded-prefix")) + prefix
-    address = b"" if client.address == "unix:" else client.address.encode()
-    lines = []
-    for name, value in ((b"X-Forwarded-For", forwarded_for(request, client)),
-                        (b"X-Forwarded-Proto", scheme), (b"X-Forwarded-Host", host),
-                        (b"X-Forwarded-Prefix", prefix), (b"X-Real-IP", address),
-                        (b"X-SSL-Client-S-DN", client.subject)):
-        if value and not (without and name.lower() in without):
-            lines.append(name + b": " + value)
+    lines = [b"X-Forwarded-Proto: " + scheme]
+    if host:
+        lines.append(b"X-Forwarded-Host: " + host)
+    if addresses:
+        lines.append(b"X-Forwarded-For: " + addresses)
+    if client.address != "unix:":
+        lines.append(b"X-Real-IP: " + client.address.encode())
+    if prefix:
+        lines.append(b"X-Forwarded-Prefix: " + prefix)
+    if client.subject:
+        lines.append(b"X-SSL-Client-S-DN: " + client.subject)
+    if without:
+        return [line for line in lines if line.partition(b":")[0].lower() not in without]
     return lines
 
 
 def reported_origin(request, client):
     """Return scheme and authority (bytes) of the request, as a trusted proxy reports them."""
-    scheme, host = client.scheme, request.authority
-    if client.trusted:
-        scheme = request.fields.get(b"x-forwarded-proto") or scheme
-        host = request.fields.get(b"x-forwarded-host") or host
-    return scheme, host
+    if not client.trusted:
+        return client.scheme, request.authority
+    return (request.fields.get(b"x-forwarded-proto") or client.scheme,
+            request.fields.get(b"x-forwarded-host") or request.authority)
 
 
 def forwarded_for(request, client):
@@ -5476,10 +5513,10 @@ def forwarded_for(request, client):
 
     A peer on a unix socket has no address: applications would not parse it.
     """
-    addresses = list(request.fields.get_all(b"x-forwarded-for")) if client.trusted else []
-    if client.peer != "unix:":
-        addresses.append(client.peer.encode())
-    return b", ".join(addresses)
+    peer = b"" if client.peer == "unix:" else client.peer.encode()
+    if not client.trusted:
+        return peer
+    return b", ".join(list(request.fields.get_all(b"x-forwarded-for")) + ([peer] if peer else []))
 
 
 def public_url(request, client):
@@ -6225,7 +6262,33 @@ class HTTPRelay(Relay):
             head = take_response_head(self.backend, self.limit)
             if head is not None:
                 return head
-            self.turn()
+            if self.up.scanner.done and not self.up.writing() and not self.down.writing():
+                self.await_response()
+            else:
+                self.turn()
+
+    def await_response(self):
+        """turn() while nothing else can move: the request is sent, its response has not begun."""
+        client, backend, now = self.client, self.backend, time.monotonic()
+        client.turns.took(now, Turns.LARGE)
+        deadline = max(self.head_since, self.up.last_progress) + self.location.proxy_read_timeout
+        if not (backend.tls and backend.sock.pending()):
+            self.watch(client.sock.fileno(), POLLRDHUP if self.gone_at == math.inf else 0)
+            self.watch(backend.sock.fileno(), backend.read_event)
+            ready = self.wait(min(deadline, self.gone_at) - now)
+            if not ready and time.monotonic() >= min(deadline, self.gone_at):
+                raise timeout_error("client_gone" if self.gone_at < deadline else "backend_timeout")
+            for fd, event in ready:
+                if fd == client.sock.fileno():
+                    self.check_client(event)
+        try:
+            data = backend.read()
+        except OSError:
+            data = b""
+        if data:
+            backend.buffer += data
+        elif data is not None:
+            self.response_ended()
 
     def finish_request(self):
         """Send the rest of the request: a tunnel begins after its body (docker exec)."""
@@ -6249,7 +6312,7 @@ class HTTPRelay(Relay):
 
     def turn(self):
         """Wait until something can move, and move it."""
-        self.client.turns.took(time.monotonic(), delivered=False)
+        self.client.turns.took(time.monotonic(), Turns.LARGE)
         up, down = self.up, self.down
         uploading = up.reading() and up.sink_state is OPEN
         responding = down.reading()
@@ -6372,13 +6435,16 @@ class Tunnel(Relay):
                  "send_timeout", "wakeup", "seen_wakeup", "end_at", "deadline", "over",
                  "rtt", "opened")
 
-    def __init__(self, exchange, backend, head, scan, extensions):
+    def __init__(self, exchange, relay, head, scan, extensions):
+        """relay: the HTTPRelay of the handshake, which this one continues."""
         location, now = exchange.location, time.monotonic()
-        limit = location.max_message_size
-        up, down = ((FrameScanner(True, extensions, limit, now),
-                     FrameScanner(False, extensions, limit, now)) if scan else
-                    (UntilClose(), UntilClose()))
-        super().__init__(exchange.stream, backend, up, down, now)
+        self.up, self.down = relay.up, relay.down
+        self.poll, self.interest = relay.poll, relay.interest
+        for flow in (self.up, self.down):
+            flow.scanner = (FrameScanner(flow is self.up, extensions, location.max_message_size, now)
+                            if scan else UntilClose())
+            flow.bytes = 0
+            flow.last_read = flow.last_progress = now
         self.gate = exchange.gate
         self.record = exchange.entry
         self.idle_timeout = location.idle_timeout
@@ -6408,7 +6474,7 @@ class Tunnel(Relay):
         """Relay until both directions have ended, a timer expires or the gate ends the tunnel."""
         up, down = self.up, self.down
         client = up.source.fileno()
-        reader, tls = None, up.source.tls or down.source.tls
+        reader, tls = up, up.source.tls or down.source.tls
         poll, monotonic, turns = self.poll.poll, time.monotonic, up.source.turns
         now = monotonic()
         up.flush(now)
@@ -6428,7 +6494,7 @@ class Tunnel(Relay):
                     continue
                 self.settle(now)
                 wake = now
-            turns.took(now, reader is down)
+            turns.took(now, Turns.LARGE if reader.bulk else 1)
             if now >= wake or not events:
                 wake = min(self.check_timers(now), now + LONGEST_POLL)
             elif self.wakeup is not None and now - before < QUIET / 10:
@@ -6459,6 +6525,19 @@ class Tunnel(Relay):
                 flow.move(now)
             if flow.scanner.notable:
                 self.on_scanner(flow, now)
+        if not (up.source_state is up.sink_state is down.source_state is down.sink_state is OPEN):
+            self.settle_ends(now)
+        for reader, writer in ((up, down), (down, up)):
+            stream = reader.source
+            events = ((stream.read_event if reader.reading() else 0)
+                      | (stream.write_event if writer.pending or writer.piped else 0))
+            if reader.source_state is not OPEN and writer.sink_state in (CLOSED, BROKEN):
+                events = None
+            self.watch(stream.sock.fileno(), events)
+
+    def settle_ends(self, now):
+        """Act on sources and sinks that are not OPEN any more."""
+        up, down = self.up, self.down
         for flow, back in ((up, down), (down, up)):
             if flow.source_state is EOF and back.sink_state is BROKEN:
                 flow.source_state = RESET  # the same socket, whose error its writer has got
@@ -6473,12 +6552,6 @@ class Tunnel(Relay):
         ended = [flow.source_state is not OPEN and flow.sink_state in (CLOSED, BROKEN)
                  for flow in (up, down)]
         self.over = self.over or all(ended)
-        for reader, writer in ((up, down), (down, up)):
-            stream = reader.source
-            finished = reader.source_state is not OPEN and writer.sink_state in (CLOSED, BROKEN)
-            events = ((stream.read_event if reader.reading() else 0)
-                      | (stream.write_event if writer.writing() else 0))
-            self.watch(stream.fileno(), None if finished else events)
 
     def on_source_end(self, flow, back, now):
         """A peer has ended its direction, or broken off: pass that on after its bytes."""
@@ -6929,10 +7002,19 @@ class AccessLogEntry:
     the status page reads what is fixed by then.
     """
 
-    __slots__ = ("counters", "id", "time", "begun", "client", "host", "request", "status",
-                 "location", "server", "failed", "handshake", "up", "down", "closer", "how",
-                 "reason", "frames", "rtt", "note")
     ids = itertools.count(random.randrange(1 << 24))
+
+    host = request = location = server = "-"
+    status = 0
+    failed = 0               # servers that failed before this one
+    handshake = None         # seconds up to the 101; None if there was none
+    up = down = (0, 0)       # (messages, bytes) from and to the client
+    closer = None            # who ended the tunnel: "client", "backend" or "gate"
+    how = None               # and how: a close code, or "eof", "rst", "fin"
+    reason = None            # a stable word, see REASONS
+    frames = None            # "lost" when the tunnel's bytes were not frames
+    rtt = None               # of the tunnel's last pong, in seconds
+    note = None              # for people
 
     def __init__(self, counters, client):
         self.counters = counters
@@ -6940,17 +7022,6 @@ class AccessLogEntry:
         self.time = time.time()
         self.begun = time.monotonic()
         self.client = client
-        self.host = self.request = self.location = self.server = "-"
-        self.status = 0
-        self.failed = 0               # servers that failed before this one
-        self.handshake = None         # seconds up to the 101; None if there was none
-        self.up = self.down = (0, 0)  # (messages, bytes) from and to the client
-        self.closer = None            # who ended the tunnel: "client", "backend" or "gate"
-        self.how = None               # and how: a close code, or "eof", "rst", "fin"
-        self.reason = None            # a stable word, see REASONS
-        self.frames = None            # "lost" when the tunnel's bytes were not frames
-        self.rtt = None               # of the tunnel's last pong, in seconds
-        self.note = None              # for people
 
     def take_request(self, request):
         """Take the request line and the host, escaped; skipped if the log is off."""
