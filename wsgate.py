@@ -2782,6 +2782,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def await_request(self):
         """Wait for the first byte of a request. Return the Deadline of its head, or None."""
+        if self.served and self.stream.has_request():
+            self.deadline = Deadline(self.gate.config.server.client_header_timeout)
+            return self.deadline
         self.gate.connections.wait(self)
         try:
             if self.served:
@@ -2854,9 +2857,13 @@ class Exchange:
     connection: KEEP_ALIVE, PLAIN_CLOSE, LINGERING_CLOSE or RESET_CLOSE.
     """
 
-    __slots__ = ("connection", "gate", "stream", "config", "client", "entry", "request",
-                 "location", "upgrade", "backend", "keepable", "keys", "responded",
-                 "cookies")
+    request = None
+    location = None
+    upgrade = None           # the Upgrade that the client asks for
+    backend = None
+    keepable = False         # the backend connection may be kept: see may_keep_backend
+    cookies = ()             # Set-Cookie fields of auth_request, for the client
+    responded = False        # a byte of the response may have been sent
 
     def __init__(self, connection):
         self.connection = connection
@@ -2865,14 +2872,7 @@ class Exchange:
         self.config = connection.gate.config  # of this request, whatever is reloaded meanwhile
         self.client = connection.client
         self.entry = AccessLogEntry(self.gate.counters, self.client.address)
-        self.request = None
-        self.location = None
-        self.upgrade = None          # the Upgrade that the client asks for
-        self.backend = None
-        self.keepable = False        # the backend connection may be kept: see may_keep_backend
-        self.cookies = ()            # Set-Cookie fields of auth_request, for the client
-        self.keys = []               # of Connections.in_use: what the exchange is counted for
-        self.responded = False       # a byte of the response may have been sent
+        self.keys = []           # of Connections.in_use: what the exchange is counted for
 
     def run(self, deadline):
         """Serve the request and write its line in the log, whatever happens."""
@@ -2966,7 +2966,9 @@ class Exchange:
         self.acquire(("location", location.name), location.max_connections, 503, "conn_limit",
                      "max_connections of [location %s] is reached" % location.name)
         # A backend that reads the path as another guard does believes the fields that it sets.
-        request.guarded = frozenset().union(*[guard.withheld for guard in guards[1:]])
+        request.withheld = location.withheld
+        if len(guards) > 1:
+            request.withheld = request.withheld.union(*[guard.withheld for guard in guards])
         for guard in guards:
             check_address(guard, address)
             check_origin(guard, request, self.client)
@@ -3093,9 +3095,8 @@ class Exchange:
             head = request_head_for_backend(request, location, client, self.backend.server,
                                             self.upgrade, keep)
             relay = HTTPRelay(self.stream, self.backend.stream, head,
-                              request.body(location.client_max_body_size,
-                                           location.withheld | request.guarded),
-                              location, self.config.server)
+                              request.body(location.client_max_body_size), location,
+                              self.config.server)
             try:
                 response = relay.final_response(interim=request.minor > 0)
                 proxy.upstream.succeeded(self.backend)
@@ -3170,8 +3171,7 @@ class Exchange:
 
     def persistent(self):
         """Return True if client, configuration and the gate's state keep the connection."""
-        return (self.request.persistent() and not self.request.attempts_upgrade()
-                and self.config.server.keepalive_timeout > 0
+        return (self.request.persistent and self.config.server.keepalive_timeout > 0
                 and self.gate.state == "running" and not self.connection.closing)
 
     def refuse(self, error):
@@ -3326,6 +3326,15 @@ class Stream:
             return False
         self.buffer += data
         return bool(data)
+
+    def has_request(self):
+        """Return True if a request has begun to arrive; read what is there, without waiting."""
+        if b"\r\n".startswith(self.buffer):  # nothing, or the empty line that is ignored
+            try:
+                self.buffer += self.read() or b""
+            except OSError:  # wait_for_request() returns False
+                return False
+        return not b"\r\n".startswith(self.buffer)
 
     def wait_for_request(self, deadline, wakeup):
         """Wait for bytes, as between two requests, and read them into buffer.
@@ -3976,39 +3985,30 @@ class Request:
 
     target: bytes for the backend. paths: see read_path; path: the first of them, for routing.
     minor: 0 or 1. authority: Host as it came, host: its name, lower case. length: of the body,
-    None if it is chunked or there is none. id: of the access log. user: after Basic
-    authentication. identity: lines for the backend, from the response of auth_request. guarded:
-    names of fields, as cgi_name() makes them, that the backend does not get because of guards.
+    None if it is chunked or there is none. attempts_upgrade: there is a trace of an upgrade, so
+    frames may follow (RFC 9931). persistent: the client may send another request (RFC 9112 9.3;
+    not in HTTP/1.0, nor after such a trace). id: of the access log. user: after Basic
+    authentication. identity: lines for the backend, from the response of auth_request. withheld:
+    names of fields, as cgi_name() makes them, that the backend does not get.
     """
 
     __slots__ = ("method", "target", "path", "paths", "minor", "fields", "host", "authority",
-                 "length", "chunked", "id", "user", "identity", "guarded")
+                 "length", "chunked", "attempts_upgrade", "persistent", "id", "user", "identity",
+                 "withheld")
 
     def has_body(self):
         """Return True unless the body is empty."""
         return bool(self.chunked or self.length)
 
-    def body(self, limit, withheld):
+    def body(self, limit):
         """Return the scanner of the request body. limit: client_max_body_size."""
         if self.chunked:
-            return ChunkedBody(limit, withheld.union(self.fields.tokens(b"connection")))
+            return ChunkedBody(limit, self.withheld.union(self.fields.tokens(b"connection")))
         return LengthBody(self.length) if self.length else NoBody()
 
     def repeatable(self):
         """Return True if it may be sent once more, though a server may have received it."""
         return self.method in (b"GET", b"HEAD", b"OPTIONS") and not self.has_body()
-
-    def attempts_upgrade(self):
-        """Return True if there is any trace of an upgrade: frames may follow (RFC 9931).
-
-        Not after h2c: its clients wait, and some ask for it in each request (Java's HttpClient).
-        """
-        return (b"sec-websocket-key" in self.fields.index
-                or not {b"h2c"}.issuperset(self.fields.tokens(b"upgrade")))
-
-    def persistent(self):
-        """Return True if the client may send another request (RFC 9112 9.3; not in HTTP/1.0)."""
-        return self.minor >= 1 and b"close" not in self.fields.tokens(b"connection")
 
 
 def parse_request_head(head):
@@ -4030,8 +4030,13 @@ def parse_request_head(head):
     request.target, request.paths = split_target(request.method, target, request.authority)
     request.path = request.paths[0]
     request.length, request.chunked = request_framing(fields, request.minor)
-    request.id, request.user, request.identity, request.guarded = "", b"", (), frozenset()
+    request.id, request.user, request.identity, request.withheld = "", b"", (), frozenset()
     listed = fields.tokens(b"connection")
+    # Not h2c: its clients wait, and some ask for it in each request (Java's HttpClient).
+    request.attempts_upgrade = (b"sec-websocket-key" in fields.index
+                                or not {b"h2c"}.issuperset(fields.tokens(b"upgrade")))
+    request.persistent = (request.minor > 0 and b"close" not in listed
+                          and not request.attempts_upgrade)
     if not PROTECTED_FIELDS.isdisjoint(listed):
         name = min(PROTECTED_FIELDS.intersection(listed))
         raise HTTPError(400, "bad_request", "Connection must not list %s" % printable(name))
@@ -5437,7 +5442,7 @@ def request_head_for_backend(request, location, client, server, upgrade, keep=Fa
     if not request.authority and b"host" not in replaced:  # HTTP/1.0 may come without
         name = "localhost" if server.address.path else server.name
         lines.append(b"Host: " + name.encode())
-    lines += end_to_end_fields(request, location, client, location.withheld | request.guarded)
+    lines += end_to_end_fields(request, location, client, request.withheld)
     if request.chunked:
         lines.append(b"Transfer-Encoding: chunked")
     if upgrade:
@@ -5484,11 +5489,10 @@ def forwarded_fields(request, client, prefix, without):
     addresses = forwarded_for(request, client)
     if client.trusted:
         prefix = b",".join(request.fields.get_all(b"x-forwarded-prefix")) + prefix
-    lines = [b"X-Forwarded-Proto: " + scheme]
+    lines = [b"X-Forwarded-For: " + addresses] if addresses else []
+    lines.append(b"X-Forwarded-Proto: " + scheme)
     if host:
         lines.append(b"X-Forwarded-Host: " + host)
-    if addresses:
-        lines.append(b"X-Forwarded-For: " + addresses)
     if client.address != "unix:":
         lines.append(b"X-Real-IP: " + client.address.encode())
     if prefix:
@@ -5754,7 +5758,7 @@ class Upgrade(collections.namedtuple("Upgrade", "protocol connection websocket k
 def requested_upgrade(request, location):
     """Return the Upgrade that a request asks for, None for plain HTTP (RFC 9110 7.8)."""
     fields, strict = request.fields, location.strict_handshake
-    if location.upgrade == "none" or not location.websocket_proxy or not request.attempts_upgrade():
+    if location.upgrade == "none" or not location.websocket_proxy or not request.attempts_upgrade:
         return None
     names = fields.tokens(b"upgrade") if request.minor else ()  # no upgrade in HTTP/1.0
     connection = as_spelled(fields, b"connection", b"upgrade")
@@ -5965,7 +5969,7 @@ class Flow:
         self.bytes = 0            # taken from source
         self.last_read = now      # time.monotonic() of the last byte from source
         self.last_progress = now  # ... of the last byte from source or to sink
-        self.pinged = None        # ... of the last ping of the gate's own to sink
+        self.pinged = -math.inf   # ... of the last ping of the gate's own to sink
 
     def reading(self):
         """Return True if source is to be polled."""
@@ -6202,7 +6206,8 @@ class HTTPRelay(Relay):
         self.head_since = now    # time.monotonic() since when the response head is due
         self.gone_at = math.inf  # ... at which a client that has closed is given up
         self.up.pending = head
-        self.feed(self.up, now)
+        if not body.done:
+            self.feed(self.up, now)
 
     def feed(self, flow, now):
         """Give source.buffer to the scanner of a flow; what it does not take stays there."""
@@ -6259,9 +6264,10 @@ class HTTPRelay(Relay):
     def response_head(self):
         """Wait for a response head while the request body goes up; return its bytes."""
         while True:
-            head = take_response_head(self.backend, self.limit)
-            if head is not None:
-                return head
+            if self.backend.buffer:
+                head = take_response_head(self.backend, self.limit)
+                if head is not None:
+                    return head
             if self.up.scanner.done and not self.up.writing() and not self.down.writing():
                 self.await_response()
             else:
@@ -6441,8 +6447,10 @@ class Tunnel(Relay):
         self.up, self.down = relay.up, relay.down
         self.poll, self.interest = relay.poll, relay.interest
         for flow in (self.up, self.down):
-            flow.scanner = (FrameScanner(flow is self.up, extensions, location.max_message_size, now)
-                            if scan else UntilClose())
+            flow.scanner = UntilClose()
+            if scan:
+                flow.scanner = FrameScanner(flow is self.up, extensions,
+                                            location.max_message_size, now)
             flow.bytes = 0
             flow.last_read = flow.last_progress = now
         self.gate = exchange.gate
@@ -6630,13 +6638,12 @@ class Tunnel(Relay):
 
     def check_ends(self, now):
         """Finish the tunnel if one of its times has come; return the next of them."""
-        up, down = self.up, self.down
-        half_closed = (self.closed_both_ways() or up.source_state is not OPEN
-                       or down.source_state is not OPEN)
-        limit = self.idle_timeout
+        up, down, limit = self.up, self.down, self.idle_timeout
+        half_closed = (up.source_state is not OPEN or down.source_state is not OPEN
+                       or self.closed_both_ways())
         if half_closed and isinstance(up.scanner, FrameScanner):  # else it is a way to use it
             limit = min(HALF_CLOSE, limit)
-        idle_at = max(self.last_byte, up.pinged or 0, down.pinged or 0) + limit
+        idle_at = max(up.last_progress, down.last_progress, up.pinged, down.pinged) + limit
         stalled_at = down.last_progress + self.send_timeout if down.writing() else math.inf
         if now >= idle_at and half_closed:
             self.deadline = now
@@ -6666,11 +6673,11 @@ class Tunnel(Relay):
         if (not isinstance(scanner, FrameScanner) or incoming.source_state is not OPEN
                 or outgoing.sink_state is not OPEN):
             return math.inf
-        if sent is not None and incoming.last_read < sent:
+        if incoming.last_read < sent:
             if now >= sent + self.ping_timeout:
                 self.finish("ping_timeout", 1011, 1001, now)
             return sent + self.ping_timeout
-        due = max(incoming.last_read, sent or 0) + self.ping_interval
+        due = max(incoming.last_read, sent) + self.ping_interval
         if incoming is self.down:
             due += min(1.0, self.ping_interval / 4)  # the backend's turn is a little later
         if now < due:
@@ -8146,7 +8153,7 @@ def probe_config(arguments):
         subject=b"", trusted=(not listen.proxy_protocol
                               and trusted(config.server.set_real_ip_from, address)),
         server_address=address, server_port=listen.address.port or 0)
-    proxy, probes = location.websocket_proxy, []
+    request.withheld, proxy, probes = location.withheld, location.websocket_proxy, []
     for server in proxy.upstream.servers if proxy else ():
         print_line("Backend %s of [location %s]:" % (server.name, location.name))
         probes.append(Probe(
