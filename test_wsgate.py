@@ -4003,38 +4003,49 @@ def gave_way(monkeypatch):
     monkeypatch.setattr(wsgate, "give_way", lambda: given.append(1))
     monkeypatch.setattr(wsgate.Turns, "crowd", wsgate.Crowd())
 
-    def took(turns, cost=1, now=100.0):
+    def took(turns, work=1, now=100.0):
         before = len(given)
-        turns.took(now, cost)
+        turns.took(now, work)
         return len(given) > before
     return took
 
 
 def test_equals_give_way_to_each_other(gave_way):
     """The luckier ones of many chats would be served again and again."""
-    chats = [wsgate.Turns() for _ in range(20)]
-    rounds = [[gave_way(chat) for chat in chats] for _ in range(6)]
-    assert not any(rounds[0] + rounds[1]) and all(sum(rounds[3:], []))
+    period, chats = wsgate.Turns.PERIOD, [wsgate.Turns() for _ in range(20)]
+    rounds = [[gave_way(chat) for chat in chats] for _ in range(4 * period)]
+    assert not any(sum(rounds[:period - 1], [])) and all(sum(rounds[2 * period:], []))
     assert [gave_way(chats[0]) for _ in range(20)] == [True] * 20
 
 
 def test_a_greedy_thread_gives_way_and_a_chat_beside_it_does_not(gave_way):
     """A chat that gave way too would wait for all of the greedy ones."""
     greedy, chats = wsgate.Turns(), [wsgate.Turns() for _ in range(20)]
-    for turn in range(2000):
+    for turn in range(4000):
         assert gave_way(greedy, wsgate.Turns.LARGE) or turn < 40
-        if turn % 10 == 0:
-            assert not gave_way(chats[turn // 10 % 20])
+        if turn % 20 == 0:
+            assert not gave_way(chats[turn // 20 % 20])
 
 
 def test_a_thread_that_is_alone_gives_way_now_and_then(gave_way):
     """Nobody may be there to give way to, and each time costs a system call."""
-    alone, other = wsgate.Turns(), wsgate.Turns()
-    assert 8 <= sum(gave_way(alone) for _ in range(80)) <= 10
+    alone, other, period = wsgate.Turns(), wsgate.Turns(), wsgate.Turns.PERIOD
+    assert sum(gave_way(alone) for _ in range(10 * period)) == 10
     gave_way(other)
-    assert all([gave_way(alone) for _ in range(80)])
+    assert all([gave_way(alone) for _ in range(10 * period)][period:])
     later = 100.0 + 3 * wsgate.Crowd.WINDOW
-    assert 8 <= sum(gave_way(alone, now=later) for _ in range(80)) <= 10
+    assert 9 <= sum(gave_way(alone, now=later) for _ in range(10 * period)) < 10 + period
+
+
+def test_short_connections_are_no_crowd(gave_way):
+    """One at a time, each of a turn: a chat beside them has its share, however many there were."""
+    chat = wsgate.Turns()
+    for _ in range(1000):
+        for _ in range(10):
+            short = wsgate.Turns()
+            gave_way(short, wsgate.Turns.LARGE)
+            short.end()
+        assert not gave_way(chat)
 
 
 @pytest.mark.parametrize("path, data", [

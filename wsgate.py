@@ -2691,6 +2691,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             log.debug("%s: connection ended: %s", self.client_address, error)
         finally:
             connections.leave(self)
+            self.stream.turns.end()
             if self.key:
                 connections.release(self.key)
             self.stream.close()
@@ -3256,7 +3257,8 @@ class Stream:
     __slots__ = ("sock", "buffer", "scanned", "tls", "read_event", "write_event", "turns")
 
     def __init__(self, sock):
-        sock.setblocking(False)
+        if sock.gettimeout() != 0.0:
+            sock.setblocking(False)
         self.sock = sock
         self.buffer = b""            # read, but not taken yet
         self.scanned = 0             # bytes of buffer in which no head ends: see take_head
@@ -3465,7 +3467,7 @@ class Crowd:
     WINDOW = 0.25  # seconds; a thread that took a turn in this or the last one is busy
 
     def __init__(self):
-        self.work = 0       # done by all threads, in turns of a tunnel
+        self.work = 0       # done by all threads: see Turns
         self.busy = 0       # threads that took a turn in the last window, or more in this one
         self.counted = 0    # ... in this one so far
         self.until = 0.0    # time.monotonic() of its end
@@ -3488,30 +3490,43 @@ class Turns:
     one that runs, and the kernel prefers those that wait briefly. So a client that pipelines, a
     flood of tiny frames, or the luckier ones of a thousand chats would run for whole slices of the
     scheduler while their neighbours wait. Hence each loop that can run without waiting calls took()
-    after each turn. A thread whose share of the work is more than half of what is fair among the
-    busy ones gives way. A chat beside greedy clients is far below: if it gave way too, it would
-    wait for all of them. A thread that is the only busy one gives way now and then.
+    after each turn. A thread that has lately done more than half of its fair share of the work of
+    all busy ones gives way after each turn. A chat beside greedy clients has done far less: if it
+    gave way too, it would wait for all of them; nor does a connection that has just begun.
     """
 
-    __slots__ = ("last", "before", "counted_until")
+    __slots__ = ("begun", "done", "greedy", "counted_until")
 
     crowd = Crowd()
-    LARGE = 4  # cost of a turn of bulk or HTTP, in turns of a tunnel
-    ALONE = 8  # cost of the turns until a thread gives way that is the only busy one
+    PERIOD = 8  # work of a thread until its share is looked at
+    LARGE = 4   # work of a turn of bulk or HTTP; that of any other turn is 1
 
     def __init__(self):
-        self.last = self.before = -math.inf  # Crowd.work after the last turn, and the one before
-        self.counted_until = 0.0             # Crowd.until when it was last counted
+        self.begun = self.crowd.work  # when the period began
+        self.done = 0                 # own work since then
+        self.greedy = False           # as the last period has shown
+        self.counted_until = 0.0      # Crowd.until when it was last counted
 
-    def took(self, now, cost=1):
-        """A turn of this cost ended now, time.monotonic()."""
+    def took(self, now, work=1):
+        """A turn ended now, time.monotonic()."""
         crowd = self.crowd
         if now >= self.counted_until:
             self.counted_until = crowd.count(now)
-        crowd.work = work = crowd.work + cost
-        since, self.before, self.last = work - self.before, self.last, work
-        if since < 4 * cost * crowd.busy and (crowd.busy > 1 or work % self.ALONE < cost):
+        crowd.work += work
+        self.done += work
+        if self.done >= self.PERIOD:
+            self.greedy = crowd.work - self.begun < 2 * self.done * crowd.busy
+            self.begun, self.done = crowd.work, 0
+            if self.greedy and crowd.busy == 1:  # alone: now and then is enough
+                self.greedy = False
+                give_way()
+        if self.greedy:
             give_way()
+
+    def end(self):
+        """No turn follows: the next connection counts instead of this one."""
+        if self.counted_until == self.crowd.until:
+            self.crowd.counted -= 1
 
 
 def give_way():
@@ -5360,7 +5375,9 @@ CONNECTING = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK))
 
 def connect_socket(family, address, deadline):
     """Return a connected Stream; raise OSError or TimedOut."""
-    stream = Stream(socket.socket(family, socket.SOCK_STREAM))
+    # Made non-blocking by socket(), where there is SOCK_NONBLOCK, not by another system call.
+    kind = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
+    stream = Stream(socket.socket(family, kind))
     try:
         result = stream.sock.connect_ex(address)
         if result == errno.EAGAIN and isinstance(address, str):  # a Unix socket
@@ -6529,19 +6546,25 @@ class Tunnel(Relay):
         """Act on what flows and scanners have seen, then poll for what can move."""
         up, down = self.up, self.down
         for flow in (up, down):
-            while flow.decrypted():
-                flow.move(now)
+            if flow.bulk and flow.source.tls:
+                while flow.decrypted():
+                    flow.move(now)
             if flow.scanner.notable:
                 self.on_scanner(flow, now)
         if not (up.source_state is up.sink_state is down.source_state is down.sink_state is OPEN):
             self.settle_ends(now)
         for reader, writer in ((up, down), (down, up)):
-            stream = reader.source
-            events = ((stream.read_event if reader.reading() else 0)
-                      | (stream.write_event if writer.pending or writer.piped else 0))
-            if reader.source_state is not OPEN and writer.sink_state in (CLOSED, BROKEN):
+            stream, events = reader.source, 0
+            if reader.source_state is OPEN:
+                if not (reader.pending or reader.piped or reader.scanner.done):
+                    events = stream.read_event
+            elif writer.sink_state in (CLOSED, BROKEN):
                 events = None
-            self.watch(stream.sock.fileno(), events)
+            if writer.pending or writer.piped:
+                events |= stream.write_event
+            fd = stream.sock.fileno()
+            if self.interest.get(fd, 0) != events:
+                self.watch(fd, events)
 
     def settle_ends(self, now):
         """Act on sources and sinks that are not OPEN any more."""
