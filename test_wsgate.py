@@ -4021,17 +4021,20 @@ def test_equals_give_way_to_each_other(gave_way):
 def test_a_greedy_thread_gives_way_and_a_chat_beside_it_does_not(gave_way):
     """A chat that gave way too would wait for all of the greedy ones."""
     greedy, chats = wsgate.Turns(), [wsgate.Turns() for _ in range(20)]
-    for turn in range(4000):
-        assert gave_way(greedy, wsgate.Turns.LARGE) or turn < 40
-        if turn % 20 == 0:
-            assert not gave_way(chats[turn // 20 % 20])
+    for chat in chats * wsgate.Turns.PERIOD:
+        gave_way(chat)  # they share the work equally
+    for number in range(2 * wsgate.Turns.PERIOD):
+        for chat in chats:
+            assert all([gave_way(greedy, wsgate.Turns.LARGE) for _ in range(20)][2:])
+            assert not gave_way(chat) or number < wsgate.Turns.PERIOD
 
 
 def test_a_thread_that_is_alone_gives_way_now_and_then(gave_way):
     """Nobody may be there to give way to, and each time costs a system call."""
     alone, other, period = wsgate.Turns(), wsgate.Turns(), wsgate.Turns.PERIOD
     assert sum(gave_way(alone) for _ in range(10 * period)) == 10
-    gave_way(other)
+    for _ in range(period):
+        gave_way(other)
     assert all([gave_way(alone) for _ in range(10 * period)][period:])
     later = 100.0 + 3 * wsgate.Crowd.WINDOW
     assert 9 <= sum(gave_way(alone, now=later) for _ in range(10 * period)) < 10 + period
@@ -4096,7 +4099,7 @@ def test_no_chat_waits_for_many_turns_of_a_greedy_client(tmp_path, path, data):
         over.append(True)
         for peer in chats + [greedy]:
             peer.close()
-    assert turns[0] > 20 and sorted(waited)[95] <= 10, waited
+    assert turns[0] > 20 and sorted(waited)[95] <= 16, waited
 
 
 @pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3,),

@@ -3464,16 +3464,16 @@ class Crowd:
 
     __slots__ = ("work", "busy", "counted", "until")
 
-    WINDOW = 0.25  # seconds; a thread that took a turn in this or the last one is busy
+    WINDOW = 0.5  # seconds; a thread that completed a period in this or the last one is busy
 
     def __init__(self):
         self.work = 0       # done by all threads: see Turns
-        self.busy = 0       # threads that took a turn in the last window, or more in this one
+        self.busy = 0       # threads that were busy in the last window, or more in this one
         self.counted = 0    # ... in this one so far
         self.until = 0.0    # time.monotonic() of its end
 
     def count(self, now):
-        """Count a thread that takes its first turn in a window; return the end of that."""
+        """Count a thread for the first time in a window; return the end of that."""
         if now >= self.until:
             self.busy = self.counted if now < self.until + self.WINDOW else 0
             self.counted = 0
@@ -3509,22 +3509,27 @@ class Turns:
 
     def took(self, now, work=1):
         """A turn ended now, time.monotonic()."""
+        self.done += work
+        if self.done >= self.PERIOD:
+            self.end_period(now)
+        if self.greedy:
+            give_way()
+
+    def end_period(self, now):
+        """Find out whether the thread is greedy."""
         crowd = self.crowd
         if now >= self.counted_until:
             self.counted_until = crowd.count(now)
-        crowd.work += work
-        self.done += work
-        if self.done >= self.PERIOD:
-            self.greedy = crowd.work - self.begun < 2 * self.done * crowd.busy
-            self.begun, self.done = crowd.work, 0
-            if self.greedy and crowd.busy == 1:  # alone: now and then is enough
-                self.greedy = False
-                give_way()
-        if self.greedy:
+        crowd.work += self.done
+        self.greedy = crowd.work - self.begun < 2 * self.done * crowd.busy
+        self.begun, self.done = crowd.work, 0
+        if self.greedy and crowd.busy == 1:  # alone: now and then is enough
+            self.greedy = False
             give_way()
 
     def end(self):
         """No turn follows: the next connection counts instead of this one."""
+        self.crowd.work += self.done
         if self.counted_until == self.crowd.until:
             self.crowd.counted -= 1
 
@@ -6500,7 +6505,7 @@ class Tunnel(Relay):
         up, down = self.up, self.down
         client = up.source.fileno()
         reader, tls = up, up.source.tls or down.source.tls
-        poll, monotonic, turns = self.poll.poll, time.monotonic, up.source.turns
+        poll, monotonic, took = self.poll.poll, time.monotonic, up.source.turns.took
         now = monotonic()
         up.flush(now)
         down.flush(now)
@@ -6519,7 +6524,7 @@ class Tunnel(Relay):
                     continue
                 self.settle(now)
                 wake = now
-            turns.took(now, Turns.LARGE if reader.bulk else 1)
+            took(now, Turns.LARGE if reader.bulk else 1)
             if now >= wake or not events:
                 wake = min(self.check_timers(now), now + LONGEST_POLL)
             elif self.wakeup is not None and now - before < QUIET / 10:
