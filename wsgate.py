@@ -22,6 +22,7 @@ The file reads from top to bottom as a connection lives:
     One connection        ClientConnection.handle: begin (PROXY protocol, TLS), then serve
     One exchange          Exchange.run for each request: receive, admit, respond, finish
     Streams               Stream and Deadline: bytes within a time; read_proxy_header
+    Fairness              Turns.took: a thread that takes more than its share gives way
     TLS                   certificate_store for clients, backend_context for backends
     HTTP/1.1 messages     read_head, parse_request_head, parse_response_head, make_response
     HTTP/1.1 bodies       Scanner, the interface of what looks at relayed bytes; ChunkedBody
@@ -3456,92 +3457,6 @@ def unsent(sock):
         return 0
 
 
-class Crowd:
-    """The work of all threads, and how many threads do it.
-
-    It has no lock: a lost update makes one thread give way once too often or too rarely.
-    """
-
-    __slots__ = ("work", "busy", "counted", "until")
-
-    WINDOW = 0.5  # seconds; a thread that completed a period in this or the last one is busy
-
-    def __init__(self):
-        self.work = 0       # done by all threads: see Turns
-        self.busy = 0       # threads that were busy in the last window, or more in this one
-        self.counted = 0    # ... in this one so far
-        self.until = 0.0    # time.monotonic() of its end
-
-    def count(self, now):
-        """Count a thread for the first time in a window; return the end of that."""
-        if now >= self.until:
-            self.busy = self.counted if now < self.until + self.WINDOW else 0
-            self.counted = 0
-            self.until = now + self.WINDOW
-        self.counted += 1
-        self.busy = max(self.busy, self.counted)
-        return self.until
-
-
-class Turns:
-    """Makes a thread give way that does not leave their share to the others.
-
-    All threads share Python's lock, and one processor. A thread that is woken does not preempt the
-    one that runs, and the kernel prefers those that wait briefly. So a client that pipelines, a
-    flood of tiny frames, or the luckier ones of a thousand chats would run for whole slices of the
-    scheduler while their neighbours wait. Hence each loop that can run without waiting calls took()
-    after each turn. A thread that has lately done more than half of its fair share of the work of
-    all busy ones gives way after each turn. A chat beside greedy clients has done far less: if it
-    gave way too, it would wait for all of them; nor does a connection that has just begun.
-    """
-
-    __slots__ = ("begun", "done", "greedy", "counted_until")
-
-    crowd = Crowd()
-    PERIOD = 8  # work of a thread until its share is looked at
-    LARGE = 4   # work of a turn of bulk or HTTP; that of any other turn is 1
-
-    def __init__(self):
-        self.begun = self.crowd.work  # when the period began
-        self.done = 0                 # own work since then
-        self.greedy = False           # as the last period has shown
-        self.counted_until = 0.0      # Crowd.until when it was last counted
-
-    def took(self, now, work=1):
-        """A turn ended now, time.monotonic()."""
-        self.done += work
-        if self.done >= self.PERIOD:
-            self.end_period(now)
-        if self.greedy:
-            give_way()
-
-    def end_period(self, now):
-        """Find out whether the thread is greedy."""
-        crowd = self.crowd
-        if now >= self.counted_until:
-            self.counted_until = crowd.count(now)
-        crowd.work += self.done
-        self.greedy = crowd.work - self.begun < 2 * self.done * crowd.busy
-        self.begun, self.done = crowd.work, 0
-        if self.greedy and crowd.busy == 1:  # alone: now and then is enough
-            self.greedy = False
-            give_way()
-
-    def end(self):
-        """No turn follows: the next connection counts instead of this one."""
-        self.crowd.work += self.done
-        if self.counted_until == self.crowd.until:
-            self.crowd.counted -= 1
-
-
-def give_way():
-    """Let every thread run that waits for the processor, or for Python's lock."""
-    if hasattr(os, "sched_yield") and sys.version_info >= (3, 10, 8):
-        os.sched_yield()
-    else:  # there is none, or it keeps the lock
-        time.sleep(50e-6)
-
-
 class Deadline:
     """A point in time that all waits of one phase share: a byte now and then does not move it."""
 
@@ -3655,6 +3570,95 @@ def parse_proxy_v2(command, family, data):
     if size is None or len(data) < 2 * size + 4:
         raise ValueError("unknown family 0x%02x, or too short" % family)
     return str(ipaddress.ip_address(data[:size])), struct.unpack_from("!H", data, 2 * size)[0]
+
+
+# --------------------------------------------------------------------- Fairness
+
+
+class Crowd:
+    """The work of all threads, and how many threads do it.
+
+    It has no lock: a lost update makes one thread give way once too often or too rarely.
+    """
+
+    __slots__ = ("work", "busy", "counted", "until")
+
+    WINDOW = 0.5  # seconds; a thread that completed a period in this or the last one is busy
+
+    def __init__(self):
+        self.work = 0       # done by all threads: see Turns
+        self.busy = 0       # threads that were busy in the last window, or more in this one
+        self.counted = 0    # ... in this one so far
+        self.until = 0.0    # time.monotonic() of its end
+
+    def count(self, now):
+        """Count a thread for the first time in a window; return the end of that."""
+        if now >= self.until:
+            self.busy = self.counted if now < self.until + self.WINDOW else 0
+            self.counted = 0
+            self.until = now + self.WINDOW
+        self.counted += 1
+        self.busy = max(self.busy, self.counted)
+        return self.until
+
+
+class Turns:
+    """Makes a thread give way that does not leave their share to the others.
+
+    All threads share Python's lock, and one processor. A thread that is woken does not preempt the
+    one that runs, and the kernel prefers those that wait briefly. So a client that pipelines, a
+    flood of tiny frames, or the luckier ones of a thousand chats would run for whole slices of the
+    scheduler while their neighbours wait. Hence each loop that can run without waiting calls took()
+    after each turn. A thread that has lately done more than half of its fair share of the work of
+    all busy ones gives way after each turn. A chat beside greedy clients has done far less: if it
+    gave way too, it would wait for all of them; nor does a connection that has just begun.
+    """
+
+    __slots__ = ("begun", "done", "greedy", "counted_until")
+
+    crowd = Crowd()
+    PERIOD = 8  # work of a thread until its share is looked at
+    LARGE = 4   # work of a turn of bulk or HTTP; that of any other turn is 1
+
+    def __init__(self):
+        self.begun = self.crowd.work  # when the period began
+        self.done = 0                 # own work since then
+        self.greedy = False           # as the last period has shown
+        self.counted_until = 0.0      # Crowd.until when it was last counted
+
+    def took(self, now, work=1):
+        """A turn ended now, time.monotonic()."""
+        self.done += work
+        if self.done >= self.PERIOD:
+            self.end_period(now)
+        if self.greedy:
+            give_way()
+
+    def end_period(self, now):
+        """Find out whether the thread is greedy."""
+        crowd = self.crowd
+        if now >= self.counted_until:
+            self.counted_until = crowd.count(now)
+        crowd.work += self.done
+        self.greedy = crowd.work - self.begun < 2 * self.done * crowd.busy
+        self.begun, self.done = crowd.work, 0
+        if self.greedy and crowd.busy == 1:  # alone: now and then is enough
+            self.greedy = False
+            give_way()
+
+    def end(self):
+        """No turn follows: the next connection counts instead of this one."""
+        self.crowd.work += self.done
+        if self.counted_until == self.crowd.until:
+            self.crowd.counted -= 1
+
+
+def give_way():
+    """Let every thread run that waits for the processor, or for Python's lock."""
+    if hasattr(os, "sched_yield") and sys.version_info >= (3, 10, 8):
+        os.sched_yield()
+    else:  # there is none, or it keeps the lock
+        time.sleep(50e-6)
 
 
 # -------------------------------------------------------------------------- TLS
@@ -4231,7 +4235,7 @@ class Headers(list):
             return ()
         if name not in self.lists:
             elements = b",".join(self.index[name]).lower().split(b",")
-            self.lists[name] = [part for part in [each.strip(b" \t") for each in elements] if part]
+            self.lists[name] = [part for part in map(bytes.strip, elements) if part]
         return self.lists[name]
 
 
@@ -6461,7 +6465,7 @@ class Tunnel(Relay):
 
     __slots__ = ("gate", "record", "idle_timeout", "ping_interval", "ping_timeout", "ping_peers",
                  "send_timeout", "wakeup", "seen_wakeup", "end_at", "deadline", "over",
-                 "rtt", "opened")
+                 "rtt", "opened", "tls", "polled")
 
     def __init__(self, exchange, relay, head, scan, extensions):
         """relay: the HTTPRelay of the handshake, which this one continues."""
@@ -6487,6 +6491,8 @@ class Tunnel(Relay):
         self.deadline = math.inf     # when a tunnel that is ending is closed, whatever its peers do
         self.over = False
         self.rtt = None              # of the last pong, in seconds
+        self.tls = self.up.source.tls or self.down.source.tls
+        self.polled = False          # both peers are polled for bytes, and for nothing else
         self.wakeup = None           # the descriptor of seen_wakeup while it is polled
         self.seen_wakeup = self.gate.wakeup
         self.down.pending = head
@@ -6504,7 +6510,7 @@ class Tunnel(Relay):
         """Relay until both directions have ended, a timer expires or the gate ends the tunnel."""
         up, down = self.up, self.down
         client = up.source.fileno()
-        reader, tls = up, up.source.tls or down.source.tls
+        reader, tls = up, self.tls
         poll, monotonic, took = self.poll.poll, time.monotonic, up.source.turns.took
         now = monotonic()
         up.flush(now)
@@ -6524,6 +6530,8 @@ class Tunnel(Relay):
                     continue
                 self.settle(now)
                 wake = now
+            if self.over:
+                break
             took(now, Turns.LARGE if reader.bulk else 1)
             if now >= wake or not events:
                 wake = min(self.check_timers(now), now + LONGEST_POLL)
@@ -6558,6 +6566,10 @@ class Tunnel(Relay):
                 self.on_scanner(flow, now)
         if not (up.source_state is up.sink_state is down.source_state is down.sink_state is OPEN):
             self.settle_ends(now)
+        idle = not (up.pending or down.pending or up.piped or down.piped or self.tls)
+        if idle and self.polled and up.source_state is down.source_state is OPEN:
+            return
+        self.polled = idle
         for reader, writer in ((up, down), (down, up)):
             stream, events = reader.source, 0
             if reader.source_state is OPEN:
