@@ -2964,7 +2964,7 @@ def test_signals_are_coalesced(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc here")
 def test_soak_leaves_threads_descriptors_and_memory_flat(tmp_path, tls):
     """SOAK_SECONDS in the environment changes its length."""
-    seconds = float(os.environ.get("SOAK_SECONDS", "1.2"))
+    seconds = float(os.environ.get("SOAK_SECONDS", "1"))
     soak, sizes = Soak((free_port(), free_port()), tls), []
     lines = [line.replace(ini_ms(150), ini_ms(500)) for line in SHORT_TIMES]
     with ScriptedBackend(behave_by_target) as backend:
@@ -3383,7 +3383,7 @@ FUZZ_RESPONSES = (
 
 def test_no_bytes_of_either_side_confuse_the_gate(tmp_path):
     """FUZZ_SECONDS and FUZZ_SEED in the environment change its length and its bytes."""
-    seconds = float(os.environ.get("FUZZ_SECONDS", "1.2"))
+    seconds = float(os.environ.get("FUZZ_SECONDS", "1"))
     fuzzing = Fuzzing(int(os.environ.get("FUZZ_SEED", "1")), time.monotonic() + seconds)
     lines = ("idle_timeout = 300ms",) + tuple(SHORT_TIMES)
     with nothing_left(), gate_and_backend(tmp_path, fuzzing.script, *lines) as (gate, backend):
