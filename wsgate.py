@@ -2681,7 +2681,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
             while end is KEEP_ALIVE:
                 end = self.serve()
                 self.served += 1
-                self.stream.turns.took(time.monotonic(), Turns.LARGE)
+                if end is KEEP_ALIVE:
+                    self.stream.turns.took(time.monotonic(), Turns.LARGE)
             if end is LINGERING_CLOSE:
                 self.linger()
             elif end is RESET_CLOSE:
@@ -2784,8 +2785,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def await_request(self):
         """Wait for the first byte of a request. Return the Deadline of its head, or None."""
-        if self.served and self.stream.has_request():
-            self.deadline = Deadline(self.gate.config.server.client_header_timeout)
+        if self.stream.has_request():
+            if self.served:
+                self.deadline = Deadline(self.gate.config.server.client_header_timeout)
             return self.deadline
         self.gate.connections.wait(self)
         try:
@@ -6513,12 +6515,13 @@ class Tunnel(Relay):
         reader, tls = up, self.tls
         poll, monotonic, took = self.poll.poll, time.monotonic, up.source.turns.took
         now = monotonic()
-        up.flush(now)
-        down.flush(now)
+        for flow in (up, down):
+            if flow.pending:
+                flow.flush(now)
         self.settle(now)
+        wake = now + min(QUIET, self.idle_timeout, self.send_timeout, self.ping_interval or QUIET)
         if self.gate.state != "running":  # the wakeup was set before this tunnel knew it
-            self.on_wakeup(now)
-        wake = min(self.check_timers(now), now + LONGEST_POLL)
+            wake = self.on_wakeup(now)
         while not self.over:
             events = poll((wake - now) * 1000 if wake > now else 0)
             before, now = now, monotonic()
@@ -6526,10 +6529,11 @@ class Tunnel(Relay):
                 reader = up if fd == client else down
                 if event != POLLIN or fd == self.wakeup or (tls and not reader.reading()):
                     self.on_event(fd, event, now)
+                    wake = now
                 elif reader.move(now) and not (tls and reader.decrypted()):
                     continue
-                self.settle(now)
-                wake = now
+                if self.settle(now):
+                    wake = now
             if self.over:
                 break
             took(now, Turns.LARGE if reader.bulk else 1)
@@ -6556,7 +6560,10 @@ class Tunnel(Relay):
             self.watch(fd, None)  # both ends closed, bytes still to be read: later
 
     def settle(self, now):
-        """Act on what flows and scanners have seen, then poll for what can move."""
+        """Act on what flows and scanners have seen, then poll for what can move.
+
+        Return True if a timer may be due earlier than it was.
+        """
         up, down = self.up, self.down
         for flow in (up, down):
             if flow.bulk and flow.source.tls:
@@ -6566,9 +6573,11 @@ class Tunnel(Relay):
                 self.on_scanner(flow, now)
         if not (up.source_state is up.sink_state is down.source_state is down.sink_state is OPEN):
             self.settle_ends(now)
+            if self.over:
+                return True
         idle = not (up.pending or down.pending or up.piped or down.piped or self.tls)
         if idle and self.polled and up.source_state is down.source_state is OPEN:
-            return
+            return self.deadline < math.inf or self.closed_both_ways()
         self.polled = idle
         for reader, writer in ((up, down), (down, up)):
             stream, events = reader.source, 0
@@ -6582,6 +6591,7 @@ class Tunnel(Relay):
             fd = stream.sock.fileno()
             if self.interest.get(fd, 0) != events:
                 self.watch(fd, events)
+        return True
 
     def settle_ends(self, now):
         """Act on sources and sinks that are not OPEN any more."""
