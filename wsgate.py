@@ -3611,12 +3611,12 @@ class Turns:
     one that runs, and the kernel prefers those that wait briefly. So a client that pipelines, a
     flood of tiny frames, or the luckier ones of a thousand chats would run for whole slices of the
     scheduler while their neighbours wait. Hence each loop that can run without waiting calls took()
-    after each turn. A thread that has lately done more than half of its fair share of the work of
+    after its turns. A thread that has lately done more than half of its fair share of the work of
     all busy ones gives way after each turn. A chat beside greedy clients has done far less: if it
     gave way too, it would wait for all of them; nor does a connection that has just begun.
     """
 
-    __slots__ = ("begun", "done", "greedy", "counted_until")
+    __slots__ = ("begun", "done", "patience", "counted_until")
 
     crowd = Crowd()
     PERIOD = 8  # work of a thread until its share is looked at
@@ -3625,15 +3625,15 @@ class Turns:
     def __init__(self):
         self.begun = self.crowd.work  # when the period began
         self.done = 0                 # own work since then
-        self.greedy = False           # as the last period has shown
+        self.patience = self.PERIOD   # work until took() must be called: 1 for a greedy thread
         self.counted_until = 0.0      # Crowd.until when it was last counted
 
-    def took(self, now, work=1):
-        """A turn ended now, time.monotonic()."""
+    def took(self, now, work):
+        """Turns have ended, the last one now, time.monotonic(). work: what they have done."""
         self.done += work
         if self.done >= self.PERIOD:
             self.end_period(now)
-        if self.greedy:
+        if self.patience == 1:
             give_way()
 
     def end_period(self, now):
@@ -3642,10 +3642,10 @@ class Turns:
         if now >= self.counted_until:
             self.counted_until = crowd.count(now)
         crowd.work += self.done
-        self.greedy = crowd.work - self.begun < 2 * self.done * crowd.busy
+        greedy = crowd.work - self.begun < 2 * self.done * crowd.busy
         self.begun, self.done = crowd.work, 0
-        if self.greedy and crowd.busy == 1:  # alone: now and then is enough
-            self.greedy = False
+        self.patience = 1 if greedy and crowd.busy > 1 else self.PERIOD
+        if greedy and crowd.busy == 1:  # alone: now and then is enough
             give_way()
 
     def end(self):
@@ -3655,11 +3655,15 @@ class Turns:
             self.crowd.counted -= 1
 
 
+# Before Python 3.10.8 it keeps Python's lock.
+CAN_YIELD = hasattr(os, "sched_yield") and sys.version_info >= (3, 10, 8)
+
+
 def give_way():
     """Let every thread run that waits for the processor, or for Python's lock."""
-    if hasattr(os, "sched_yield") and sys.version_info >= (3, 10, 8):
+    if CAN_YIELD:
         os.sched_yield()
-    else:  # there is none, or it keeps the lock
+    else:
         time.sleep(50e-6)
 
 
@@ -6513,7 +6517,8 @@ class Tunnel(Relay):
         up, down = self.up, self.down
         client = up.source.fileno()
         reader, tls = up, self.tls
-        poll, monotonic, took = self.poll.poll, time.monotonic, up.source.turns.took
+        poll, monotonic, turns = self.poll.poll, time.monotonic, up.source.turns
+        work = 0  # that turns.took() does not know yet
         now = monotonic()
         for flow in (up, down):
             if flow.pending:
@@ -6534,9 +6539,10 @@ class Tunnel(Relay):
                     continue
                 if self.settle(now):
                     wake = now
-            if self.over:
-                break
-            took(now, Turns.LARGE if reader.bulk else 1)
+            work += Turns.LARGE if reader.bulk else 1
+            if work >= turns.patience:
+                turns.took(now, work)
+                work = 0
             if now >= wake or not events:
                 wake = min(self.check_timers(now), now + LONGEST_POLL)
             elif self.wakeup is not None and now - before < QUIET / 10:
@@ -6574,7 +6580,7 @@ class Tunnel(Relay):
         if not (up.source_state is up.sink_state is down.source_state is down.sink_state is OPEN):
             self.settle_ends(now)
             if self.over:
-                return True
+                return False
         idle = not (up.pending or down.pending or up.piped or down.piped or self.tls)
         if idle and self.polled and up.source_state is down.source_state is OPEN:
             return self.deadline < math.inf or self.closed_both_ways()
@@ -6879,7 +6885,7 @@ class FrameScanner(Scanner):
         self.last_data = now                     # time.monotonic() of the last text or binary frame
         # Of the last message of one frame: its size, and its header without mask. As often as not
         # the next is alike, and a comparison tells.
-        self.last_size, self.last_header = 0, b""
+        self.last_size, self.last_header = -1, b""
         self.close = None                        # (code, reason) of a Close that passed
         self.lost = False                        # these bytes are not frames
         self.too_big = False                     # a message exceeds the limit; it did not pass
@@ -6893,19 +6899,20 @@ class FrameScanner(Scanner):
 
     def feed(self, data, now):
         """Take the bytes of one read, return those that pass on."""
-        if self.remaining or self.partial or self.message or not self.last_size:
-            return self.scan(data, now)
-        if len(data) == self.last_size:
-            count = data.startswith(self.last_header)
-        elif len(data) % self.last_size:
-            count = 0
-        else:
-            count = self.count_alike(data, 0)
-        if count * self.last_size != len(data):
-            return self.scan(data, now)
-        self.messages += count
-        self.last_data = now
-        return data
+        if not (self.remaining or self.partial or self.message):
+            size = self.last_size
+            if len(data) == size:
+                if data.startswith(self.last_header):
+                    self.messages += 1
+                    self.last_data = now
+                    return data
+            elif size > 0 and not len(data) % size:
+                count = len(data) // size
+                if self.count_alike(data, 0) == count:
+                    self.messages += count
+                    self.last_data = now
+                    return data
+        return self.scan(data, now)
 
     def count_alike(self, data, position):
         """Return how many whole frames from position on have the header of the last message.
