@@ -3444,8 +3444,10 @@ class Stream:
 
     def close(self):
         """Close the socket, whatever state it is in."""
-        with contextlib.suppress(OSError):  # it is closed all the same
+        try:
             self.sock.close()
+        except OSError:  # it is closed all the same
+            pass
 
 
 SIOCOUTQNSD = 0x894B      # linux/sockios.h: the size of the part of the send queue not sent yet
@@ -3931,7 +3933,7 @@ STATUS_LINE = re.compile(
     br"HTTP/([0-9])\.([0-9]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 FIELD_LINES = re.compile(                                          # RFC 9112 5
     br"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
-FIELD_LINE = re.compile(br"([^:\r]+):[\t ]*([^\r]*)\r\n")           # for valid FIELD_LINES
+FIELD_LINE = re.compile(br"([^:]+):[\t ]*([^\r]*)\r\n")             # for valid FIELD_LINES
 SPACE_AT_END = re.compile(br"[\t ]\r\n")
 HOST = re.compile(                                                 # RFC 3986 3.2.2
     br"([A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?")
