@@ -1089,8 +1089,9 @@ class RunningGate:
 
     def signal(self, name):
         """Act as if the process had received this signal."""
+        self.gate.signals.append(getattr(signal, name))
         with contextlib.suppress(OSError):  # the gate has ended
-            self.gate.signal_wakeup.writer.send(bytes([getattr(signal, name)]))
+            self.gate.signal_wakeup.set()
 
     def connect(self):
         return connect(self.port)
@@ -2383,6 +2384,10 @@ MISTAKES = [
      ":5: [location /a] proxy_ssl_verify: off"),
     ("[location /a]\nauth_request_login = /login",
      ":4: [location /a] auth_request_login: unused: the location has no auth_request"),
+    ("listen = 127.0.0.1:1 ssl\nssl_certificate = CERTIFICATE\n"
+     "[location /a]\nssl_certificate = CERTIFICATE",
+     ":6: [location /a] ssl_certificate: unused: the certificate of a connection is chosen by its"
+     " host name (expected in [server], or in [location HOST/])"),
     ("ping_interval = 60s", ":3: [server] ping_interval: not less than idle_timeout"),
     ("proxy_set_header = X-A: b;",
      ":3: [server] proxy_set_header: unexpected semicolon in 'X-A: b;' (remove it)"),
@@ -2955,10 +2960,22 @@ def test_signals_are_coalesced(tmp_path):
     """A hundred HUPs in a row are a few reloads."""
     with running("[server]\nreturn = 200\n", tmp_path) as gate:
         signals = [signal.SIGHUP, signal.SIGUSR1] * 50 + [signal.SIGHUP]
-        gate.gate.signal_wakeup.writer.send(bytes(signals))
+        gate.gate.signals.extend(signals)
+        gate.gate.signal_wakeup.set()
         eventually(lambda: any("SIGUSR1" in line for line in gate.errors))
         assert gate.fetch(request()).status == 200
         assert sum(line.startswith("reloaded") for line in gate.errors) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals here")
+def test_signals_that_are_pending_together_keep_their_order(tmp_path):
+    """A reload after the start of an upgrade would open listeners that the successor wants."""
+    with program(tmp_path, "return = 200") as child:
+        for name in ("SIGSTOP", "SIGHUP", "SIGUSR1", "SIGCONT"):
+            os.kill(child.pid, getattr(signal, name))
+        eventually(lambda: child.logged("SIGUSR1") and child.logged("SIGHUP"))
+        names = [line for line in child.lines if "SIGHUP" in line or "SIGUSR1" in line]
+        assert "SIGHUP" in names[0]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc here")
@@ -4038,6 +4055,18 @@ def test_a_thread_that_is_alone_gives_way_now_and_then(gave_way):
     assert all([gave_way(alone) for _ in range(10 * period)][period:])
     later = 100.0 + 3 * wsgate.Crowd.WINDOW
     assert 9 <= sum(gave_way(alone, now=later) for _ in range(10 * period)) < 10 + period
+
+
+def test_each_gives_way_where_many_do_little(gave_way):
+    """What wakes them all at once is a broadcast."""
+    crowd, tunnel = wsgate.Turns.crowd, wsgate.Turns()
+    crowd.look(100.0, 5000)
+    assert gave_way(tunnel)
+    crowd.work += 1000
+    crowd.look(100.5, 100)
+    assert gave_way(tunnel)  # too early for another look
+    crowd.look(101.0, 100)
+    assert not gave_way(tunnel)
 
 
 def test_short_connections_are_no_crowd(gave_way):
@@ -5670,6 +5699,18 @@ def test_origins(allowed, host, origins, passes):
 
 def origins_allowed(text):
     return wsgate.Settings({"allowed_origins": wsgate.parse_origins(text)})
+
+
+def test_many_origins_are_compiled_once(tmp_path):
+    """A handshake with none of them would compile them all again."""
+    config = load_text(tmp_path, SERVER + "allowed_origins =\n" + "".join(
+        "  https://a%d.test\n" % number for number in range(600)))
+    for _ in range(2):
+        before = wsgate.pattern_of.cache_info().misses
+        with pytest.raises(wsgate.HTTPError):
+            wsgate.check_origin(config.locations[0], wsgate.parse_request_head(request(
+                b"GET", b"/", b"Origin: https://b.test")), wsgate.Settings({"trusted": False}))
+    assert wsgate.pattern_of.cache_info().misses == before
 
 
 def test_an_origin_is_compared_in_linear_time():
@@ -7709,6 +7750,36 @@ def test_half_closed_client(tmp_path):
         assert client.response().body == b"ok"
 
 
+def test_half_closed_client_of_a_slow_response(tmp_path, constants):
+    """The time is that without a byte for it."""
+    constants(HALF_CLOSED_CLIENT=400 * MS)
+    with http_exchange(tmp_path, request()) as (_, client, peer, _):
+        client.finish()
+        assert peer.silent(250 * MS)
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nab")
+        assert peer.silent(250 * MS)
+        peer.send(b"cd")
+        assert client.response().body == b"abcd"
+
+
+def test_a_refused_upgrade_with_a_body_leaves_no_pipe(tmp_path):
+    """reject_with = close is for handshakes; any other refusal passes as it came."""
+    def refuse(peer):
+        peer.head()
+        peer.read(200000)
+        peer.send(ok().replace(b"200 OK", b"403 Forbidden"))
+
+    with nothing_left(), gate_and_backend(tmp_path, refuse, "upgrade = any",
+                                          "reject_with = close",
+                                          "client_max_body_size = 0") as (gate, _):
+        client = gate.connect().send(
+            request(b"POST", b"/", b"Connection: Upgrade", b"Upgrade: tcp",
+                    b"Content-Length: 10000000"), b"x" * 400000)
+        response = client.response()
+        assert (response.status, response.body) == (403, b"ok")
+        client.close()
+
+
 def test_refused_upload(tmp_path):
     with gate_and_backend(tmp_path, None, "client_max_body_size = 1m") as (gate, _):
         client = gate.connect().send(request(b"POST", b"/", body=b"x" * (3 << 20)))
@@ -8143,6 +8214,29 @@ def test_burst_of_mixed_frames(masked, seed):
 
 
 PINGING = "ping_interval = " + ini_ms(60)
+
+
+def test_a_ping_that_cannot_be_written_at_once(tmp_path):
+    """It is written as soon as the backend reads, and not only when the tunnel ends."""
+    lines = ("ping_interval = " + ini_ms(500), "ping_timeout = " + ini_ms(20000),
+             "ping_peers = backend")
+    with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
+        client, server = gate.tunnel(backend)
+        flow, sent, refused = gate.gate.connections.tunnels()[0].up, 0, 0
+        while refused < 20:  # fill the socket, without the tunnel
+            try:
+                sent += flow.sink.sock.send(bytes(1 << 16))
+                refused = 0
+            except BlockingIOError:
+                refused += 1
+                time.sleep(5 * MS)
+        eventually(flow.writing)
+        server.read(sent)
+        server.send(frame(10, read_ping(server, True)))
+        client.send(frame(1, b"alive?", b"abcd"))
+        assert server.read(12) == frame(1, b"alive?", b"abcd")
+        client.close()
+        server.close()
 
 
 def test_ping_interval(tmp_path):
@@ -8817,6 +8911,17 @@ def test_lines_that_cannot_be_written_are_counted(tmp_path):
         for _ in range(3):
             wsgate.access_log.info("lost")
         eventually(lambda: writer.dropped == 3)
+
+
+def test_lines_lost_while_a_log_is_replaced_are_counted(tmp_path):
+    """A full disk, then USR1: the writer that ends has lost what it had queued."""
+    with own_logging():
+        text = "[server]\nreturn = 200\nerror_log = %s\naccess_log = " % (tmp_path / "log")
+        wsgate.open_logs(load_text(tmp_path, text + "/dev/full\n").server)
+        for _ in range(3):
+            wsgate.log_writers()["access_log"].handle(logging.makeLogRecord({"msg": "lost"}))
+        wsgate.open_logs(load_text(tmp_path, text + "off\n").server)
+        assert wsgate.log_writers()["access_log"].dropped == 3
 
 
 def test_dropped_lines_are_reported_meanwhile(tmp_path):

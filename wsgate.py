@@ -1475,13 +1475,12 @@ class Config(Settings):
         or if no other takes it; else it is second.
         """
         for group in self.hosts_for(host):
-            found = [each for each in self.by_host[group]
-                     if (each.path == path if each.exact else each.matches(path))][:1]
+            found = next((each for each in self.by_host[group] if each.matches(path)), None)
             slash = self.without_slash.get((group, path))
-            if slash and not (found and found[0].path == path):
-                found = [slash] if slash.adds_slash() else found + [slash]
+            if slash and not (found and found.path == path):
+                return [found, slash] if found and not slash.adds_slash() else [slash]
             if found:
-                return found
+                return [found]
         return []
 
     def locations_of(self, request):
@@ -1528,6 +1527,10 @@ LOCATION_MISTAKES = (  # key; whether a Location, with the texts of its section,
     ("proxy_pass",
      lambda location, texts: location.proxy_pass and "$" in (location.proxy_pass.uri or ""),
      "no variables in {0.proxy_pass.uri}; without a URI, the request URI is forwarded unchanged"),
+    ("ssl_certificate",
+     lambda location, texts: "ssl_certificate" in texts and None in location.hosts,
+     "unused: the certificate of a connection is chosen by its host name (expected in [server],"
+     " or in [location HOST/])"),
     ("ping_interval",
      lambda location, texts: location.ping_interval >= location.idle_timeout,
      "not less than idle_timeout: a silent tunnel is closed before its first ping"),
@@ -1858,7 +1861,9 @@ class Gate:
         self.successor = None                      # the Successor that USR2 started
         # time.monotonic() of the next look at certificates, and of the next sample of counters
         self.next_check = self.next_sample = 0.0
-        self.signal_wakeup = Wakeup()              # the numbers of signals are written to it
+        self.turns = Turns()                       # of the thread that accepts
+        self.signals = collections.deque()         # numbers; appended to by the signal handler
+        self.signal_wakeup = Wakeup()              # written to for each signal
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.signal_wakeup, selectors.EVENT_READ, self.handle_signals)
 
@@ -1893,6 +1898,7 @@ class Gate:
         # Each thread that waits for Python's lock wakes once an interval to ask for it: at the
         # usual 5 ms thousands of them (a broadcast, a mass of timeouts) would do nothing else.
         sys.setswitchinterval(0.005 + 0.00005 * len(self.connections))
+        Turns.crowd.look(now, len(self.connections))
         if self.successor and now >= self.successor.deadline:
             self.end_upgrade()
         if now >= self.next_check:
@@ -1906,22 +1912,27 @@ class Gate:
             notify("WATCHDOG=1\nSTATUS=%d tunnels open" % len(tunnels))
             report_dropped_lines()
 
-    # Signals: Python writes their numbers to its wake-up descriptor, which makes select() return,
-    # so that all work is done in run(), not in a handler.
+    # Signals: the handler only notes the number, and Python writes to its wake-up descriptor,
+    # which makes select() return, so that all work is done in run(). No signal is lost when the
+    # buffer of that descriptor is full.
 
     def catch_signals(self):
         """Route the process's signals to this gate (main thread only)."""
-        signal.set_wakeup_fd(self.signal_wakeup.writer.fileno())
+        quiet = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
+        signal.set_wakeup_fd(self.signal_wakeup.writer.fileno(), **quiet)
         for name in SIGNALS:
             if hasattr(signal, name):  # Windows has few of them
-                signal.signal(getattr(signal, name), lambda number, frame: None)
+                signal.signal(getattr(signal, name),
+                              lambda number, frame: self.signals.append(number))
 
     def handle_signals(self):
         """Do what the signals that have come demand, in their order, each kind once.
 
         300 HUPs in a row are a few reloads, and clients are accepted between them.
         """
-        for number in collections.OrderedDict.fromkeys(self.signal_wakeup.reader.recv(4096)):
+        self.signal_wakeup.reader.recv(4096)
+        pending = [self.signals.popleft() for _ in range(len(self.signals))]
+        for number in collections.OrderedDict.fromkeys(pending):
             name = signal.Signals(number).name
             log.info("%s: %s", name, SIGNALS[name])
             getattr(self, SIGNALS[name])()
@@ -2473,6 +2484,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     return
                 continue  # that client disconnected already (ECONNABORTED and the like)
             self.process_request(request, address)
+        self.gate.turns.took(time.monotonic(), Turns.LARGE)
 
     def pause(self, error):
         """Out of descriptors or memory: leave clients in the backlog for a moment."""
@@ -3043,7 +3055,7 @@ class Exchange:
             return self.open_tunnel(relay, response)
         if self.upgrade:
             self.entry.note_refusal(request, response)
-            if location.reject_with == "close":
+            if location.reject_with == "close" and self.is_handshake():
                 raise HTTPError(response.status, "backend_said_%d" % response.status)
         return self.forward(relay, response)
 
@@ -3425,6 +3437,7 @@ class Stream:
         with contextlib.suppress(OSError, TimedOut):
             while True:
                 self.wait(POLLIN, Deadline(min(LINGERING_TIMEOUT, deadline.remaining())))
+                self.turns.took(time.monotonic(), Turns.LARGE)
                 if not socket.socket.recv(self.sock, BIG_READ):  # nothing has to be decrypted
                     break
         self.close()
@@ -3582,10 +3595,10 @@ def parse_proxy_v2(command, family, data):
 class Crowd:
     """The work of all threads, and how many threads do it.
 
-    It has no lock: a lost update makes one thread give way once too often or too rarely.
+    It has no lock: a lost update makes threads give way too often or too rarely for a period.
     """
 
-    __slots__ = ("work", "busy", "counted", "until")
+    __slots__ = ("work", "busy", "counted", "until", "sparse", "looked_at", "before")
 
     WINDOW = 0.5  # seconds; a thread that completed a period in this or the last one is busy
 
@@ -3594,6 +3607,19 @@ class Crowd:
         self.busy = 0       # threads that were busy in the last window, or more in this one
         self.counted = 0    # ... in this one so far
         self.until = 0.0    # time.monotonic() of its end
+        self.sparse = False         # little work for the number of connections
+        self.looked_at = -math.inf  # time.monotonic() of the last look()
+        self.before = 0             # work then
+
+    def look(self, now, connections):
+        """Find out, at most once a second, whether work is sparse; connections: their number.
+
+        If many threads wake at once then, one event has woken them, a broadcast: it is over
+        soonest if each gives way as soon as it has sent its part.
+        """
+        if now >= self.looked_at + 1:
+            self.sparse = self.work - self.before < 4 * connections
+            self.looked_at, self.before = now, self.work
 
     def count(self, now):
         """Count a thread for the first time in a window; return the end of that."""
@@ -3628,14 +3654,16 @@ class Turns:
         self.begun = self.crowd.work  # when the period began
         self.done = 0                 # own work since then
         self.patience = self.PERIOD   # work until took() must be called: 1 for a greedy thread
-        self.counted_until = 0.0      # Crowd.until when it was last counted
+        self.counted_until = -1.0     # Crowd.until when it was last counted
 
     def took(self, now, work):
         """Turns have ended, the last one now, time.monotonic(). work: what they have done."""
         self.done += work
         if self.done >= self.PERIOD:
             self.end_period(now)
-        if self.patience == 1:
+        if self.patience == 1 and now >= self.counted_until + Crowd.WINDOW:  # that was long ago
+            self.patience = self.PERIOD
+        if self.patience == 1 or self.crowd.sparse:
             give_way()
 
     def end_period(self, now):
@@ -3825,7 +3853,11 @@ def check_pair(certificate, key):
 
 
 def load_ca(context, name, file):
-    """Load a file of CA certificates, the value of the key `name`; raise SettingError."""
+    """Load a file of CA certificates, the value of the key `name`.
+
+    Raise OSError or SettingError.
+    """
+    open(file, "rb").close()  # load_verify_locations() does not say which file it cannot open
     try:
         context.load_verify_locations(file)
     except ssl.SSLError as error:
@@ -4532,7 +4564,9 @@ class Location(Settings):
         return self.websocket_proxy if upgrade and upgrade.websocket else self.proxy
 
     def matches(self, path):
-        """Return True if a decoded path is below this prefix; a segment ends at / or ;."""
+        """Return True if a decoded path is this one, or below it; a segment ends at / or ;."""
+        if self.exact:
+            return path == self.path
         end = len(self.path)
         return path.startswith(self.path) and (
             self.path.endswith("/") or path[end:end + 1] in ("", "/", ";"))
@@ -4768,7 +4802,7 @@ def same_origin(origin, host):
         authority == host or authority + port == host or authority == host + port)
 
 
-@functools.lru_cache()
+@functools.lru_cache(maxsize=None)  # of what the configuration has
 def pattern_of(glob):
     """Return a glob as a compiled pattern; each * is any text without /.
 
@@ -4804,16 +4838,15 @@ class PasswordFile:
     def __init__(self, path):
         self.path = path
         self.secret = os.urandom(32)
-        self.stamp = None
-        # {user: PasswordHash}, and of the right passwords what identifies them: a slow hash is
-        # computed once for each. Both are replaced together, and need no lock.
-        self.loaded = {}, set()
+        # The stamp of the file, {user: PasswordHash}, and of the right passwords what identifies
+        # them: a slow hash is computed once for each. Replaced together, so they need no lock.
+        self.loaded = None, {}, set()
         self.refresh()
 
     def refresh(self):
         """Read the file if it has changed. Raise OSError, or ValueError for an invalid line."""
         stamp = file_stamp(self.path)
-        if stamp == self.stamp:
+        if stamp == self.loaded[0]:
             return
         hashes = {}
         with open(self.path, "rb") as file:
@@ -4825,7 +4858,7 @@ class PasswordFile:
                     hashes[user] = parse_hash(rest.partition(b":")[0])  # then a comment
                 except ValueError as error:
                     raise ValueError("%s:%d: %s" % (self.path, number, error))
-        self.loaded, self.stamp = (hashes, set()), stamp
+        self.loaded = stamp, hashes, set()
 
     def accepts(self, credentials):
         """Return True if base64 of user:password is right. Raise HTTPError 503 if too busy."""
@@ -4833,7 +4866,7 @@ class PasswordFile:
             self.refresh()
         except (OSError, ValueError) as error:
             log.error("auth_basic_user_file: %s; keeping the current one", error)
-        hashes, known = self.loaded
+        _, hashes, known = self.loaded
         digest = hmac.new(self.secret, credentials, "sha256").digest()
         if digest in known:
             return True
@@ -6038,7 +6071,7 @@ class Flow:
         self.bytes += len(data)
         if self.sink_state is not OPEN:
             return True
-        filled = len(data) == self.size
+        filled = 2 * len(data) > self.size
         data = self.scanner.feed(data, now)
         if filled or self.bulk:
             self.adapt_size(filled, now)
@@ -6208,6 +6241,9 @@ class Relay:
 # ---------------------------------------------------------------- Relaying HTTP
 
 
+HALF_CLOSED_CLIENT = 0.5  # seconds without a byte for it that a client is served after its FIN
+
+
 class HeadScanner(Scanner):
     """Collects a response head, and what comes with it, in the buffer of its Stream."""
 
@@ -6308,7 +6344,7 @@ class HTTPRelay(Relay):
                 self.turn()
 
     def await_response(self):
-        """turn() while nothing else can move: the request is sent, its response has not begun."""
+        """turn() while nothing else can move: the request is sent, the response head awaited."""
         client, backend, now = self.client, self.backend, time.monotonic()
         client.turns.took(now, Turns.LARGE)
         deadline = max(self.head_since, self.up.last_progress) + self.location.proxy_read_timeout
@@ -6321,14 +6357,7 @@ class HTTPRelay(Relay):
             for fd, event in ready:
                 if fd == client.sock.fileno():
                     self.check_client(event)
-        try:
-            data = backend.read()
-        except OSError:
-            data = b""
-        if data:
-            backend.buffer += data
-        elif data is not None:
-            self.response_ended()
+        self.move(self.down, time.monotonic())
 
     def finish_request(self):
         """Send the rest of the request: a tunnel begins after its body (docker exec)."""
@@ -6395,7 +6424,7 @@ class HTTPRelay(Relay):
             raise self.bad_body(flow, error)
         self.keep_rest(flow)
         if flow is self.down and self.gone_at < math.inf:
-            self.gone_at = max(self.gone_at, flow.last_read + 0.5)
+            self.gone_at = max(self.gone_at, flow.last_read + HALF_CLOSED_CLIENT)
         if flow.source_state is OPEN or flow.scanner.done:
             return
         if flow is self.up:  # it has more to send, so an end is not one
@@ -6432,11 +6461,11 @@ class HTTPRelay(Relay):
         return min(deadlines)
 
     def check_client(self, event):
-        """Raise ClientGone if the client broke off; one that half-closed is given 0.5 s (nc -N)."""
+        """Raise ClientGone if the client broke off; one that half-closed has a moment (nc -N)."""
         if event & (POLLERR | POLLHUP):
             raise ClientGone("client_gone")
         if event & POLLRDHUP and self.uploaded():
-            self.gone_at = time.monotonic() + 0.5
+            self.gone_at = time.monotonic() + HALF_CLOSED_CLIENT
 
 
 def timeout_error(awaited):
@@ -6503,7 +6532,7 @@ class Tunnel(Relay):
         self.polled = False          # both peers are polled for bytes, and for nothing else
         self.wakeup = None           # the descriptor of seen_wakeup while it is polled
         self.seen_wakeup = self.gate.wakeup
-        self.down.pending = head
+        self.down.pending += head
         for flow in (self.up, self.down):  # bytes that came with the heads are the first
             early, flow.source.buffer = flow.source.buffer, b""
             if early:
@@ -6519,7 +6548,8 @@ class Tunnel(Relay):
         up, down = self.up, self.down
         client = up.source.fileno()
         reader, tls = up, self.tls
-        poll, monotonic, turns = self.poll.poll, time.monotonic, up.source.turns
+        poll, monotonic = self.poll.poll, time.monotonic
+        turns, crowd = up.source.turns, Turns.crowd
         work = 0  # that turns.took() does not know yet
         now = monotonic()
         for flow in (up, down):
@@ -6534,7 +6564,7 @@ class Tunnel(Relay):
             before, now = now, monotonic()
             for fd, event in events:
                 reader = up if fd == client else down
-                if event != POLLIN or fd == self.wakeup or (tls and not reader.reading()):
+                if event != POLLIN or fd == self.wakeup or not (self.polled or reader.reading()):
                     self.on_event(fd, event, now)
                     wake = now
                 elif reader.move(now) and not (tls and reader.decrypted()):
@@ -6542,7 +6572,7 @@ class Tunnel(Relay):
                 if self.settle(now):
                     wake = now
             work += Turns.LARGE if reader.bulk else 1
-            if work >= turns.patience:
+            if work >= turns.patience or crowd.sparse:
                 turns.took(now, work)
                 work = 0
             if now >= wake or not events:
@@ -6745,6 +6775,8 @@ class Tunnel(Relay):
             return now + 0.25  # inside a frame, or stalled: soon again
         scanner.expect_pong(payload, now)
         outgoing.pinged = now
+        if outgoing.writing():
+            self.settle(now)
         return now + min(self.ping_timeout, self.ping_interval)
 
     def poll_wakeup(self):
@@ -7301,8 +7333,10 @@ class FileSink(io.FileIO):
         while rest:
             try:
                 rest = rest[os.write(self.fileno(), rest):]
-            except BlockingIOError:  # made non-blocking by a process that shares the pipe
-                time.sleep(0.1)
+            except BlockingIOError:  # a named pipe, or one that another process made non-blocking
+                poll = Poll()
+                poll.register(self.fileno(), POLLOUT)
+                poll.poll(1000)
             except OSError:
                 return bytes(rest).count(b"\n")
         return 0
@@ -7366,7 +7400,10 @@ def open_log(key, where, form, user):
     LOGS[key].propagate = False
     LOGS[key].handlers = [writer]  # in one step: other threads are logging
     if old not in (None, writer):
+        before = old.dropped
         old.close()
+        with writer.queue_lock:  # what has been lost since writer was made
+            writer.dropped += old.dropped - before
 
 
 def log_sink(where, stream, user):
