@@ -2527,6 +2527,16 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             with contextlib.suppress(OSError):  # it has ended
                 self.recent.popleft().shutdown(socket.SHUT_RDWR)
 
+    def finish_request(self, request, client_address):
+        """Serve a connection as socketserver does, but not from the __init__() of the handler.
+
+        That would take one more level of the C stack, and so a page of memory for each tunnel.
+        """
+        handler = self.RequestHandlerClass.__new__(self.RequestHandlerClass)
+        handler.request, handler.client_address, handler.server = request, client_address, self
+        handler.setup()
+        handler.handle()
+
     def shutdown_request(self, request):
         """Do nothing more than close: the handlers have ended the connection as it must be."""
         self.close_request(request)
@@ -2903,7 +2913,7 @@ class Exchange:
             end = self.respond()
             tunnel = self.connection.tunnel
             if tunnel:
-                self.request = None  # a tunnel may live for days: keep no head for it
+                self.request = self.upgrade = None  # a tunnel may live for days: keep no head
                 tunnel.run()
             return end
         except HTTPError as error:
