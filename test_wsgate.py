@@ -3121,8 +3121,9 @@ def test_an_idle_connection_gives_its_place_to_a_new_one(tmp_path):
             assert client.response().status == 200
 
         oldest, idle, busy = gate.connect(), gate.connect(), gate.connect()
-        served(oldest, 0)
-        served(idle, 1)
+        for number, client in enumerate((oldest, idle)):
+            served(client, number)
+            eventually(lambda: len(gate.gate.connections.idle) == 3)  # it waits again
         busy.send(request())
         peer = backend.connection(2)
         peer.head()
