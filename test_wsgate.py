@@ -7753,12 +7753,12 @@ def test_half_closed_client(tmp_path):
 
 def test_half_closed_client_of_a_slow_response(tmp_path, constants):
     """The time is that without a byte for it."""
-    constants(HALF_CLOSED_CLIENT=400 * MS)
+    constants(HALF_CLOSED_CLIENT=250 * MS)
     with http_exchange(tmp_path, request()) as (_, client, peer, _):
         client.finish()
-        assert peer.silent(250 * MS)
+        assert peer.silent(150 * MS)
         peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nab")
-        assert peer.silent(250 * MS)
+        assert peer.silent(150 * MS)
         peer.send(b"cd")
         assert client.response().body == b"abcd"
 
@@ -8219,7 +8219,7 @@ PINGING = "ping_interval = " + ini_ms(60)
 
 def test_a_ping_that_cannot_be_written_at_once(tmp_path):
     """It is written as soon as the backend reads, and not only when the tunnel ends."""
-    lines = ("ping_interval = " + ini_ms(500), "ping_timeout = " + ini_ms(20000),
+    lines = ("ping_interval = " + ini_ms(300), "ping_timeout = " + ini_ms(20000),
              "ping_peers = backend")
     with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
         client, server = gate.tunnel(backend)
