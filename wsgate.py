@@ -48,7 +48,7 @@ Three rules hold everywhere. An exchange that cannot continue raises HTTPError, 
 Exchange.run turns it into a response, the end of the connection and a line in the log.
 A Stream, and what is built on it, belongs to one thread. What threads share is few
 things, each with its lock or the reason why it needs none: Gate.state and Gate.config,
-Connections, Counters, Workers, Upstream and the Health of its servers, Resolver,
+Connections, Counters, Workers, Crowd, Upstream and the Health of its servers, Resolver,
 PasswordFile, CertificateStore, LogWriter. No lock is held over I/O.
 """
 
@@ -694,9 +694,11 @@ parse_origin = matching(
 
 
 def parse_origins(text):
-    """Return 'same' and scheme://host[:port] with * globs as a tuple of str, 'any' as None."""
-    words = tuple(map(parse_origin, words_of(text.lower())))
-    return None if not words or "any" in words else words
+    """Return the word 'same' and the patterns of scheme://host[:port] as a tuple, 'any' as None."""
+    words = list(map(parse_origin, words_of(text.lower())))
+    if not words or "any" in words:
+        return None
+    return tuple(word if word == "same" else pattern_of(word) for word in words)
 
 
 def parse_weight(text):
@@ -713,8 +715,9 @@ def parse_server_line(line):
     """Return 'ADDRESS [weight=1] [max_fails=1] [fail_timeout=10s] ... [down]' as a Server."""
     words = line.split()
     return Server(parse_address(words[0], default_port=80), **parse_options(
-        words[1:], SERVER_OPTIONS, "unknown server parameter %%r (expected any of: %s; each server"
-                                   " on a line of its own)" % ", ".join(SERVER_OPTIONS)))
+        words[1:], SERVER_OPTIONS,
+        "unknown server parameter %%r (expected any of: %s; servers are separated by commas or"
+        " lines)" % ", ".join(SERVER_OPTIONS)))
 
 
 def parse_servers(text):
@@ -4797,7 +4800,7 @@ def check_origin(location, request, client):
     origin = origins[0].decode("latin-1").lower()
     if len(origins) > 1 or len(origin) > ORIGIN_LIMIT or not any(
             same_origin(origin, host) if allowed == "same"
-            else pattern_of(allowed).fullmatch(origin)
+            else allowed.fullmatch(origin)
             for allowed in location.allowed_origins):
         raise HTTPError(403, "origin_denied", "Origin %s is not in allowed_origins; Host is %s" % (
             printable(b", ".join(origins)[:ORIGIN_LIMIT]), printable(host)))
@@ -4812,7 +4815,6 @@ def same_origin(origin, host):
         authority == host or authority + port == host or authority == host + port)
 
 
-@functools.lru_cache(maxsize=None)  # of what the configuration has
 def pattern_of(glob):
     """Return a glob as a compiled pattern; each * is any text without /.
 
