@@ -2020,13 +2020,16 @@ NGINX = (
     "server_name server_tokens set ssl ssl_dhparam ssl_prefer_server_ciphers "
     "ssl_session_cache ssl_session_tickets ssl_session_timeout ssl_stapling "
     "ssl_trusted_certificate ssl_verify_client stub_status sub_filter tcp_nodelay tcp_nopush "
-    "try_files types uwsgi_pass worker_connections worker_processes worker_rlimit_nofile zone")
+    "try_files types uwsgi_pass worker_connections worker_processes worker_rlimit_nofile zone "
+    "proxy_intercept_errors proxy_pass_header client_body_temp_path limit_conn_status sticky "
+    "worker_shutdown_timeout ssl_password_file health_check http2_push_preload gzip_static "
+    "proxy_cache_lock fastcgi_read_timeout copy_headers tls_insecure_skip_verify health_uri")
 
 
 def test_foreign_directives(tmp_path):
     """Built in, written differently here (then the key that is named exists), or out of scope."""
     keys = {key for table in TABLES.values() for key in table}
-    balances = {"ip_hash", "least_conn", "round_robin"}
+    values = {"ip_hash", "least_conn", "round_robin"}.union(wsgate.SERVER_OPTIONS)
     errors = errors_of(tmp_path, SERVER + "".join(name + " = 1\n" for name in NGINX.split()))
     assert len(errors) == len(NGINX.split()) > 60
     for error in errors:
@@ -2035,7 +2038,7 @@ def test_foreign_directives(tmp_path):
                          error), error
     for advice, names in wsgate.FOREIGN:
         assert not keys & set(names.split())
-        assert set(re.findall(r"\b[a-z]+_[a-z_]+\b", advice)) <= keys | balances, advice
+        assert set(re.findall(r"\b[a-z]+_[a-z_]+\b", advice)) <= keys | values, advice
 
 
 TABLES = {"server": wsgate.SERVER_KEYS, "location /": wsgate.LOCATION_KEYS,
@@ -2124,6 +2127,12 @@ BAD_CONFIGURATIONS = [
     (SERVER + "proxy_set_header = X A: b", ":3:", "invalid header field 'X A: b'"),
     (SERVER + "proxy_set_header = X-A: $hots", ":3:",
      "unknown variable $hots (did you mean 'host'?)"),
+    (SERVER + "add_header = X-A: $proxy_host", ":3:", "unknown variable $proxy_host (expected one of"
+     ": $host, $remote_addr, ", ", $http_NAME)"),
+    (SERVER + "auth_request_headers = $upstream_http_remote_user", ":3:", "invalid field name '$ups"),
+    (SERVER + "[upstream u]\nserver = a:1\nbalance = cookie $cookie_io", ":5:", "cookie NAME"),
+    (SERVER + "idle_timeout = 0", ":3:", "invalid duration '0' (expected more than 0, or never)"),
+    (SERVER + "idle_timeout = off", ":3:", "invalid duration 'off' (expected more than 0, or nev"),
     (SERVER + "proxy_set_header = X-A: a\x01b", ":3:", "control character in the value of X-A"),
     (SERVER + "proxy_set_header = X-A: a\x7f", ":3:", "control character in the value of X-A"),
     (SERVER + "proxy_set_header = Connection: close", ":3:", "Connection is managed by wsgate"),
@@ -2147,6 +2156,8 @@ BAD_CONFIGURATIONS = [
     (SERVER + "[upstream]\nserver = a:1", ":3: [upstream]", "NAME"),
     (SERVER + "[server]", "wsgate.ini:3: [server]: duplicate section (first in line 1)"),
     (SERVER + PASS, "wsgate.ini:3: [server] proxy_pass: duplicate key (first in line 2)"),
+    (SERVER + "[upstream u]\nserver = a:1\nserver = a:2", ":5: [upstream u] server: duplicate key"
+     " (first in line 4; further values go on indented lines below it)"),
     (SERVER + "[location /a]\n[location  /a]",
      ":4: [location /a]: duplicate section (first in line 3)"),
     (SERVER + "[location a.test/]\n[location A.test/]",
@@ -2209,6 +2220,14 @@ BAD_CONFIGURATIONS = [
      "(expected proxy_pass = http://127.0.0.1:9)"),
     (SERVER + "location /ws/ {",
      "wsgate.ini:3: invalid line: location /ws/ { (expected [location /ws/])"),
+    (SERVER + "location ~ \\.php$ {", "{ (regular expressions are not supported; expected"),
+    (SERVER + "location ^~ /ws/ {", "(expected [location /ws/])"),
+    (SERVER + "proxy_set_header Connection $connection_upgrade;", "(built in: remove it)"),
+    (SERVER + "proxy_set_header Host $host;", "(expected proxy_set_header = Host: $host)"),
+    (SERVER + "add_header Referrer-Policy \"same-origin\" always;",
+     "(expected add_header = Referrer-Policy: same-origin)"),
+    (SERVER + "if ($http_upgrade = \"websocket\") {", "unknown key (expected proxy_pass_websocket)"),
+    (SERVER + "http-request set-header X-A b", "(expected proxy_set_header)"),
     (SERVER + "server { listen 80; }", "(expected [server])"),
     (SERVER + "}",
      "wsgate.ini:3: invalid line: } (remove it: a section ends where the next one begins)"),
@@ -2389,6 +2408,16 @@ MISTAKES = [
      ":6: [location /a] ssl_certificate: unused: the certificate of a connection is chosen by its"
      " host name (expected in [server], or in [location HOST/])"),
     ("ping_interval = 60s", ":3: [server] ping_interval: not less than idle_timeout"),
+    ("listen = 127.0.0.1:1 proxy_protocol", ":3: [server] listen: proxy_protocol: every connection"),
+    ("[location /a]\nproxy_pass_websocket = http://127.0.0.1:9/$uri",
+     ":4: [location /a] proxy_pass_websocket: no variables in /$uri"),
+    ("auth_request = http://127.0.0.1:9/verify?rd=$scheme",
+     ":3: [server] auth_request: no variables in /verify?rd=$scheme"),
+    ("[location /a]\nupgrade = none\nproxy_pass_websocket = http://127.0.0.1:9",
+     ":5: [location /a] proxy_pass_websocket: unused: upgrade is none"),
+    ("add_header = X-A: b always", ":3: [server] add_header: always is sent as a part"),
+    ("deny = all\n[location /a]\nallow = 10.0.0.0/8 all",
+     ":4: [location /a] deny: a network is in allow too: deny decides"),
     ("proxy_set_header = X-A: b;",
      ":3: [server] proxy_set_header: unexpected semicolon in 'X-A: b;' (remove it)"),
     ("[location /a]\nreturn = 200 text\n  listen = 1", ":4:",
@@ -2415,7 +2444,8 @@ def test_warnings(tmp_path, text, marks):
     "idle_timeout = never\nping_interval = 1d",
     "[location /a/]\nproxy_pass = http://127.0.0.1:9/", "proxy_ssl_verify = off",
     "[location /a]\nreturn = 200 a;b #5", "[location /a]\nreturn = 200 a\n  b = c",
-    "proxy_set_header = X-A: #fff"])
+    "proxy_set_header = X-A: #fff", "deny = all\n[location /a]\nallow = all\ndeny =",
+    "listen = 127.0.0.1:1 proxy_protocol\nset_real_ip_from = all"])
 def test_no_warnings(tmp_path, text):
     assert load_text(tmp_path, SERVER + text + "\n").warnings == []
 
@@ -3841,6 +3871,15 @@ def test_a_redirect_listener_sends_every_request_to_https(tmp_path, tls, raw, st
         assert response.status == status
         port = gate.listeners[1].server_address[1]
         assert response.get(b"location") == (location and location % port)
+
+
+def test_a_redirect_leads_to_the_first_ssl_listener_of_the_file(tmp_path, tls):
+    """Also if a reload has put another one in front of it."""
+    with running(REDIRECTING % tls.server, tmp_path) as gate:
+        reload(gate, REDIRECTING.replace(" localhost", " 127.0.0.2:0 ssl, localhost") % tls.server)
+        port = next(listener.server_address[1] for listener in gate.listeners
+                    if listener.listen.address.host == "127.0.0.2")
+        assert gate.fetch(request()).get(b"location") == b"https://gate.test:%d/" % port
 
 
 def test_redirect_without_host(tmp_path, tls):
@@ -6067,6 +6106,17 @@ def test_auth_request_headers_from_clients(tmp_path, name, line):
             assert b"mallory" not in head
         for head in heads:
             assert field(head, b"remote-user") == [b"alice"]
+
+
+def test_auth_request_off(tmp_path):
+    """It undoes that of [server], as no value does: for the login page."""
+    with ScriptedBackend(respond(ok())) as backend, refusing_port() as dead:
+        ini = ("[server]\nauth_request = http://%s\nproxy_pass = http://%s\n"
+               "[location /off/]\nauth_request = off\n[location /none/]\nauth_request =\n"
+               % (dead.where, backend.where))
+        with running(ini, tmp_path) as gate:
+            assert [gate.fetch(request(b"GET", path)).status
+                    for path in (b"/", b"/off/", b"/none/")] == [502, 200, 200]
 
 
 def test_the_login_url_cannot_be_turned_into_another_host(tmp_path):

@@ -364,6 +364,12 @@ def parse_timeout(text):
     return require(parse_seconds(text), "invalid duration %r (expected more than 0)", text)
 
 
+def parse_idle_timeout(text):
+    """Return a duration greater than zero in seconds; math.inf for never."""
+    require(text not in ("0", "off"), "invalid duration %r (expected more than 0, or never)", text)
+    return math.inf if text == "never" else parse_timeout(text)
+
+
 @matching(r"([0-9]{1,9})([kmgKMG]?)", "invalid size %r (expected e.g. 512, 16k, 1m or 1g)")
 def parse_size(number, unit, minimum=0):
     """Return a size ('512', '16k', '1m' or '1g') in bytes."""
@@ -475,7 +481,7 @@ def parse_header_line(line):
 def parse_field_name(word):
     """Return the name of a field that auth_request may set, as bytes."""
     name = word.encode()
-    require(TOKEN.fullmatch(name)
+    require(TOKEN.fullmatch(name) and b"$" not in name  # a variable of nginx
             and name.lower() not in MANAGED_FIELDS | HANDSHAKE_FIELDS | {b"host"},
             "invalid field name %r (expected e.g. Remote-User)", word)
     return name
@@ -518,8 +524,8 @@ class Template:
         """Return the function for a variable. Raise ValueError if it is unknown."""
         if name in self.VARIABLES:
             return self.VARIABLES[name]
-        require(name.startswith("http_"),
-                "unknown variable $%s%s", name, nearest(name, self.VARIABLES))
+        require(name.startswith("http_"), "unknown variable $%s%s", name,
+                nearest(name, self.VARIABLES) or " (expected one of: %s)" % VARIABLE_NAMES)
         field = name[len("http_"):].lower().replace("_", "-").encode()
         return lambda request, client: b", ".join(request.fields.get_all(field))
 
@@ -529,6 +535,7 @@ class Template:
                          for part in self.parts])
 
 
+VARIABLE_NAMES = ", ".join("$" + name for name in [*Template.VARIABLES, "http_NAME"])
 parse_login_url = matching(  # variables stand after the host only
     r"(https?://[^\s/?#$@\\]+(?:[/?#]\S*)?|/(?![/\\])\S*)",
     "invalid URL %r (expected https://HOST/... or /path)")(Template)
@@ -729,7 +736,7 @@ def parse_servers(text):
 def parse_balance(text):
     """Return 'least_conn', 'round_robin', 'ip_hash' or 'cookie NAME'."""
     token = TOKEN.pattern.decode()
-    require(re.fullmatch(r"least_conn|round_robin|ip_hash|cookie\s+" + token, text),
+    require(re.fullmatch(r"least_conn|round_robin|ip_hash|cookie\s+(?!\$)" + token, text),
             "invalid method %r (expected least_conn, round_robin, ip_hash or cookie NAME)", text)
     return " ".join(text.split())
 
@@ -790,7 +797,7 @@ SERVER_KEYS = {
         "time limit for the TLS handshake and the whole request head, however slowly it comes"),
     "client_header_size": Key(
         functools.partial(parse_size, minimum=128), "16k",
-        "maximum size of a request head in bytes, 431 beyond"),
+        "maximum size of a head in bytes, 431 beyond, or 502 if it is that of a response"),
     "client_body_timeout": Key(
         parse_timeout, "60s", "time limit between two reads of a request body, 408 beyond"),
     "keepalive_timeout": Key(
@@ -858,11 +865,12 @@ LOCATION_KEYS = {
     "proxy_set_header": Key(
         list_of(lines_of, parse_header_line), "",
         "request header fields for the backend, one 'Name: value' per line; an empty value"
-        " removes the field"),
+        " removes the field; variables: " + VARIABLE_NAMES),
     "add_header": Key(
         list_of(lines_of, parse_header_line), "",
         "response header fields for the client, one 'Name: value' per line, also on errors; each"
-        " replaces the backend's field (Set-Cookie: is added); an empty value removes it"),
+        " replaces the backend's field (Set-Cookie: is added); an empty value removes it; variables"
+        " as in proxy_set_header"),
     "proxy_redirect": Key(
         choice("default", "off"), "default",
         "rewrite Location, Refresh and Content-Location where they name the backend or a path below"
@@ -882,7 +890,7 @@ LOCATION_KEYS = {
     "proxy_send_timeout": Key(
         parse_timeout, "60s", "time limit between two writes of an HTTP request"),
     "idle_timeout": Key(
-        optional(parse_timeout, "never", math.inf), "60s",
+        parse_idle_timeout, "60s",
         "close a tunnel without a byte in either direction for this long, or never; if unset,"
         " proxy_read_timeout applies"),
     "ping_interval": Key(
@@ -902,22 +910,23 @@ LOCATION_KEYS = {
         "check Sec-WebSocket-Key, -Version and -Accept; off: accept non-standard devices"),
     "allowed_origins": Key(
         parse_origins, "any",
-        "Origin of WebSocket handshakes: any, same (as Host), or a list of"
-        " scheme://host[:port] with * globs; 403 for others"),
+        "Origin of WebSocket handshakes and other requests, if they have one: any, same (as Host),"
+        " or a list of scheme://host[:port] with * globs; 403 for others"),
     "allow": Key(
         parse_networks, "",
         "addresses and CIDRs (or unix:, all) with access; if set, all others get 403"),
     "deny": Key(
         parse_networks, "",
-        "addresses and CIDRs (or unix:, all) that get 403; takes precedence over allow"),
+        "addresses and CIDRs (or unix:, all) that get 403; of allow and deny, the narrowest network"
+        " that has the address decides, deny if both have it"),
     "auth_basic_user_file": Key(
         optional(parse_pem), "",
         "htpasswd file for Basic authentication, of {SCRYPT}, {SSHA} or {SHA} lines as printed"
         " by --hash-password"),
     "auth_request": Key(
-        optional(parse_proxy_pass), "",
-        "URL of an authorization service, as in proxy_pass; 2xx lets a request pass, 401 and 403"
-        " refuse it"),
+        optional(optional(parse_proxy_pass), "off"), "",
+        "URL of an authorization service, as in proxy_pass, or off; 2xx lets a request pass, 401"
+        " and 403 refuse it"),
     "auth_request_headers": Key(
         list_of(words_of, parse_field_name), "",
         "names of fields in the response of auth_request that are passed to the backend; a client"
@@ -971,6 +980,8 @@ LOCATION_KEYS = {
         optional(parse_pem), "", "private key (PEM, no passphrase) of ssl_certificate"),
 }
 
+LISTS = ("listen", "set_real_ip_from", "server", "proxy_set_header", "add_header", "allow", "deny",
+         "allowed_origins")
 PROXY_PASS_KEYS = ("proxy_pass", "proxy_pass_websocket", "auth_request")
 
 UPSTREAM_KEYS = {
@@ -990,9 +1001,14 @@ SECTIONS = (("server", SERVER_KEYS), ("location /path", LOCATION_KEYS),
 # What is pasted from nginx, HAProxy and Caddy: what to do with it, and its directives.
 FOREIGN = (
     ("built in: remove it",
-     "proxy_http_version proxy_buffering proxy_request_buffering proxy_buffer_size proxy_buffers"
+     "client_body_temp_path client_body_in_single_buffer proxy_temp_path proxy_temp_file_write_size"
+     " proxy_force_ranges proxy_ignore_headers proxy_headers_hash server_name_in_redirect"
+     " proxy_pass_header port_in_redirect postpone_output output_buffers server_names_hash_max_size accept_mutex"
+     " connection_pool_size request_pool_size timeout_client-fin"
+     " timeout_server-fin timeout_queue timeout_check hash-type auto_https transport"
+     " send_lowat proxy_send_lowat proxy_http_version proxy_buffering proxy_request_buffering proxy_buffer_size proxy_buffers"
      " proxy_busy_buffers_size proxy_max_temp_file_size proxy_socket_keepalive tcp_nodelay"
-     " tcp_nopush sendfile sendfile_max_chunk chunked_transfer_encoding proxy_cache_bypass"
+     " tcp_nopush sendfile sendfile_max_chunk aio directio thread_pool chunked_transfer_encoding proxy_cache_bypass"
      " proxy_no_cache proxy_ssl_server_name proxy_ssl_session_reuse proxy_next_upstream"
      " proxy_pass_request_headers proxy_pass_request_body proxy_ignore_client_abort"
      " client_body_buffer_size client_body_in_file_only lingering_close lingering_time"
@@ -1014,54 +1030,82 @@ FOREIGN = (
     ("expected proxy_connect_timeout", "timeout_connect dial_timeout"),
     ("expected proxy_read_timeout", "timeout_server response_header_timeout"),
     ("expected keepalive_timeout", "timeout_client timeout_http-keep-alive"),
-    ("expected client_header_timeout", "timeout_http-request"),
+    ("expected client_header_timeout", "timeout_http-request proxy_protocol_timeout"),
     ("expected client_header_size", "large_client_header_buffers client_header_buffer_size"),
     ("expected client_max_body_size", "request_body"),
     ("expected max_connections", "worker_connections maxconn"),
     ("expected max_connections_per_ip or max_connections", "limit_conn limit_conn_zone"),
     ("expected auth_basic_user_file", "auth_basic basic_auth basicauth"),
     ("expected auth_request", "forward_auth"),
-    ("expected auth_request_headers", "auth_request_set"),
+    ("expected auth_request_headers", "auth_request_set copy_headers"),
     ("expected ssl_client_certificate",
      "ssl_verify_client ssl_trusted_certificate ssl_verify_depth"),
     ("expected ssl_certificate and ssl_certificate_key", "tls crt"),
-    ("expected proxy_set_header", "header_up header_upstream proxy_pass_header"),
-    ("expected add_header", "header header_down more_set_headers"),
-    ("expected add_header with an empty value", "proxy_hide_header more_clear_headers"),
+    ("expected proxy_set_header", "header_up header_upstream request_header more_set_input_headers"
+     " http-request_set-header http-request_add-header http-request_del-header"),
+    ("expected add_header", "header header_down more_set_headers http-response_set-header"
+     " http-response_add-header add_trailer"),
+    ("expected add_header with an empty value",
+     "proxy_hide_header more_clear_headers http-response_del-header"),
+    ("expected proxy_pass_websocket", "if_($http_upgrade"),
+    ("expected proxy_ssl_verify = off", "tls_insecure_skip_verify"),
+    ("expected proxy_ssl_trusted_certificate", "tls_trusted_ca_certs"),
+    ("expected ssl_certificate_key without a passphrase", "ssl_password_file"),
+    ("expected proxy_ssl_ciphers or proxy_ssl_protocols", "proxy_ssl_conf_command"),
+    ("expected ssl_ciphers or ssl_protocols", "ssl_conf_command ssl-default-bind-ciphers"
+     " ssl-default-bind-options"),
+    ("expected listen = ADDRESS redirect", "redirect http-request_redirect"),
+    ("expected deny", "http-request_deny"),
+    ("expected max_fails and fail_timeout in server: health checks are passive",
+     "health_check check http-check option_httpchk health_uri health_interval health_port"
+     " health_timeout health_status fail_duration max_fails fail_timeout default-server"),
+    ("expected max_conns in server", "max_conns queue"),
+    ("expected proxy_next_upstream_tries or proxy_next_upstream_timeout",
+     "retries lb_try_duration lb_retries"),
+    ("expected drain_timeout", "worker_shutdown_timeout hard-stop-after grace_period"),
     ("expected proxy_keepalive in [location /path]", "keepalive keepalive_time"),
-    ("expected balance = ip_hash", "ip_hash hash sticky stick-table stick cookie"),
-    ("expected balance = least_conn", "least_conn lb_policy"),
+    ("expected balance = ip_hash", "ip_hash"),
+    ("expected balance = cookie NAME or ip_hash", "hash sticky stick-table stick cookie"),
+    ("expected balance in [upstream NAME]", "lb_policy"),
+    ("expected balance = least_conn", "least_conn least_time"),
     ("expected balance = round_robin", "random"),
     ("expected return", "redir respond http-request"),
-    ("expected status_listen", "stub_status stats"),
-    ("expected log_level", "error_log_level log"),
+    ("expected status_listen", "stub_status stats admin"),
+    ("expected log_level", "error_log_level log debug_connection"),
     ("expected set_real_ip_from", "trusted_proxies"),
     ("set it where wsgate is started: LimitNOFILE or ulimit -n", "worker_rlimit_nofile"),
     ("one process uses one CPU: start several with listen = ... reuseport",
      "worker_processes nbproc nbthread"),
-    ("out of scope: run it under systemd, see --print-unit", "daemon master_process"),
+    ("out of scope: run it under systemd, see --print-unit",
+     "daemon master_process chroot group env"),
     ("out of scope: a configuration is one file", "include import load_module"),
     ("out of scope: serve files with nginx or Caddy",
-     "root alias index autoindex try_files expires etag types default_type file_server"
-     " error_page open_file_cache"),
+     "root alias index autoindex try_files expires etag types default_type file_server errorfile"
+     " error_page proxy_intercept_errors recursive_error_pages handle_errors open_file_cache"
+     " log_not_found if_modified_since charset disable_symlinks max_ranges mp4 flv dav"),
+    ("out of scope: get certificates with certbot", "acme_ca acme_dns email"),
     ("out of scope: let the backend compress",
      "gzip gzip_types gzip_vary gzip_proxied gzip_comp_level gzip_min_length gunzip brotli"
      " encode compression"),
-    ("out of scope: HTTP/1.1 only", "http2 http3 http2_max_concurrent_streams quic_retry"),
+    ("out of scope: HTTP/1.1 only", "http2 http3 quic"),
     ("out of scope: use return, or a /uri in proxy_pass",
      "rewrite if set break rewrite_log uri strip_prefix"),
     ("out of scope: cache in nginx or in the backend",
      "proxy_cache proxy_cache_path proxy_cache_valid proxy_cache_key proxy_store"),
     ("out of scope: HTTP backends only",
-     "fastcgi_pass fastcgi_param uwsgi_pass scgi_pass grpc_pass memcached_pass php_fastcgi"
+     "fastcgi_pass fastcgi uwsgi uwsgi_pass scgi grpc grpc_pass memcached memcached_pass php_fastcgi"
      " stream ssl_preread"),
     ("out of scope: limit rates in nginx, HAProxy or a firewall",
-     "limit_req limit_req_zone limit_rate limit_rate_after"),
+     "limit_req limit_req_zone limit_rate limit_rate_after proxy_limit_rate limit_conn_status"
+     " limit_conn_log_level limit_conn_dry_run auth_delay"),
     ("out of scope: bodies are not rewritten",
-     "sub_filter sub_filter_once addition_types proxy_cookie_path proxy_cookie_domain"),
+     "sub_filter sub_filter_once addition_types add_before_body add_after_body proxy_cookie_path"
+     " proxy_cookie_domain proxy_cookie_flags slice xslt image_filter"),
     ("out of scope: not supported",
-     "satisfy internal mirror proxy_bind proxy_method proxy_set_body geo split_clients js_import"
-     " perl lua limit_except ssl_stapling ssl_stapling_verify proxy_ssl_crl ssl_crl"),
+     "satisfy internal mirror proxy_bind proxy_method proxy_set_body geo geoip geoip2 split_clients"
+     " js_import js perl lua limit_except ssl_stapling ssl_stapling_verify proxy_ssl_crl ssl_crl"
+     " ssl_ocsp ssl_early_data ssl_reject_handshake auth_jwt secure_link userid valid_referers"
+     " ntlm post_action"),
 )
 
 
@@ -1074,6 +1118,13 @@ def foreign(*words):
     return next((" (%s)" % FOREIGN_WORDS[word] for word in words if word in FOREIGN_WORDS), "")
 
 
+def family(name):
+    """Return what foreign() does for out-of-scope directives that the name continues, as gzip_."""
+    parts = name.split("_")
+    names = ["_".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+    return foreign(*[each for each in names if "out of" in FOREIGN_WORDS.get(each, "")])
+
+
 def unknown_key(name, table):
     """Return what is wrong with a key that is not in the table of its section."""
     if name in SECTION_OF:
@@ -1081,11 +1132,17 @@ def unknown_key(name, table):
     word, space, _ = name.partition(" ")
     if space and word in SECTION_OF:
         return "missing = after %s" % word
-    return "unknown key" + (foreign(name.replace(" ", "_"), word) or nearest(name, table))
+    return "unknown key" + (foreign("_".join(name.split()[:2]), word) or nearest(name, table)
+                            or family(word))
 
 
 LINE_SHAPES = (  # of a line that is neither [section] nor key = value, and what to do with it
     (r"[\s{};]*", "remove it: a section ends where the next one begins"),
+    (r"location\s+~.*", "regular expressions are not supported; expected [location /path]"),
+    (r"(location)\s+\^~\s*([^{]*?)\s*\{.*", r"expected [\1 \2]"),
+    (r"proxy_set_header\s+(?i:upgrade|connection)\s.*", "built in: remove it"),
+    (r"(proxy_set_header|add_header)\s+([\w-]+)\s+[\"']?(.*?)[\"']?(?:\s+always)?[\s;]*",
+     r"expected \1 = \2: \3"),
     (r"((?:server|location|upstream)\b[^{]*?)\s*\{.*", r"expected [\1]"),
     (r"(%s)[\s:]+([^\s:;].*?)[\s:;]*" % "|".join(SECTION_OF), r"expected \1 = \2"),
 )
@@ -1098,8 +1155,8 @@ def expected_line(line):
         if match:
             return " (%s)" % match.expand(advice)
     words = re.findall(r"[^\s{};]+", line)
-    return (foreign("_".join(words[:2]), words[0].rstrip(":")) or " (expected [section] or key ="
-            " value; a line that continues a value is indented)")
+    return (foreign("_".join(words[:2]), words[0].rstrip(":")) or family(words[0]) or " (expected"
+            " [section] or key = value; a line that continues a value is indented)")
 
 
 def nearest(word, words):
@@ -1283,7 +1340,8 @@ class ConfigReader:
         """Keep the line number of a (title, key); if it has one, add an error, return False."""
         first = self.lines.setdefault(place, line)
         if first != line:
-            self.line_error(line, "%s (first in line %d)" % (message, first))
+            advice = "; further values go on indented lines below it" if place[1] in LISTS else ""
+            self.line_error(line, "%s (first in line %d%s)" % (message, first, advice))
         return first == line
 
     # ---- values
@@ -1527,9 +1585,16 @@ LOCATION_MISTAKES = (  # key; whether a Location, with the texts of its section,
     ("auth_request_login",
      lambda location, texts: "auth_request_login" in texts and not location.auth,
      "unused: the location has no auth_request"),
-    ("proxy_pass",
-     lambda location, texts: location.proxy_pass and "$" in (location.proxy_pass.uri or ""),
-     "no variables in {0.proxy_pass.uri}; without a URI, the request URI is forwarded unchanged"),
+    ("proxy_pass_websocket",
+     lambda location, texts: "proxy_pass_websocket" in texts and location.upgrade == "none",
+     "unused: upgrade is none"),
+    ("add_header",
+     lambda location, texts: any(value.text.endswith(" always") for _, value in location.add_header),
+     "always is sent as a part of the value (remove it: errors have the fields too)"),
+    ("deny",
+     lambda location, texts: {"allow", "deny"}.intersection(texts)
+     and set(location.allow).intersection(location.deny),
+     "a network is in allow too: deny decides (a location undoes that of [server] by `deny =`)"),
     ("ssl_certificate",
      lambda location, texts: "ssl_certificate" in texts and None in location.hosts,
      "unused: the certificate of a connection is chosen by its host name (expected in [server],"
@@ -1537,7 +1602,13 @@ LOCATION_MISTAKES = (  # key; whether a Location, with the texts of its section,
     ("ping_interval",
      lambda location, texts: location.ping_interval >= location.idle_timeout,
      "not less than idle_timeout: a silent tunnel is closed before its first ping"),
-)
+) + tuple(
+    (key, lambda location, texts, key=key:
+     "$" in (getattr(getattr(location, key), "uri", None) or ""),
+     "no variables in {0.%s.uri}; %s" % (key, advice))
+    for key, advice in zip(PROXY_PASS_KEYS, (
+        "without a URI, the request URI is forwarded unchanged",) * 2 + (
+            "the service finds the URL in X-Original-URL",)))
 
 
 def warn_of_mistakes(reader, config):
@@ -1548,6 +1619,9 @@ def warn_of_mistakes(reader, config):
             if mistaken(location, reader.sections.get(title, ())):
                 reader.warn(title, key, message.format(location))
     listens = config.server.listen
+    if not config.server.set_real_ip_from and any(listen.proxy_protocol for listen in listens):
+        reader.warn("server", "listen", "proxy_protocol: every connection is closed, because"
+                    " set_real_ip_from does not name the proxy")
     if not any(listen.ssl for listen in listens):
         if any(listen.redirect for listen in listens):
             reader.warn("server", "listen", "redirect to https, but no listener has the option ssl"
@@ -2031,8 +2105,10 @@ class Gate:
             else:
                 self.close_listener(listener)
         for listener in opened:
-            self.listeners.append(listener)
             self.selector.register(listener, selectors.EVENT_READ, listener.accept_ready)
+        order = list(wanted)  # that of the file: a redirect leads to the first with ssl
+        self.listeners = sorted(self.listeners + opened, key=lambda listener: order.index(
+            (listener.listen.status, listener.listen.address)))
 
     def reopen(self):
         """USR1: open the log files again, after a rotation."""
@@ -7896,10 +7972,10 @@ SAMPLE = """\
 [server]
 %s
 
-# Every key of a location is also allowed in [server], as the default of all locations.
-# Locations: [location /prefix], [location HOST/prefix], [location *.example.com/prefix],
-# [location = /exact]. The most specific host wins, then the exact path, then the longest
-# prefix.
+# Every key of a location is also allowed in [server], as the default of all locations; a
+# location undoes it by the key without a value (allow =). Locations: [location /prefix],
+# [location HOST,HOST/prefix], [location *.example.com/prefix], [location = /exact]. The
+# most specific host wins, then the exact path, then the longest prefix.
 
 [location /]
 proxy_pass = http://127.0.0.1:9000
