@@ -1003,8 +1003,8 @@ FOREIGN = (
     ("built in: remove it",
      "client_body_temp_path client_body_in_single_buffer proxy_temp_path proxy_temp_file_write_size"
      " proxy_force_ranges proxy_ignore_headers proxy_headers_hash server_name_in_redirect"
-     " proxy_pass_header port_in_redirect postpone_output output_buffers server_names_hash_max_size accept_mutex"
-     " connection_pool_size request_pool_size timeout_client-fin"
+     " proxy_pass_header port_in_redirect postpone_output output_buffers server_names_hash_max_size"
+     " accept_mutex connection_pool_size request_pool_size timeout_client-fin"
      " timeout_server-fin timeout_queue timeout_check hash-type auto_https transport"
      " send_lowat proxy_send_lowat proxy_http_version proxy_buffering proxy_request_buffering proxy_buffer_size proxy_buffers"
      " proxy_busy_buffers_size proxy_max_temp_file_size proxy_socket_keepalive tcp_nodelay"
@@ -1093,7 +1093,7 @@ FOREIGN = (
     ("out of scope: cache in nginx or in the backend",
      "proxy_cache proxy_cache_path proxy_cache_valid proxy_cache_key proxy_store"),
     ("out of scope: HTTP backends only",
-     "fastcgi_pass fastcgi uwsgi uwsgi_pass scgi grpc grpc_pass memcached memcached_pass php_fastcgi"
+     "fastcgi uwsgi scgi grpc memcached php_fastcgi"
      " stream ssl_preread"),
     ("out of scope: limit rates in nginx, HAProxy or a firewall",
      "limit_req limit_req_zone limit_rate limit_rate_after proxy_limit_rate limit_conn_status"
@@ -1589,7 +1589,8 @@ LOCATION_MISTAKES = (  # key; whether a Location, with the texts of its section,
      lambda location, texts: "proxy_pass_websocket" in texts and location.upgrade == "none",
      "unused: upgrade is none"),
     ("add_header",
-     lambda location, texts: any(value.text.endswith(" always") for _, value in location.add_header),
+     lambda location, texts: any(value.text.endswith(" always")
+                                 for _, value in location.add_header),
      "always is sent as a part of the value (remove it: errors have the fields too)"),
     ("deny",
      lambda location, texts: {"allow", "deny"}.intersection(texts)
