@@ -1001,14 +1001,15 @@ SECTIONS = (("server", SERVER_KEYS), ("location /path", LOCATION_KEYS),
 # What is pasted from nginx, HAProxy and Caddy: what to do with it, and its directives.
 FOREIGN = (
     ("built in: remove it",
-     "client_body_temp_path client_body_in_single_buffer proxy_temp_path proxy_temp_file_write_size"
-     " proxy_force_ranges proxy_ignore_headers proxy_headers_hash server_name_in_redirect"
-     " proxy_pass_header port_in_redirect postpone_output output_buffers server_names_hash_max_size"
-     " accept_mutex connection_pool_size request_pool_size timeout_client-fin"
-     " timeout_server-fin timeout_queue timeout_check hash-type auto_https transport"
-     " send_lowat proxy_send_lowat proxy_http_version proxy_buffering proxy_request_buffering proxy_buffer_size proxy_buffers"
-     " proxy_busy_buffers_size proxy_max_temp_file_size proxy_socket_keepalive tcp_nodelay"
-     " tcp_nopush sendfile sendfile_max_chunk aio directio thread_pool chunked_transfer_encoding proxy_cache_bypass"
+     "client_body_temp_path client_body_in_single_buffer proxy_temp_path"
+     " proxy_temp_file_write_size proxy_force_ranges proxy_ignore_headers proxy_headers_hash"
+     " server_name_in_redirect proxy_pass_header port_in_redirect postpone_output output_buffers"
+     " server_names_hash_max_size accept_mutex connection_pool_size request_pool_size"
+     " timeout_client-fin timeout_server-fin timeout_queue timeout_check hash-type auto_https"
+     " transport send_lowat proxy_send_lowat proxy_http_version proxy_buffering"
+     " proxy_request_buffering proxy_buffer_size proxy_buffers proxy_busy_buffers_size"
+     " proxy_max_temp_file_size proxy_socket_keepalive tcp_nodelay tcp_nopush sendfile"
+     " sendfile_max_chunk aio directio thread_pool chunked_transfer_encoding proxy_cache_bypass"
      " proxy_no_cache proxy_ssl_server_name proxy_ssl_session_reuse proxy_next_upstream"
      " proxy_pass_request_headers proxy_pass_request_body proxy_ignore_client_abort"
      " client_body_buffer_size client_body_in_file_only lingering_close lingering_time"
