@@ -4348,6 +4348,13 @@ def test_no_client_of_a_tls_port_may_negotiate_again(tmp_path, tls):
         assert all(context.options & ssl.OP_NO_RENEGOTIATION for context in contexts)
 
 
+def test_a_certificate_without_a_key_is_a_configuration_error(tmp_path):
+    pem = SERVER_PEM[SERVER_PEM.index("-----BEGIN CERTIFICATE"):]
+    path = write_file(tmp_path, "cert.pem", pem[:pem.index("-----END CERTIFICATE") + 26])
+    error, = errors_of(tmp_path, SERVER + "listen = 127.0.0.1:0 ssl\nssl_certificate = " + path)
+    assert "cert.pem (without a key file it has to have the key too): " in error
+
+
 def test_a_key_of_another_certificate_is_a_configuration_error(tmp_path, tls):
     error, = errors_of(tmp_path, tls_ini(tls, "return = 200",
                                          "ssl_certificate_key = " + tls.client))

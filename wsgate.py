@@ -3933,7 +3933,8 @@ def load_pair(context, certificate, key):
             raise ValueError("%s is not the private key of %s" % (key, certificate))
         raise ValueError("invalid certificate %s%s: %s (expected PEM: the certificate first,"
                          " then its chain; a key without passphrase)" % (
-                             certificate, " or key " + key if key != certificate else "",
+                             certificate, " or key " + key if key != certificate
+                             else " (without a key file it has to have the key too)",
                              describe_error(error)))
 
 
