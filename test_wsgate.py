@@ -6778,6 +6778,18 @@ def test_add_header_of_server_is_in_responses_of_no_location(tmp_path):
         assert gate.fetch(b"rubbish\r\n\r\n").status == 400
 
 
+@pytest.mark.parametrize("raw", [b"GET /\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+                                 request(b"GET", b"/" + b"x" * 300)])
+def test_add_header_of_server_is_in_responses_to_malformed_requests(tmp_path, raw):
+    """Of the fields those without variables, whose values come from a request."""
+    ini = ("[server]\nreturn = 200\nclient_header_size = 256\n"
+           "add_header =\n  X-A: 1\n  X-B: $host\n  Date:\n")
+    with running(ini, tmp_path) as gate:
+        response = gate.fetch(raw)
+        assert response.status in (400, 414)
+        assert response.get(b"x-a") == b"1" and response.get(b"x-b") is None
+
+
 def test_add_header_gives_a_return_its_content_type(tmp_path):
     ini = "[server]\n[location /]\nreturn = 200 {}\nadd_header = Content-Type: application/json\n"
     with running(ini, tmp_path) as gate:

@@ -3258,7 +3258,7 @@ class Exchange:
     def added_fields(self):
         """Return add_header and the cookies of auth_request: (name, value) pairs."""
         settings = self.location or self.config.server  # which has the defaults of locations
-        if self.request is None or not (settings.add_header or self.cookies):
+        if not (settings.add_header or self.cookies):
             return []
         return added_fields(self.request, settings, self.client) + list(self.cookies)
 
@@ -5776,9 +5776,14 @@ def examined_value(name, value, location, upgrade, unsized):
 
 
 def added_fields(request, settings, client):
-    """Return the fields of add_header, as (name, value) pairs."""
+    """Return the fields of add_header, as (name, value) pairs.
+
+    request: None if it could not be parsed. Then there are no values for variables.
+    """
     pairs = []
     for name, template in settings.add_header:
+        if request is None and "$" in template.text:
+            continue
         value = template.render(request, client)
         if value:
             pairs.append((name, value))
