@@ -7621,6 +7621,15 @@ def test_interim_responses(tmp_path):
         assert client.response().body == b"ok"
 
 
+def test_removed_fields_are_not_in_interim_responses(tmp_path):
+    script = respond(b"HTTP/1.1 103 Early Hints\r\nServer: secret\r\nLink: </a>\r\n\r\n", ok())
+    with gate_and_backend(tmp_path, script, "add_header = server:") as (gate, _):
+        client = gate.connect().send(request())
+        assert client.head() == b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+        assert client.response().body == b"ok"
+        client.close()
+
+
 def test_at_most_32_interim_responses(tmp_path):
     hints = b"HTTP/1.1 103 Early Hints\r\n\r\n"
     with gate_and_backend(tmp_path, respond(hints * 32, ok())) as (gate, _):

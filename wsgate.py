@@ -6422,7 +6422,8 @@ class HTTPRelay(Relay):
     def pass_interim(self, response):
         """Pass a 1xx response to the client."""
         lines = [b"HTTP/1.1 %d %s" % (response.status, response.reason)]
-        withheld = HOP_BY_HOP.union(response.fields.tokens(b"connection"), (b"content-length",))
+        withheld = HOP_BY_HOP.union(response.fields.tokens(b"connection"), (b"content-length",),
+                                    self.location.response_withheld)
         lines += [b"%s: %s" % pair for pair in response.fields if pair[0].lower() not in withheld]
         self.down.pending += b"\r\n".join(lines) + b"\r\n\r\n"
         self.down.flush(time.monotonic())
