@@ -5778,7 +5778,7 @@ def examined_value(name, value, location, upgrade, unsized):
 def added_fields(request, settings, client):
     """Return the fields of add_header, as (name, value) pairs.
 
-    request: None if it could not be parsed. Then there are no values for variables.
+    request: None if it could not be parsed; fields with variables are then left out.
     """
     pairs = []
     for name, template in settings.add_header:
