@@ -1562,8 +1562,12 @@ class Config(Settings):
 
     def hosts_for(self, host):
         """Return the hosts of locations that cover this host name, the most specific first."""
-        suffixes = [name for name in self.wildcards if host.endswith(name[1:])]
-        return [name for name in [host] + suffixes + [None] if name in self.by_host]
+        found = [host] if host in self.by_host else []
+        if self.wildcards:
+            found += [name for name in self.wildcards if host.endswith(name[1:])]
+        if None in self.by_host:
+            found.append(None)
+        return found
 
 
 # -------------------------------------------------------- Configuration: checks
@@ -2766,6 +2770,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.client = None           # ClientInfo, once the connection has begun
         self.tunnel = None           # the Tunnel that the connection has become
         self.kept = None             # the Backend kept for the next request (proxy_keepalive)
+        self.last = None             # the last Request, if it is worth keeping
         self.served = 0              # requests so far
         self.key = None              # of Connections.in_use: the address it is counted for
         self.limited = False         # max_connections_per_ip is reached
@@ -2964,6 +2969,7 @@ class Exchange:
     connection: KEEP_ALIVE, PLAIN_CLOSE, LINGERING_CLOSE or RESET_CLOSE.
     """
 
+    REMEMBERED = 2048        # bytes of field lines that an idle connection keeps at most
     request = None
     location = None
     upgrade = None           # the Upgrade that the client asks for
@@ -3020,7 +3026,8 @@ class Exchange:
                             "the request head did not arrive within client_header_timeout")
         except EOFError:
             raise ClientGone("client_gone")
-        self.request = parse_request_head(head)
+        last, self.connection.last = self.connection.last, None
+        self.request = parse_request_head(head, last)
         self.request.id = self.entry.id
         self.entry.take_request(self.request)
         if log.isEnabledFor(logging.DEBUG):
@@ -3077,11 +3084,12 @@ class Exchange:
         if len(guards) > 1:
             request.withheld = request.withheld.union(*[guard.withheld for guard in guards])
         for guard in guards:
-            check_address(guard, address)
-            check_origin(guard, request, self.client)
-            check_password(guard, request)
-            if guard.auth is not None:
-                self.authorize(guard)
+            if not guard.open:
+                check_address(guard, address)
+                check_origin(guard, request, self.client)
+                check_password(guard, request)
+                if guard.auth is not None:
+                    self.authorize(guard)
         if self.upgrade and self.upgrade.error:
             raise self.upgrade.error
         if request.length and 0 < location.client_max_body_size < request.length:
@@ -3336,6 +3344,8 @@ class Exchange:
         self.drop_backend()
         for key in self.keys:
             self.gate.connections.release(key)
+        if self.request is not None and len(self.request.block) <= self.REMEMBERED:
+            self.connection.last = self.request
         self.entry.write()
 
 
@@ -4145,12 +4155,40 @@ class Request:
     frames may follow (RFC 9931). persistent: the client may send another request (RFC 9112 9.3;
     not in HTTP/1.0, nor after such a trace). id: of the access log. user: after Basic
     authentication. identity: lines for the backend, from the response of auth_request. withheld:
-    names of fields, as cgi_name() makes them, that the backend does not get.
+    names of fields, as cgi_name() makes them, that the backend does not get. block: the field
+    lines, bytes. lines: what fields_for_backend() has made of them, or None.
     """
 
-    __slots__ = ("method", "target", "path", "paths", "minor", "fields", "host", "authority",
-                 "length", "chunked", "attempts_upgrade", "persistent", "id", "user", "identity",
-                 "withheld")
+    __slots__ = ("method", "target", "path", "paths", "minor", "block", "fields", "host",
+                 "authority", "length", "chunked", "attempts_upgrade", "persistent", "id", "user",
+                 "identity", "withheld", "lines")
+
+    def parse_block(self, block):
+        """Set block and what follows from the field lines. Raise HTTPError."""
+        self.block = block
+        try:
+            self.fields = fields = parse_fields(block)
+        except ValueError as error:
+            raise HTTPError(400, "bad_request", str(error))
+        self.authority, self.host = parse_host(fields, self.minor)
+        self.length, self.chunked = request_framing(fields, self.minor)
+        listed = fields.tokens(b"connection")
+        # Not h2c: its clients wait, and some ask for it in each request (Java's HttpClient).
+        self.attempts_upgrade = (b"sec-websocket-key" in fields.index
+                                 or not {b"h2c"}.issuperset(fields.tokens(b"upgrade")))
+        self.persistent = (self.minor > 0 and b"close" not in listed
+                           and not self.attempts_upgrade)
+        self.lines = None
+        if not PROTECTED_FIELDS.isdisjoint(listed):
+            name = min(PROTECTED_FIELDS.intersection(listed))
+            raise HTTPError(400, "bad_request", "Connection must not list %s" % printable(name))
+
+    def copy_block(self, last):
+        """Set what parse_block() has set in the last request."""
+        self.block, self.fields, self.lines = last.block, last.fields, last.lines
+        self.authority, self.host = last.authority, last.host
+        self.length, self.chunked = last.length, last.chunked
+        self.attempts_upgrade, self.persistent = last.attempts_upgrade, last.persistent
 
     def has_body(self):
         """Return True unless the body is empty."""
@@ -4167,35 +4205,25 @@ class Request:
         return self.method in (b"GET", b"HEAD", b"OPTIONS") and not self.has_body()
 
 
-def parse_request_head(head):
-    """Return a head, the bytes up to and including the empty line, as Request.
+def parse_request_head(head, last=None):
+    """Return a head, the bytes up to and including the empty line, as Request. Raise HTTPError.
 
-    Raise HTTPError.
+    last: the last Request of the connection, if any. Most clients repeat their field lines, and
+    the same bytes are not parsed twice.
     """
     line, _, block = head[:-2].partition(b"\r\n")
     request = Request()
     request.method, target, request.minor = parse_request_line(line)
-    try:
-        request.fields = fields = parse_fields(block)
-    except ValueError as error:
-        raise HTTPError(400, "bad_request", str(error))
+    if last is not None and last.block == block and last.minor == request.minor:
+        request.copy_block(last)
+    else:
+        request.parse_block(block)
     if request.method == b"CONNECT":
         raise HTTPError(405, "method_not_allowed", "CONNECT is not supported",
                         ((b"Allow", b"GET, HEAD, POST, PUT, DELETE, OPTIONS"),))
-    request.authority, request.host = parse_host(fields, request.minor)
     request.target, request.paths = split_target(request.method, target, request.authority)
     request.path = request.paths[0]
-    request.length, request.chunked = request_framing(fields, request.minor)
     request.id, request.user, request.identity, request.withheld = "", b"", (), frozenset()
-    listed = fields.tokens(b"connection")
-    # Not h2c: its clients wait, and some ask for it in each request (Java's HttpClient).
-    request.attempts_upgrade = (b"sec-websocket-key" in fields.index
-                                or not {b"h2c"}.issuperset(fields.tokens(b"upgrade")))
-    request.persistent = (request.minor > 0 and b"close" not in listed
-                          and not request.attempts_upgrade)
-    if not PROTECTED_FIELDS.isdisjoint(listed):
-        name = min(PROTECTED_FIELDS.intersection(listed))
-        raise HTTPError(400, "bad_request", "Connection must not list %s" % printable(name))
     return request
 
 
@@ -4297,8 +4325,8 @@ def parse_response_head(head):
     try:
         if not match or match.group(1) != b"1":
             raise ValueError("invalid status line %s" % printable(line[:80]))
-        response.minor, response.status = int(match.group(2)), int(match.group(3))
-        response.reason = match.group(4) or b""
+        _, minor, status, reason = match.groups()
+        response.minor, response.status, response.reason = int(minor), int(status), reason or b""
         response.fields = parse_fields(block)
         response.length, response.chunked = response_framing(response.fields, response.minor)
     except ValueError as error:
@@ -4623,7 +4651,8 @@ class Location(Settings):
 
     Every key of LOCATION_KEYS is an attribute. name: the title of the section. hosts, path,
     exact: see parse_location. passwords: a PasswordFile or None. proxy, websocket_proxy, auth:
-    the ProxyPass of proxy_pass, proxy_pass_websocket and auth_request, or None.
+    the ProxyPass of proxy_pass, proxy_pass_websocket and auth_request, or None. open: no access
+    control applies.
 
     Sets of field names, as cgi_name() makes them: replaced, by proxy_set_header; identity, of
     auth_request_headers; withheld and auth_withheld, what backend and auth_request do not get
@@ -4647,6 +4676,8 @@ class Location(Settings):
             name=name, hosts=hosts, path=path, exact=exact, passwords=passwords,
             proxy=proxy, websocket_proxy=websocket_proxy or proxy, auth=auth,
             replaced=replaced, identity=identity, withheld=withheld | replaced,
+            open=not (self.allow or self.deny or self.allowed_origins is not None
+                      or passwords or auth),
             auth_withheld=withheld | AUTH_REQUEST_FIELDS,
             response_withheld=response_withheld,
             response_examined=response_withheld | REDIRECT_FIELDS | {b"content-length"})
@@ -5109,7 +5140,7 @@ class Upstream:
         One pass over the servers. Hashes are computed before the lock is taken.
         """
         servers = self.servers
-        hashed = self.balance in ("ip_hash", "cookie") and len(servers) > 1
+        hashed = len(servers) > 1 and self.balance in ("ip_hash", "cookie")
         if hashed:
             servers = sorted(servers, key=lambda each: -rendezvous(key, each.name, each.weight))
         with self.lock:
@@ -5120,7 +5151,9 @@ class Upstream:
                 group = self.most_available(group, now)
             if not group:
                 return None
-            if hashed or len(group) == 1:
+            if len(group) == 1:
+                chosen = group[0]
+            elif hashed:
                 begun_at = self.sessions.get(key)
                 chosen = next((each for each in group if each.name == begun_at), group[0])
             else:
@@ -5600,7 +5633,8 @@ def request_head_for_backend(request, location, client, server, upgrade, keep=Fa
     if not request.authority and b"host" not in replaced:  # HTTP/1.0 may come without
         name = "localhost" if server.address.path else server.name
         lines.append(b"Host: " + name.encode())
-    lines += end_to_end_fields(request, location, client, request.withheld)
+    passed, generated = fields_for_backend(request, location, client, proxy)
+    lines += passed
     if request.chunked:
         lines.append(b"Transfer-Encoding: chunked")
     if upgrade:
@@ -5608,7 +5642,7 @@ def request_head_for_backend(request, location, client, server, upgrade, keep=Fa
         lines.append(b"Connection: " + upgrade.connection)
     elif not keep:
         lines.append(b"Connection: close")
-    lines += forwarded_fields(request, client, proxy.prefix, replaced)
+    lines += generated
     lines += request.identity
     for name, template in location.proxy_set_header:
         value = template.render(request, client)
@@ -5616,6 +5650,15 @@ def request_head_for_backend(request, location, client, server, upgrade, keep=Fa
             lines.append(name + b": " + value)
     lines.append(b"\r\n")
     return b"\r\n".join(lines)
+
+
+def fields_for_backend(request, location, client, proxy):
+    """Return (the client's fields, GENERATED_FIELDS) for a backend, as lists of lines."""
+    made_for = proxy, client, request.withheld
+    if request.lines is None or request.lines[0] != made_for:
+        request.lines = (made_for, end_to_end_fields(request, location, client, request.withheld),
+                         forwarded_fields(request, client, proxy.prefix, location.replaced))
+    return request.lines[1:]
 
 
 def end_to_end_fields(request, location, client, withheld):
@@ -5739,8 +5782,7 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
     """
     status, fields = response.status, response.fields
     examined, listed = location.response_examined, connection_options(fields)
-    bodyless = status < 200 or status == 204
-    unsized = bodyless or response.chunked
+    unsized = response.chunked or status < 200 or status == 204
     lines = [b"HTTP/1.1 %d %s" % (status, response.reason)]
     for name, value in fields:
         lower = name.lower()
@@ -5753,7 +5795,7 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
         lines.append(name + b": " + value)
     for name, value in added:
         lines.append(name + b": " + value)
-    if response.chunked and request.minor and not bodyless:
+    if response.chunked and request.minor and status >= 200 and status != 204:
         lines.append(b"Transfer-Encoding: chunked")
     if status == 426:
         lines += [b"Upgrade: " + value for value in fields.get_all(b"upgrade")]
@@ -6454,7 +6496,21 @@ class HTTPRelay(Relay):
             for fd, event in ready:
                 if fd == client.sock.fileno():
                     self.check_client(event)
-        self.move(self.down, time.monotonic())
+        self.read_head()
+
+    def read_head(self):
+        """Read once, while a response head is awaited; it collects in backend.buffer."""
+        try:
+            data = self.backend.read()
+        except OSError:
+            data = b""
+        if data:
+            self.backend.buffer += data
+            self.down.bulk = 2 * len(data) > SMALL_READ
+            if self.gone_at < math.inf:
+                self.gone_at = time.monotonic() + HALF_CLOSED_CLIENT
+        elif data is not None:
+            self.response_ended()
 
     def finish_request(self):
         """Send the rest of the request: a tunnel begins after its body (docker exec)."""
@@ -6467,6 +6523,7 @@ class HTTPRelay(Relay):
         try:
             now = time.monotonic()
             self.down.pending += head
+            self.down.last_progress = now
             self.down.bytes = 0  # those of the head do not count
             self.down.scanner = body
             self.feed(self.down, now)
