@@ -3104,8 +3104,8 @@ class Exchange:
                                self.request.fields).connect()
             try:
                 head = auth_request_head(self.request, location, self.client)
-                relay = HTTPRelay(self.stream, backend.stream, head, NoBody(), location,
-                                  self.config.server)
+                relay = HTTPRelay(self.stream, backend.stream)
+                relay.begin(head, NoBody(), location, self.config.server)
                 response = relay.final_response(interim=False)
                 upstream.succeeded(backend)
             finally:
@@ -3209,9 +3209,9 @@ class Exchange:
                 self.connection.kept = None
             head = request_head_for_backend(request, location, client, self.backend.server,
                                             self.upgrade, keep)
-            relay = HTTPRelay(self.stream, self.backend.stream, head,
-                              request.body(location.client_max_body_size), location,
-                              self.config.server)
+            relay = self.backend.relay or HTTPRelay(self.stream, self.backend.stream)
+            relay.begin(head, request.body(location.client_max_body_size), location,
+                        self.config.server)
             try:
                 response = relay.final_response(interim=request.minor > 0)
                 proxy.upstream.succeeded(self.backend)
@@ -3243,8 +3243,8 @@ class Exchange:
             self.entry.up, self.entry.down = (0, relay.up.bytes), (0, relay.down.bytes)
         if (keep and self.keepable and response.persistent()
                 and not (isinstance(body, NoBody) and response.announces_body())
-                and not self.backend.stream.buffer):
-            self.backend.keep(self.location.proxy_keepalive)
+                and relay.reusable()):
+            self.backend.keep(self.location.proxy_keepalive, relay)
             self.connection.keep_backend(self.backend)
             self.backend = None
         return KEEP_ALIVE if keep else LINGERING_CLOSE
@@ -5314,7 +5314,7 @@ class Attempts:
 class Backend:
     """A connection to a server, counted in its Health until it is closed or kept."""
 
-    __slots__ = ("upstream", "server", "stream", "since", "fits", "deadline")
+    __slots__ = ("upstream", "server", "stream", "since", "fits", "deadline", "relay")
 
     def __init__(self, upstream, server, stream, fits=None):
         self.upstream = upstream
@@ -5323,20 +5323,21 @@ class Backend:
         self.since = time.monotonic()
         self.fits = fits          # what a request must ask for to be sent over it: see Attempts
         self.deadline = None      # while it is kept: until when
+        self.relay = None         # once it was kept: its HTTPRelay
 
     def close(self):
         """Close the connection and count it no longer."""
         self.stream.close()
         self.upstream.release(self.server)
 
-    def keep(self, seconds):
+    def keep(self, seconds, relay):
         """Count the connection no longer, but leave it open for the next request."""
         self.upstream.release(self.server)
-        self.deadline = Deadline(seconds)
+        self.deadline, self.relay = Deadline(seconds), relay
 
     def alive(self):
         """Return True if a kept connection can be used: not closed, and no byte left on it."""
-        return self.deadline.at > time.monotonic() and self.stream.silent()
+        return self.deadline.at > time.monotonic() and self.relay.silent()
 
 
 class Server:
@@ -6176,6 +6177,12 @@ class Flow:
         self.last_progress = now  # ... of the last byte from source or to sink
         self.pinged = -math.inf   # ... of the last ping of the gate's own to sink
 
+    def restart(self, scanner, now):
+        """Begin another message, on streams that are as they were when the Flow was made."""
+        self.scanner = scanner
+        self.size, self.bulk, self.bytes = SMALL_READ, False, 0
+        self.last_read = self.last_progress = now
+
     def reading(self):
         """Return True if source is to be polled."""
         return not (self.source_state is not OPEN or self.pending or self.piped
@@ -6399,23 +6406,40 @@ class HeadScanner(Scanner):
 
 
 class HTTPRelay(Relay):
-    """Moves a request up and its response down; a response may come before the upload is over."""
+    """Moves requests up and responses down; a response may come before the upload is over."""
 
     __slots__ = ("client", "backend", "limit", "location", "server", "head_since", "gone_at")
 
-    def __init__(self, client, backend, head, body, location, server):
-        now = time.monotonic()
-        super().__init__(client, backend, body, HeadScanner(backend), now)
+    def __init__(self, client, backend):
+        super().__init__(client, backend, None, None, 0.0)
         self.client = client
         self.backend = backend
+
+    def begin(self, head, body, location, server):
+        """Begin an exchange. body: the scanner of the request body. server: the Settings."""
+        now = time.monotonic()
         self.limit = server.client_header_size  # a response head is bounded like that of a request
         self.location = location
         self.server = server
         self.head_since = now    # time.monotonic() since when the response head is due
         self.gone_at = math.inf  # ... at which a client that has closed is given up
+        self.up.restart(body, now)
+        self.down.restart(HeadScanner(self.backend), now)
         self.up.pending = head
         if not body.done:
             self.feed(self.up, now)
+
+    def reusable(self):
+        """Return True if both connections are as they were before the exchange."""
+        return (self.up.sink_state is self.down.source_state is OPEN and not self.up.writing()
+                and not self.backend.buffer)
+
+    def silent(self):
+        """Return True if the backend has sent nothing since the last exchange, not even FIN."""
+        self.watch(self.backend.sock.fileno(), self.backend.read_event)
+        if self.backend.tls or self.poll.poll(0):
+            return self.backend.silent()
+        return True
 
     def feed(self, flow, now):
         """Give source.buffer to the scanner of a flow; what it does not take stays there."""
