@@ -2390,13 +2390,17 @@ MISTAKES = [
     ("[location *.test/chat/]\n[location a.test/]",
      ":3: [location *.test/chat/]: hidden by [location a.test/]"),
     ("[location = /chat/]\n[location a.test,b.test/]", ":3:",
-     "hidden by [location a.test,b.test/] for requests to a.test"),
+     "hidden by [location a.test,b.test/] for requests to a.test"
+     " (expected [location = a.test/chat/] too)"),
+    ("[location = /]\n[location a.test/]", ":3:", "(expected [location = a.test/] too)"),
     ("listen = 127.0.0.1:1 redirect",
      ":3: [server] listen: redirect to https, but no listener has the option ssl"),
     ("ssl_certificate = CERTIFICATE",
      ":3: [server] ssl_certificate: unused: no listener has the option ssl"),
     ("[location a.test/]\nssl_certificate = CERTIFICATE",
      ":4: [location a.test/] ssl_certificate: unused"),
+    ("ssl_client_certificate = CERTIFICATE",
+     ":3: [server] ssl_client_certificate: unused: no listener has the option ssl"),
     ("[location /a]\nproxy_pass = http://127.0.0.1:9/",
      ":4: [location /a] proxy_pass: requests for /a/x are forwarded as //x"),
     ("[location /a]\nproxy_pass = http://127.0.0.1:9/$request_uri", ":4:",
@@ -2427,6 +2431,9 @@ MISTAKES = [
      "line 5 is indented, so it continues return of line 4"),
     ("[location /a]\nproxy_pass = http://[fe80::1%nosuch0]:9", ":4:",
      "host fe80::1%nosuch0 cannot be resolved now"),
+    ("[upstream u.invalid]\nserver = 127.0.0.1:9\n[location /a]\nproxy_pass = http://u.invalid:9",
+     ":6:", "at every connect ([upstream u.invalid] is written without a port)"),
+    ("[location /a]\nping_peers = client", ":4: [location /a] ping_peers: unused: ping_interval"),
 ]
 
 
@@ -2442,7 +2449,8 @@ def test_warnings(tmp_path, text, marks):
 
 @pytest.mark.parametrize("text", [
     "[location a.test/]\n[location a.test/chat/]\n[location /chat/]\n[location b.test/chat/]",
-    "[location *.test/]\n",
+    "[location *.test/]\n", "[location = /a]\nproxy_pass = http://127.0.0.1:9/",
+    "[location /chat/]\n[location www.test/]\nreturn = 301 https://test$request_uri",
     "[location /a]\nproxy_pass = http://127.0.0.1:9/x", "ping_interval = 25s",
     "idle_timeout = never\nping_interval = 1d",
     "[location /a/]\nproxy_pass = http://127.0.0.1:9/", "proxy_ssl_verify = off",

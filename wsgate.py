@@ -1581,8 +1581,8 @@ LOCATION_MISTAKES = (  # key; whether a Location, with the texts of its section,
          for proxy in (location.proxy, location.websocket_proxy, location.auth)),
      "off: backend TLS is open to man-in-the-middle attacks"),
     ("proxy_pass",
-     lambda location, texts: not location.path.endswith("/") and location.proxy_pass
-     and location.proxy_pass.uri == "/",
+     lambda location, texts: not (location.exact or location.path.endswith("/"))
+     and location.proxy_pass and location.proxy_pass.uri == "/",
      "requests for {0.path}/x are forwarded as //x (expected [location {0.path}/])"),
     ("auth_request_headers",
      lambda location, texts: "auth_request_headers" in texts and not location.auth,
@@ -1605,6 +1605,9 @@ LOCATION_MISTAKES = (  # key; whether a Location, with the texts of its section,
      lambda location, texts: "ssl_certificate" in texts and None in location.hosts,
      "unused: the certificate of a connection is chosen by its host name (expected in [server],"
      " or in [location HOST/])"),
+    ("ping_peers",
+     lambda location, texts: "ping_peers" in texts and not location.ping_interval,
+     "unused: ping_interval is 0"),
     ("ping_interval",
      lambda location, texts: location.ping_interval >= location.idle_timeout,
      "not less than idle_timeout: a silent tunnel is closed before its first ping"),
@@ -1633,9 +1636,10 @@ def warn_of_mistakes(reader, config):
             reader.warn("server", "listen", "redirect to https, but no listener has the option ssl"
                         " (expected e.g. listen = :80 redirect, :443 ssl)")
         for title, texts in reader.sections.items():
-            if texts.get("ssl_certificate"):
-                reader.warn(title, "ssl_certificate", "unused: no listener has the option ssl"
-                            " (expected e.g. listen = :443 ssl)")
+            for key in ("ssl_certificate", "ssl_client_certificate"):
+                if texts.get(key):
+                    reader.warn(title, key, "unused: no listener has the option ssl (expected e.g."
+                                " listen = :443 ssl)")
     warn_of_hidden(reader, config)
 
 
@@ -1643,18 +1647,20 @@ def warn_of_hidden(reader, config):
     """Warn of a location that one of a more specific host hides.
 
     The host is chosen before the path: beside [location a.example/], no request for
-    a.example reaches [location /chat/].
+    a.example reaches [location /chat/]. A `return` hides on purpose: it redirects a host.
     """
     hidden = {}  # Location: (a host, the Location chosen for it)
     for host in filter(None, config.by_host):
         for group in config.hosts_for(host):
             for location in config.by_host[group]:
                 chosen = config.route(host, location.path)
-                if len(chosen.path) < len(location.path):
+                if not chosen.return_ and (len(chosen.path) < len(location.path)
+                                           or chosen.exact < location.exact):
                     hidden.setdefault(location, (host, chosen))
     for location, (host, chosen) in hidden.items():
         reader.warn("location " + location.name, None, "hidden by [location %s] for requests to %s"
-                    " (expected [location %s%s] too)" % (chosen.name, host, host, location.path))
+                    " (expected [location %s%s%s] too)" % (
+                        chosen.name, host, "= " if location.exact else "", host, location.path))
 
 
 def warn_of_machine(reader, config):
@@ -1662,8 +1668,11 @@ def warn_of_machine(reader, config):
     deadline = Deadline(RESOLVE_TIMEOUT)  # for all, or a resolver that hangs delays the start
     for title, key, address in reader.hosts:
         if not resolves(address, deadline):
+            known = (" ([upstream %s] is written without a port)" % address.host
+                     if address.host in reader.upstreams
+                     else nearest(address.host, reader.upstreams))
             reader.warn(title, key, "host %s cannot be resolved now; it is resolved again at every"
-                        " connect%s" % (address.host, nearest(address.host, reader.upstreams)))
+                        " connect%s" % (address.host, known))
     for key in ("error_log", "access_log", "pid"):
         file = getattr(config.server, key) or "off"
         place = file if os.path.exists(file) else os.path.dirname(file) or "."
