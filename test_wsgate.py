@@ -6126,6 +6126,37 @@ def test_auth_request_headers_from_clients(tmp_path, name, line):
             assert field(head, b"remote-user") == [b"alice"]
 
 
+def test_auth_request_headers_in_variables(tmp_path):
+    """$http_NAME is what auth_request says, never what the client does."""
+    lines = "proxy_set_header =\n  X-User: $http_remote_user\n  X-Email: $http_remote_email"
+    with signed_on(tmp_path, lines) as (gate, _, heads):
+        gate.fetch(request(b"GET", b"/", b"Cookie: session=alice", b"Remote-User: mallory",
+                           b"Remote-Email: mallory"))
+        assert field(heads[0], b"x-user") == field(heads[0], b"remote-user") == [b"alice"]
+        assert b"mallory" not in heads[0]
+
+
+def test_credentials_reach_auth_request_though_it_replaces_them(tmp_path):
+    """As for API clients with a token: the service has a token of its own for the backend."""
+    heads = []
+
+    def service(peer):
+        heads.append(peer.head())
+        peer.send(b"HTTP/1.1 200 OK\r\nAuthorization: Bearer inner\r\n\r\n")
+
+    def application(peer):
+        heads.append(peer.head())
+        peer.send(ok())
+
+    with ScriptedBackend(service) as sso, ScriptedBackend(application) as backend:
+        ini = ("[server]\nauth_request = http://%s\nproxy_pass = http://%s\n"
+               "auth_request_headers = Authorization\n" % (sso.where, backend.where))
+        with running(ini, tmp_path) as gate:
+            gate.fetch(request(b"GET", b"/", b"Authorization: Bearer outer"))
+            assert [field(head, b"authorization") for head in heads] == [
+                [b"Bearer outer"], [b"Bearer inner"]]
+
+
 def test_auth_request_off(tmp_path):
     """It undoes that of [server], as no value does: for the login page."""
     with ScriptedBackend(respond(ok())) as backend, refusing_port() as dead:

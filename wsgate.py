@@ -929,8 +929,8 @@ LOCATION_KEYS = {
         " and 403 refuse it"),
     "auth_request_headers": Key(
         list_of(words_of, parse_field_name), "",
-        "names of fields in the response of auth_request that are passed to the backend; a client"
-        " cannot set them"),
+        "names of fields in the response of auth_request that are passed to the backend, and are"
+        " $http_NAME in proxy_set_header; a client cannot set them"),
     "auth_request_login": Key(
         optional(parse_login_url), "",
         "where to redirect to (302) after 401 from auth_request, unless an upgrade is requested:"
@@ -2985,6 +2985,7 @@ class Exchange:
     backend = None
     keepable = False         # the backend connection may be kept: see may_keep_backend
     cookies = ()             # Set-Cookie fields of auth_request, for the client
+    identity = {}            # {lower-case name: values} of the response of auth_request
     responded = False        # a byte of the response may have been sent
 
     def __init__(self, connection):
@@ -3099,6 +3100,8 @@ class Exchange:
                 check_password(guard, request)
                 if guard.auth is not None:
                     self.authorize(guard)
+        for name in location.identity:  # $http_NAME is what auth_request says, not the client
+            request.fields.index[name] = self.identity.get(name, ())
         if self.upgrade and self.upgrade.error:
             raise self.upgrade.error
         if request.length and 0 < location.client_max_body_size < request.length:
@@ -3131,6 +3134,7 @@ class Exchange:
                             "auth_request: status %d" % response.status)
         if location is self.location:  # those of other guards are withheld: see enter_location
             self.request.identity = identity_fields(location, response)
+            self.identity = response.fields.index
 
     def denial(self, location, response):
         """Return the HTTPError for a 401 or 403 of auth_request."""
@@ -4687,7 +4691,7 @@ class Location(Settings):
             replaced=replaced, identity=identity, withheld=withheld | replaced,
             open=not (self.allow or self.deny or self.allowed_origins is not None
                       or passwords or auth),
-            auth_withheld=withheld | AUTH_REQUEST_FIELDS,
+            auth_withheld=(withheld | AUTH_REQUEST_FIELDS) - CREDENTIALS,
             response_withheld=response_withheld,
             response_examined=response_withheld | REDIRECT_FIELDS | {b"content-length"})
 
@@ -5615,6 +5619,7 @@ HANDSHAKE_FIELDS = frozenset(  # of a WebSocket handshake (RFC 6455 4.1)
 PROTECTED_FIELDS = FORWARDED_FIELDS | GENERATED_FIELDS | HANDSHAKE_FIELDS | frozenset(
     # never to be named in Connection, nor sent as trailers
     b"host content-length transfer-encoding authorization cookie origin".split())
+CREDENTIALS = frozenset((b"authorization", b"cookie"))  # auth_request decides by them
 AUTH_REQUEST_FIELDS = frozenset(  # not for auth_request, which gets no body and no handshake
     b"content-length expect sec-websocket-key sec-websocket-version sec-websocket-extensions"
     b" x-original-url x-original-uri x-original-method".split())
