@@ -535,7 +535,7 @@ class Template:
                          for part in self.parts])
 
 
-VARIABLE_NAMES = ", ".join("$" + name for name in [*Template.VARIABLES, "http_NAME"])
+VARIABLE_NAMES = ", ".join("$" + name for name in list(Template.VARIABLES) + ["http_NAME"])
 parse_login_url = matching(  # variables stand after the host only
     r"(https?://[^\s/?#$@\\]+(?:[/?#]\S*)?|/(?![/\\])\S*)",
     "invalid URL %r (expected https://HOST/... or /path)")(Template)
@@ -1969,10 +1969,11 @@ class Gate:
     def run(self):
         """Accept connections and handle signals until the gate has been stopped."""
         notify("READY=1")
+        wait = 1.0
         while self.state == "running" or (self.connections and time.monotonic() <= self.deadline):
-            for key, _ in self.selector.select(1.0 if self.state == "running" else 0.05):
+            for key, _ in self.selector.select(wait):
                 key.data()
-            self.tick(time.monotonic())
+            wait = self.tick(time.monotonic())
         for listener in list(self.listeners):
             self.close_listener(listener)
         if threading.current_thread() is threading.main_thread():
@@ -1984,9 +1985,15 @@ class Gate:
                 wakeup.close()
 
     def tick(self, now):
-        """Do what is due; called after each select(), so it costs nothing when nothing is."""
+        """Do what is due; called after each select(), so it costs nothing when nothing is.
+
+        Return the seconds that the next select() may wait.
+        """
+        wait = 1.0 if self.state == "running" else 0.05
         for listener in self.listeners:
             listener.resume(now)
+            if listener.paused_until:
+                wait = min(wait, ACCEPT_PAUSE)
         # Each thread that waits for Python's lock wakes once an interval to ask for it: at the
         # usual 5 ms thousands of them (a broadcast, a mass of timeouts) would do nothing else.
         sys.setswitchinterval(0.005 + 0.00005 * len(self.connections))
@@ -2003,6 +2010,7 @@ class Gate:
             self.counters.sample(now, tunnels)
             notify("WATCHDOG=1\nSTATUS=%d tunnels open" % len(tunnels))
             report_dropped_lines()
+        return wait
 
     # Signals: the handler only notes the number, and Python writes to its wake-up descriptor,
     # which makes select() return, so that all work is done in run(). No signal is lost when the
@@ -6686,6 +6694,7 @@ def timeout_error(awaited):
 #   a limit, drain, shutdown   can be placed, and FIN
 
 QUIET = 0.5              # seconds without a byte after which a tunnel is quiet
+PIPE_KEEP = 1.0          # seconds without a byte after which a pipe is closed
 HALF_CLOSE = 10.0        # seconds of silence that one direction may last when the other has ended
 
 
@@ -6908,10 +6917,10 @@ class Tunnel(Relay):
                 self.poll_wakeup()
         for flow in (self.up, self.down):
             if flow.pipe is not None:
-                if now - flow.last_progress >= 1 and not flow.piped:
+                if now - flow.last_progress >= PIPE_KEEP and not flow.piped:
                     flow.close_pipe()
                 else:
-                    wake = min(wake, now + 1)
+                    wake = min(wake, now + PIPE_KEEP)
         if self.ping_interval:
             wake = min(wake, self.check_pings(now))
         return wake
@@ -7448,8 +7457,8 @@ def show_head(request):
 # A thread that logs must never wait for the reader of a log: a stalled container runtime
 # or syslogd would stop all traffic. So each of the two logs has a LogWriter: lines are
 # formatted by the thread that logs, wait in a bounded queue, and are written by the writer's
-# own thread. It gathers lines for a moment, which costs fewer wake-ups and system calls
-# than a write per line. What does not fit is dropped and counted.
+# own thread. After a write it gathers lines for a moment, which costs fewer wake-ups and system
+# calls than a write per line. What does not fit is dropped and counted.
 
 
 class LogWriter(logging.Handler):
@@ -7497,12 +7506,11 @@ class LogWriter(logging.Handler):
         while self.queue or not self.closing.is_set():
             with self.changed:
                 self.changed.wait_for(lambda: self.queue or self.closing.is_set())
-            self.closing.wait(self.GATHER)
-            with self.queue_lock:
                 lines, self.queue, self.size = self.queue, [], 0
             lost = self.sink.deliver(lines)
             with self.queue_lock:
                 self.dropped += lost
+            self.closing.wait(self.GATHER)
         self.sink.close()
 
     def close(self):
