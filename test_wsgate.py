@@ -1979,6 +1979,15 @@ def test_proxy_pass(text, target):
     assert wsgate.parse_proxy_pass(text) == target
 
 
+@pytest.mark.parametrize("text", [
+    "http://0x7f000001", "http://127.0x1:80", "http://1.2.3.4.:80", "http://3000.", "http://a:0",
+    "http://[::1]:0", "http://a:65536", "http://unix:/run/a:b", "http://unix:a", "http://a/b#c"])
+def test_a_backend_address_is_checked_whole(text):
+    """getaddrinfo() would take 0x7f000001 for 127.0.0.1, and 3000 for 0.0.11.184."""
+    with pytest.raises(ValueError, match="invalid"):
+        wsgate.parse_proxy_pass(text)
+
+
 @pytest.mark.parametrize("line, values", [
     ("a.test", ("a.test:80", 1, 1, 10, 0, False,
                 False)), ("[::1]:9001", ("[::1]:9001", 1, 1, 10, 0, False, False)),
@@ -2013,6 +2022,7 @@ def test_a_location_has_several_hosts(tmp_path):
 def test_a_name_that_does_not_resolve_is_a_warning(tmp_path):
     warning, = load_text(tmp_path, "[server]\nproxy_pass = http://no-such-host.invalid:1").warnings
     assert "no-such-host.invalid cannot be resolved now" in warning
+    assert "did you mean" not in warning  # the address itself
 
 
 # ---------------------------------------------------------- Configuration: keys
@@ -2211,10 +2221,22 @@ BAD_CONFIGURATIONS = [
     # What is left in a value by mistake: the sentence says to remove just that.
     (SERVER + "keepalive_timeout = 75s;",
      ":3: [server] keepalive_timeout: unexpected semicolon in '75s;' (remove it)"),
+    (SERVER + "max_connections = 0", ":3:", "invalid number 0 (expected auto, or at least 1)"),
     (SERVER + "max_connections = 5 # five", ":3:", "unexpected comment in '5 # five' (remove it)"),
     (SERVER + "log_format = 'json'; ; both", ":3:",
      "unexpected comment and semicolon and quotes in", "(remove them)"),
     (SERVER + "pid = \"wsgate.pid\"", ":3:", "unexpected quotes in"),
+    (SERVER + "keepalive_timeout = `75s`", ":3:", "unexpected quotes in '`75s`' (remove them)"),
+    (SERVER + "ssl_certificate = \"/no/file\"", ":3:", "unexpected quotes in '\"/no/file\"'"),
+    (SERVER + "ssl_certificate = /no/file;", ":3:", "unexpected semicolon in '/no/file;'"),
+    (SERVER + "allow = 10.0.0.0/8; 127.0.0.1", ":3:", "unexpected semicolon in"),
+    (SERVER + "max_connections = 5 // five", ":3:", "unexpected comment in '5 // five'"),
+    (SERVER + "max_connections = 5 /* five */", ":3:", "unexpected comment in"),
+    ("[server]\nreturn = 301 \"https://a.test/\"", ":2:",
+     "unexpected quotes in '301 \"https://a.test/\"' (remove them)"),
+    ("[server]\nreturn = 301 https://a.test/ # moved", ":2:", "unexpected comment in"),
+    ("[server]\nreturn = 301 https://a.test/ b", ":2:", "one without spaces and quotes"),
+    ("[location /]\nproxy_pass = http://127.0.0.1:9/#text", ":2:", "invalid URL"),
     (SERVER + "keepalive_timeout = \u201c75s\u201d", ":3:", "unexpected quotes in"),
     (SERVER + "access_log = access.log combined", ":3:",
      "log_format and log_level are keys of their own"),
@@ -2500,8 +2522,8 @@ def test_a_key_that_the_user_cannot_read_is_a_warning(tmp_path, mode, folder, re
                              SERVER + "user = nobody\nlisten = 1 ssl\nssl_certificate = %s\n"
                              % path).warnings
     assert [warning.partition("wsgate.ini")[2] for warning in warnings] == ([] if readable else [
-        ":5: [server] ssl_certificate: %s is not readable for user nobody: a renewed file could "
-        "not be loaded" % path])
+        ":5: [server] ssl_certificate: %s is not readable for user nobody: restart wsgate after "
+        "each renewal, or let that user read it" % path])
 
 
 def test_a_missing_file_is_an_error_with_its_name(tmp_path):
@@ -2721,6 +2743,18 @@ def test_the_pid_file_of_a_running_gate_is_left_alone(tmp_path):
         assert pid_in(child) == child.pid
         control(child, "stop")
         assert child.wait(5000 * MS) == 0 and not os.path.exists(child.pid_file)
+
+
+@pytest.mark.parametrize("command, is_gate", [
+    ("python3 -u -X dev /usr/lib/wsgate.py -c f", True), ("/usr/bin/python3.11 -m wsgate", True),
+    ("/usr/bin/wsgate -c f", True), ("python3 -W error wsgate", True), ("pypy3 wsgate.py", True),
+    ("python3 backup.py wsgate", False), ("python3 -c pass wsgate.py", False),
+    ("python3 /opt/wsgate/other.py wsgate.py", False), ("vim wsgate.py", False),
+    ("/opt/wsgate/sleep 5", False), ("python3 -m http.server wsgate", False)])
+def test_what_counts_as_a_gate(command, is_gate):
+    """A signal to anything else could end it: HUP does, where it is not handled."""
+    words = b"".join(word.encode() + b"\0" for word in command.split())
+    assert bool(wsgate.GATE_COMMAND.match(words)) == is_gate
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "-1", "99999999999999999999", "%d" % os.getppid()])
@@ -3427,7 +3461,7 @@ def test_unix_sockets(tmp_path):
     (" proxy_protocol", ("set_real_ip_from = 127.0.0.1", "real_ip_header = proxy_protocol"),
      b"PROXY TCP4 203.0.113.9 10.0.0.1 4711 80\r\n", None),
     ("", ("set_real_ip_from = unix:",), b"", b"6.6.6.6"),
-    ("", ("set_real_ip_from = 127.0.0.1",), b"", b"unix:"),
+    ("", ("set_real_ip_from = 127.0.0.1",), b"", b""),
 ])
 def test_trusted_unix_socket(tmp_path, flag, lines, before, client):
     path = str(tmp_path / "front")
@@ -3438,6 +3472,31 @@ def test_trusted_unix_socket(tmp_path, flag, lines, before, client):
         with contextlib.suppress(ConnectionError):
             peer.send(before, request(b"GET", b"/", b"X-Forwarded-For: 6.6.6.6"))
         assert peer.ended() if client is None else peer.response().body == client
+
+
+@needs_unix
+def test_a_dual_stack_peer_is_ipv4_in_the_error_log_too(tmp_path):
+    if not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with socket.socket(socket.AF_INET6) as sock:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(("::", 0))
+        port = sock.getsockname()[1]
+
+        path = write_file(tmp_path, "wsgate.ini", "[server]\nreturn = 200\nlisten = [::]:%d"
+                          " proxy_protocol\nset_real_ip_from = 192.0.2.1\n" % port)
+
+        def as_systemd_does():
+            os.dup2(sock.fileno(), 3)
+            os.set_inheritable(3, True)
+            os.execve(sys.executable, [sys.executable, WSGATE, "-c", path], dict(
+                os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS="1"))
+
+        with process(before=as_systemd_does) as child:
+            eventually(lambda: child.logged("every other address"))
+            with contextlib.closing(connect(port)) as peer:
+                assert peer.ended()
+            eventually(lambda: child.logged("INFO 127.0.0.1: connection closed: PROXY header"))
 
 
 @needs_unix
@@ -4827,6 +4886,7 @@ BAD_REQUEST_LINES = (
     (b"CONNECT / HTTP/1.1", "CONNECT with a path", "405 method_not_allowed"),
     (b"GET http://other.test/ HTTP/1.1", "absolute-form for another host than Host"),
     (b"GET http://gate.test:81/ HTTP/1.1", "absolute-form for another port than Host"),
+    (b"GET https://gate.test:80/ HTTP/1.1", "absolute-form for the port of another scheme"),
     (b"GET http://gate.test.other.test/ HTTP/1.1", "absolute-form with a longer host"),
     (b"GET http://user@gate.test/ HTTP/1.1", "user in absolute-form"),
     (b"GET http://gate.test@other.test/ HTTP/1.1", "Host as user of another host"),
@@ -4986,6 +5046,14 @@ def test_malformed_requests_reach_no_backend(tmp_path):
         assert not backend.connections
 
 
+@pytest.mark.parametrize("raw, verdict", table_params(table_rows(
+    (b"", [row for row in BAD_REQUEST_LINES
+           if not re.match(br"GET https?://(?!gate\.test[/#])[^/]", row[0])], b"\r\n"))))
+def test_a_bad_request_line_is_refused_once_it_is_complete(raw, verdict):
+    """Not after client_header_timeout; only the authority of absolute-form waits for Host."""
+    assert head_verdicts(raw) == {verdict}
+
+
 # Responses of a backend; the client gets 502 backend_bad_response unless given.
 BAD_RESPONSE_HEADS = (
     (b"hello\r\n\r\n", "no HTTP"),
@@ -5106,6 +5174,8 @@ def test_unusual_requests(raw):
     (b"http://gate.test", b"GATE.test", b"/", "/"),
     (b"http://gate.test?a=/b", b"gate.test", b"/?a=/b", "/"),
     (b"http://gate.test:8080//a", b"gate.test:8080", b"//a", "/a"),
+    (b"ws://gate.test:80/a", b"gate.test", b"/a", "/a"),  # RFC 9110 4.2.3
+    (b"WSS://Gate.test/a", b"gate.test:443", b"/a", "/a"),
     (b"/%61%2Fb%20", b"gate.test", b"/%61%2Fb%20", "/a/b "),
     (b"/a?b/../c", b"gate.test", b"/a?b/../c", "/a")])
 def test_target_and_path(line, host, target, path):
@@ -6724,6 +6794,23 @@ def test_order_of_addresses():
         assert [address for _, address in server.in_order(server.addresses(None))] == where
 
 
+@pytest.mark.parametrize("lines", [(), ("proxy_ssl_verify = off",)], ids=["http", "https"])
+def test_an_address_that_accepts_and_fails_is_the_last_one_next_time(tmp_path, monkeypatch, tls,
+                                                                     lines):
+    """It closes before a response, or fails at TLS; the other address of the name works."""
+    with ScriptedBackend(lambda peer: peer.close()) as bad, ScriptedBackend(
+            respond(ok(b"good")), tls=tls_backend(tls) if lines else None) as other:
+        found = [(socket.AF_INET, each.listener.getsockname()) for each in (bad, other)]
+        monkeypatch.setattr(wsgate.Server, "addresses", lambda *_: found)
+        ini = "[server]\nproxy_pass = http%s://name.test\n%s\n" % ("s" * len(lines),
+                                                                "\n".join(lines))
+        with running(ini, tmp_path) as gate:
+            assert gate.fetch(request(b"POST", b"/", body=b"x")).status == 502
+            for _ in range(2):
+                assert gate.fetch(request(b"POST", b"/", body=b"x")).body == b"good"
+        assert len(bad.connections) == 1
+
+
 # ------------------------------------------------------------------- Forwarding
 
 HOP_BY_HOP_LINES = (b"Keep-Alive: timeout=5", b"Proxy-Connection: keep-alive", b"TE: trailers",
@@ -7028,15 +7115,21 @@ def test_a_peer_on_a_unix_socket_is_not_in_forwarding_fields(tmp_path):
     path = str(tmp_path / "gate")
     with ScriptedBackend(lambda peer: peer.send(ok(peer.head()))) as backend:
         ini = ("[server]\nlisten = unix:%s\n  127.0.0.1:0\nset_real_ip_from = unix:\n"
-               "proxy_pass = http://%s\n" % (path, backend.where))
+               "proxy_set_header = X-Address: $remote_addr\nproxy_pass = http://%s\n" % (
+                   path, backend.where))
         with running(ini, tmp_path):
-            for sent, wanted in (((b"X-Forwarded-For: 192.0.2.7",), [b"192.0.2.7"]), ((), [])):
+            for sent, wanted in (((b"X-Forwarded-For: 192.0.2.7",), [b"192.0.2.7"]), ((), []),
+                                 ((b"X-Forwarded-For: unix:, 192.0.2.7, unix:",), [b"192.0.2.7"]),
+                                 ((b"X-Forwarded-For: unix:",), []),
+                                 ((b"X-Forwarded-For: ::ffff:192.0.2.7",), [b"192.0.2.7"]),
+                                 ((b"X-Forwarded-For: [::ffff:192.0.2.7]:80", b"X-Forwarded-For:"),
+                                  [b"192.0.2.7"])):
                 sock = socket.socket(socket.AF_UNIX)
                 sock.connect(path)
                 peer = Peer(sock)
                 head = peer.send(request(b"GET", b"/", *sent)).response().body
                 assert field(head, b"x-forwarded-for") == wanted
-                assert field(head, b"x-real-ip") == wanted
+                assert field(head, b"x-real-ip") == field(head, b"x-address") == wanted
                 assert b"unix:" not in head
                 peer.close()
 
@@ -7377,6 +7470,28 @@ def test_reject_with_close(tmp_path, origin, answered, code, reason):
         assert client.rest() == frame(8, struct.pack("!H", code) + reason)
         client.close()
         assert "reason=" + reason.decode() in gate.line("done")
+
+
+def test_reject_with_close_holds_for_max_connections_and_drain(tmp_path):
+    """What refuses a request before its location is entered is refused as the location says."""
+    lines = "reject_with = close", "max_connections = 1", "drain_timeout = 1s"
+    with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
+        client = gate.connect().send(handshake())
+        server = backend.connection()
+        refused = gate.connect().send(handshake())
+        assert refused.head().startswith(b"HTTP/1.1 101 ")
+        assert refused.rest() == frame(8, struct.pack("!H", 4503) + b"conn_limit")
+        server.send(b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n")
+        client.close()
+        eventually(lambda: not gate.gate.connections)
+        late = gate.connect().send(handshake()[:-2])
+        eventually(lambda: gate.gate.connections)
+        gate.signal("SIGQUIT")
+        eventually(lambda: gate.gate.state == "draining")
+        assert late.send(b"\r\n").head().startswith(b"HTTP/1.1 101 ")
+        assert late.rest() == frame(8, struct.pack("!H", 4503) + b"draining")
+        refused.close()
+        late.close()
 
 
 HIDDEN = [b"h2c", b"H2C", b"h2", b"TLS/1.0", b"tls", b"HTTP/2.0", b"h2c;x", b'"h2c"', b"h2c-17",
@@ -9243,18 +9358,20 @@ def test_t_of_a_wrong_file(capsys, tmp_path):
 
 @pytest.mark.parametrize("backend, where", [
     ("3000", "127.0.0.1:3000"), (":3000", "127.0.0.1:3000"), ("a.test", "a.test:80"),
-    ("[::1]:9", "[::1]:9"), ("https://a.test:9/x", "a.test:9"), ("unix:/run/a", "unix:/run/a")])
+    ("3000/x/", "127.0.0.1:3000"), ("[::1]:9", "[::1]:9"), ("https://a.test:9/x", "a.test:9"),
+    ("unix:/run/a", "unix:/run/a")])
 def test_a_port_alone_is_a_backend_on_this_machine(backend, where):
     config = wsgate.reload_config(
         *wsgate.find_config(wsgate.parse_arguments(["--backend", backend])))
     assert config.upstreams[0].servers[0].name == where
 
 
-@pytest.mark.parametrize("option, value", [("--backend", "ftp://a"), ("--listen", "a:b:c")])
+@pytest.mark.parametrize("option, value", [
+    ("--backend", "ftp://a"), ("--backend", ""), ("--listen", "a:b:c"), ("--listen", "")])
 def test_an_error_of_an_option_names_the_option(capsys, option, value):
     line, = log_lines(run_main(capsys, "--listen", "127.0.0.1:0", "--backend", "127.0.0.1:9",
                                option, value, "-t")[1])
-    assert line.startswith("wsgate: %s: invalid " % option) and value in line
+    assert re.match("wsgate: %s: (invalid|no address) " % option, line) and value in line
 
 
 @pytest.mark.parametrize("arguments", [("--nonsense",), ("-s", "nonsense"), ("-c",), ("file.ini",),

@@ -380,6 +380,13 @@ def parse_size(number, unit, minimum=0):
 
 parse_count = matching(
     r"([0-9]{1,9})", "invalid number %r (expected a non-negative integer)")(int)
+
+
+def parse_capacity(text):
+    """Return the value of max_connections in [server], a number greater than zero."""
+    return require(parse_count(text), "invalid number 0 (expected auto, or at least 1)")
+
+
 parse_flag = matching(r"(on)|off", "invalid value %r (expected on or off)")(bool)
 
 
@@ -461,8 +468,10 @@ def parse_ciphers(text):
           "invalid response %r (expected CODE, CODE TEXT or 30x URL)")
 def parse_return(status, body):
     """Return 'CODE', 'CODE TEXT' or '30x URL' as a Return."""
-    require(body or int(status) not in REDIRECTS,
-            "missing URL of the redirect (expected e.g. %s https://example.com/)", status)
+    if int(status) in REDIRECTS:
+        require(body, "missing URL of the redirect (expected e.g. %s https://example.com/)", status)
+        require(not re.search(r"[\s\"<>]|^['`]", body),
+                "invalid URL %r (expected one without spaces and quotes)", body)
     return Return(int(status), Template(body or ""))
 
 
@@ -502,7 +511,8 @@ class Template:
 
     VARIABLES = {  # (Request, ClientInfo) -> bytes; $http_NAME is a field of the request
         "host": lambda request, client: request.host.encode(),
-        "remote_addr": lambda request, client: client.address.encode(),
+        # As in the generated fields, a peer on a Unix socket has no address.
+        "remote_addr": lambda request, client: client.address.replace("unix:", "").encode(),
         "remote_user": lambda request, client: request.user,
         "scheme": lambda request, client: client.scheme,
         "request_uri": lambda request, client: request.target,
@@ -566,7 +576,8 @@ def parse_address(text, default_port=None, default_host=None):
     require(host or default_host, "missing host in %r (expected host:port)", text)
     check_host(host or default_host)
     require(port or default_port, "missing port in %r (expected host:port)", text)
-    require(int(port or 0) <= 65535, "invalid port %s (expected at most 65535)", port)
+    lowest = 0 if default_host else 1  # for a listener the system may choose the port
+    require(lowest <= int(port or 1) <= 65535, "invalid port %s (expected 1 to 65535)", port)
     return Address(host.strip("[]") or default_host, int(port or default_port), None)
 
 
@@ -578,7 +589,7 @@ def check_host(host):
     try:
         if host.startswith("["):
             ipaddress.IPv6Address(re.sub(r"%[\w.-]+\]$|\]$", "", host[1:]))  # %: interface
-        elif re.search(r"(?:^|\.)[0-9]+$", host):
+        elif re.search(r"(?:^|\.)(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?$", host):  # to inet_aton(3), too
             ipaddress.IPv4Address(host)
         else:
             require(HOST_NAME.fullmatch(host), "not a name")
@@ -679,7 +690,7 @@ def parse_network(word):
     return network
 
 
-@matching(r"(?:http|ws)(s?)://(unix:/[^:\s]+|[^/?#\s]+):?(/[\x21-\x7e]*)?",
+@matching(r"(?:http|ws)(s?)://(unix:/[^:\s]+(?=:|$)|(?!unix:)[^/?#\s]+):?(/[\x21\x22\x24-\x7e]*)?",
           "invalid URL %r (expected http://host:port, https://host:port or http://unix:/path)")
 def parse_proxy_pass(secure, authority, uri):
     """Return the URL of a backend as a Target.
@@ -807,7 +818,7 @@ SERVER_KEYS = {
     "send_timeout": Key(
         parse_timeout, "60s", "close a client that accepts no data for this long"),
     "max_connections": Key(
-        optional(parse_count, "auto"), "auto",
+        optional(parse_capacity, "auto"), "auto",
         "maximum number of client connections; beyond, the longest idle one is closed for a new"
         " one, or if none is idle, 503; auto: what RLIMIT_NOFILE and the thread limits allow"),
     "max_connections_per_ip": Key(
@@ -1193,8 +1204,9 @@ def reload_config(path, overrides=None):
 INVALID = object()  # in place of a value that has an error
 
 # What is often left at the end of a value or around it: name, pattern, what remains.
-SLIPS = (("comment", r"(?m)[ \t]+[#;].*$", ""), ("semicolon", r"(?m)[ \t]*;+$", ""),
-         ("quotes", r"(?m)^[\"'\u2018-\u201f](.*)[\"'\u2018-\u201f]$", r"\1"))
+SLIPS = (("comment", r"(?m)[ \t]+(?:[#;]|//|/\*).*$", ""),
+         ("semicolon", r"(?m)[ \t]*;+(?=\s|$)", ""),
+         ("quotes", r"(?m)(?:^|(?<=\s))[{0}](.*)[{0}]$".format("\"'`\xab\xbb\u2018-\u201f"), r"\1"))
 
 # A line of a value that looks like a key or a section of its own, with the number of split().
 STRAY_LINE = re.compile(r"\n(?:([a-z_]+)\s*|\[(server|location|upstream)\b[^\0\n]*)\0([0-9]+)")
@@ -1481,7 +1493,10 @@ def find_slip(text, parse):
         return None
     try:
         parse(rest.strip())
-    except (OSError, ValueError):
+    except OSError:  # at least it is a path without it
+        if "\n" in rest:
+            return None
+    except ValueError:
         return None
     line = next(line for line, without in zip(text.splitlines(), rest.splitlines() + [""])
                 if line != without)
@@ -1666,11 +1681,12 @@ def warn_of_hidden(reader, config):
 def warn_of_machine(reader, config):
     """Add the warnings that depend on this machine: host names and permissions of files."""
     deadline = Deadline(RESOLVE_TIMEOUT)  # for all, or a resolver that hangs delays the start
+    groups = [title.partition(" ")[2] for title in reader.sections if title[:9] == "upstream "]
     for title, key, address in reader.hosts:
         if not resolves(address, deadline):
             known = (" ([upstream %s] is written without a port)" % address.host
                      if address.host in reader.upstreams
-                     else nearest(address.host, reader.upstreams))
+                     else nearest(address.host, groups))
             reader.warn(title, key, "host %s cannot be resolved now; it is resolved again at every"
                         " connect%s" % (address.host, known))
     for key in ("error_log", "access_log", "pid"):
@@ -1683,8 +1699,8 @@ def warn_of_machine(reader, config):
         for key in FILE_KEYS:
             file = texts.get(key, "").strip()
             if file and not readable_by(user, file):
-                reader.warn(title, key, "%s is not readable for user %s: a renewed file could not"
-                            " be loaded" % (file, user))
+                reader.warn(title, key, "%s is not readable for user %s: restart wsgate after"
+                            " each renewal, or let that user read it" % (file, user))
 
 
 FILE_KEYS = ("ssl_certificate", "ssl_certificate_key", "ssl_client_certificate",
@@ -1772,9 +1788,8 @@ def announce(config, gate):
     for warning in config.warnings:
         log.warning("%s", warning)
     for listener in gate.listeners:
-        others = {"0.0.0.0": " and every other IPv4 address", "::": " and every other IPv6 address"}
         log.info("%s %s%s", "status page on" if listener.listen.status else "listening on",
-                 listener.url(), others.get(listener.listen.address.host, ""))
+                 listener.url(), listener.others())
     for location in config.locations:
         for kind, target in (("", location.proxy_pass),
                              (" WebSocket", location.proxy_pass_websocket)):
@@ -1865,12 +1880,16 @@ def running_gate(path):
     except (FileNotFoundError, ProcessLookupError, ValueError, OverflowError):
         return None
     with contextlib.suppress(OSError), open("/proc/%d/cmdline" % number, "rb") as file:
-        names = [os.path.basename(word) for word in file.read().split(b"\0")]
-        ours = {b"wsgate.py", b"wsgate", os.path.basename(__file__).encode()}
-        if number != os.getpid() and (  # python3 -u wsgate.py ...
-                not re.match(b"python|pypy|wsgate", names[0]) or ours.isdisjoint(names)):
+        if number != os.getpid() and not GATE_COMMAND.match(file.read()):
             return None
     return number
+
+
+# How /proc/PID/cmdline begins: wsgate ..., or python3 -u wsgate.py ..., with options of Python
+# (but for -c), and not python3 backup.py wsgate.
+GATE_COMMAND = re.compile(
+    br"(?:[^\0]*/)?(?:wsgate[^\0/]*|(?:python|pypy)[^\0/]*\0(?:-[XW]\0[^\0]*\0|-[^c\0][^\0]*\0)*"
+    br"(?:[^\0]*/)?(?:wsgate|wsgate\.py|%s))\0" % re.escape(os.path.basename(__file__)).encode())
 
 
 def stay_on_one_processor(wanted):
@@ -2564,6 +2583,14 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         address = Address(loopback_for(self.server_address[0]), self.server_address[1], None)
         return "%s://%s/" % ("https" if self.listen.ssl else "http", show_address(address))
 
+    def others(self):
+        """Return what else it listens on, as text."""
+        host = self.server_address[0]
+        if host == "::" and not self.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            return " and every other address"  # a dual-stack socket of systemd
+        return {"0.0.0.0": " and every other IPv4 address",
+                "::": " and every other IPv6 address"}.get(host, "")
+
     def port(self):
         """Return the port it is bound to; 443, that of https, for a unix socket."""
         return 443 if self.listen.address.path else self.server_address[1]
@@ -2850,6 +2877,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         server, address = self.gate.config.server, self.client_address
         # A client on a unix socket may have any name: text, bytes or none.
         peer, port = address[:2] if isinstance(address, tuple) else ("unix:", 0)
+        peer = ipv4_as_ipv4(peer)
         believed = trusted(server.set_real_ip_from, peer)
         if self.listen.proxy_protocol:
             if not believed:
@@ -2863,9 +2891,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 return False
             believed = False  # the bytes after the PROXY header are the client's own
             if source and server.real_ip_header == "proxy_protocol":
-                peer, port = source
-        if peer.startswith("::ffff:"):  # a dual-stack socket: IPv4 is written as IPv4 everywhere
-            peer = str(parse_ip(peer))
+                peer, port = ipv4_as_ipv4(source[0]), source[1]
         if not believed:
             self.count(peer)
         if self.listen.ssl and not self.begin_tls(peer):
@@ -2958,6 +2984,11 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.kept = backend
 
 
+def ipv4_as_ipv4(address):
+    """Return the address of a peer as it is written everywhere: not as ::ffff:192.0.2.1."""
+    return str(parse_ip(address)) if address.startswith("::ffff:") else address
+
+
 def client_info(stream, peer, port, believed):
     """Return the ClientInfo of a connection that has begun."""
     name = stream.sock.getsockname()
@@ -3009,8 +3040,8 @@ class Exchange:
         """Serve the request and write its line in the log, whatever happens."""
         try:
             self.receive(deadline)
+            guards = self.choose_location()  # before any refusal: reject_with is a key of it
             self.admit()
-            guards = self.choose_location()
             self.count()
             if self.connection.listen.redirect and not is_challenge(self.location):
                 return self.redirect_to_https()
@@ -4046,6 +4077,7 @@ TLS_REMEDIES = {
     "host_name": "set proxy_ssl_name to a name of its certificate, or proxy_ssl_verify = off",
     "certificate": "renew it, or set proxy_ssl_verify = off",
     "plain_port": "is it a port without TLS? then use http:// in proxy_pass",
+    "version": "set proxy_ssl_protocols to a TLS version that it supports",
 }
 # X509_V_ERR_*: self-signed, no issuer certificate, no chain; name or IP address mismatch
 UNTRUSTED, MISMATCH = (18, 19, 20, 21), (62, 64)
@@ -4061,6 +4093,8 @@ def tls_error_kind(error):
     if "CERTIFICATE_VERIFY_FAILED" in text:  # Python 3.6
         return "untrusted"
     plain = "WRONG_VERSION_NUMBER|UNKNOWN_PROTOCOL|HTTP_REQUEST|RECORD_LAYER_FAILURE"
+    if re.search("PROTOCOL_VERSION|UNSUPPORTED_PROTOCOL", text):
+        return "version"
     return "plain_port" if re.search(plain, text) else "tls_failed"
 
 
@@ -4137,7 +4171,8 @@ def take_head(stream, limit):
         raise HTTPError(400, "bad_request", "invalid line end (expected CRLF)")
     line_end = data.find(b"\r\n", max(start, seen - 1), start + limit)
     if line_end >= 0 and line_end == data.find(b"\r\n", start):  # the request line is complete
-        parse_request_line(data[start:line_end])
+        method, target, _ = parse_request_line(data[start:line_end])
+        check_target(method, target)
     if len(data) > start + limit:
         detail = "request head over client_header_size, %d bytes" % limit
         if data.find(b"\r\n", start, start + limit) < 0:
@@ -4240,8 +4275,7 @@ def parse_request_head(head, last=None):
     else:
         request.parse_block(block)
     if request.method == b"CONNECT":
-        raise HTTPError(405, "method_not_allowed", "CONNECT is not supported",
-                        ((b"Allow", b"GET, HEAD, POST, PUT, DELETE, OPTIONS"),))
+        raise connect_refused()
     request.target, request.paths = split_target(request.method, target, request.authority)
     request.path = request.paths[0]
     request.id, request.user, request.identity, request.withheld = "", b"", (), frozenset()
@@ -4259,6 +4293,20 @@ def parse_request_line(line):
         raise HTTPError(505, "bad_version", "HTTP/%s.%s is not supported (expected HTTP/1.1)" % (
             major.decode(), minor.decode()))
     return method, target, min(1, int(minor))  # HTTP/1.2 is understood as 1.1 (RFC 9110 2.5)
+
+
+def connect_refused():
+    """Return the HTTPError for CONNECT."""
+    return HTTPError(405, "method_not_allowed", "CONNECT is not supported",
+                     ((b"Allow", b"GET, HEAD, POST, PUT, DELETE, OPTIONS"),))
+
+
+def check_target(method, target):
+    """Raise HTTPError 400 or 405 for a request-target that is invalid whatever Host may be."""
+    if method == b"CONNECT":
+        raise connect_refused()
+    absolute = ABSOLUTE_FORM.match(target)
+    split_target(method, target, absolute.group(2) if absolute else b"")
 
 
 def parse_host(fields, minor):
@@ -4765,7 +4813,7 @@ class ProxyPass:
 
 
 PATH_UNIT = re.compile(br"(?:/|%2[Ff])+|%[0-9A-Fa-f]{2}|[^/%]")  # what makes up a byte of a path
-ABSOLUTE_FORM = re.compile(br"(?i)(?:http|ws)s?://([^/?#]+)")      # RFC 9112 3.2.2
+ABSOLUTE_FORM = re.compile(br"(?i)(?:http|ws)(s?)://([^/?#]+)")    # RFC 9112 3.2.2
 BAD_ESCAPE = re.compile(br"%(?![0-9A-Fa-f]{2})")
 DOT_SEGMENT = re.compile(br"/\.\.?(?:[/;]|\Z)")
 CONTROL_BYTE = re.compile(br"[\x00-\x1f\x7f]")
@@ -4787,7 +4835,8 @@ def split_target(method, target, authority):
     """
     absolute = not target.startswith(b"/") and ABSOLUTE_FORM.match(target)
     if absolute:
-        if absolute.group(1).lower() != authority.lower():
+        origin = (b"http%s://%s" % absolute.groups()).decode("latin-1").lower()
+        if not same_origin(origin, authority):  # which knows the default ports
             raise HTTPError(400, "bad_request", "the authority of the request-target is not Host")
         target = target[absolute.end():]
         if method == b"OPTIONS" and not target:
@@ -4858,16 +4907,25 @@ def real_client(server, client, fields):
     if server.real_ip_header == "proxy_protocol" or not client.trusted:
         return client.peer
     named = ([fields.get(b"x-real-ip") or b""] if server.real_ip_header == "X-Real-IP"
-             else b",".join(fields.get_all(b"x-forwarded-for")).split(b","))
+             else fields.tokens(b"x-forwarded-for"))
     found = client.peer
     for part in reversed(named):  # from the right: the left end is what the client claims
-        address = parse_ip(FORWARDED_PORT.sub(r"\1\2", part.strip(b" \t").decode("latin-1")))
+        address = forwarded_address(part)
         if address is None:
             break
         found = str(address)
         if not trusted(server.set_real_ip_from, found):
             break
     return found
+
+
+def forwarded_address(element):
+    """Return an element of X-Forwarded-For as ip_address or 'unix:', None for anything else.
+
+    nginx writes 'unix:' for a peer on a Unix socket.
+    """
+    text = element.strip(b" \t").decode("latin-1")
+    return "unix:" if text == "unix:" else parse_ip(FORWARDED_PORT.sub(r"\1\2", text))
 
 
 @functools.lru_cache(1024)
@@ -5329,6 +5387,8 @@ class Attempts:
         """Count a BackendError of the last server tried."""
         self.failures += 1
         self.error = error
+        if error.sent:  # it had accepted the connection
+            self.server.address_failed(self.server.health.last_address)
         self.upstream.failed(self.server, error)
 
 
@@ -5411,6 +5471,7 @@ class Server:
             return stream
         except (OSError, ValueError, TimedOut) as error:  # ValueError: CertificateError, Python 3.6
             stream.close()
+            self.address_failed(self.health.last_address)
             if timed_out(error):
                 raise BackendError(504, "backend_timeout", "%s: no TLS handshake within"
                                    " proxy_connect_timeout" % self.name)
@@ -5466,7 +5527,8 @@ class Health:
     """What is known of a server; shared by old and new configuration.
 
     Guarded by the lock of the Upstream, except the last two: they only order addresses and
-    are replaced as a whole, so that a lost update costs one wrong order.
+    are replaced as a whole, so that an update that is lost, or meets the address to which
+    another thread has connected meanwhile, costs one wrong order.
     """
 
     __slots__ = ("active", "selected", "fails", "first_fail", "last_fail", "failures",
@@ -5739,12 +5801,25 @@ def reported_origin(request, client):
 def forwarded_for(request, client):
     """Return X-Forwarded-For: the peer, after what it reports if it is trusted (bytes).
 
-    A peer on a unix socket has no address: applications would not parse it.
+    A peer on a Unix socket, also one of a trusted proxy, has no address: applications would not
+    parse it. Nor do all of them take an IPv4-mapped address for what it is.
     """
     peer = b"" if client.peer == "unix:" else client.peer.encode()
     if not client.trusted:
         return peer
-    return b", ".join(list(request.fields.get_all(b"x-forwarded-for")) + ([peer] if peer else []))
+    reported = b", ".join(request.fields.get_all(b"x-forwarded-for"))
+    if b"unix:" in reported or b"::" in reported:
+        reported = b", ".join(filter(None, map(forwarded_element, reported.split(b","))))
+    return b", ".join(filter(None, (reported, peer)))
+
+
+def forwarded_element(element):
+    """Return an element of X-Forwarded-For for a backend: no 'unix:', IPv4 as IPv4."""
+    address = forwarded_address(element)
+    if address == "unix:":
+        return b""
+    mapped = address is not None and address.version == 4 and b"::" in element
+    return str(address).encode() if mapped else element.strip(b" \t")
 
 
 def public_url(request, client):
@@ -8026,9 +8101,9 @@ OPTIONS = {  # title of a group: {names of an option: what add_argument() takes}
 def find_config(arguments):
     """Return (path or None, {key: text} for [server]) as the command line says."""
     path = arguments.c
-    overrides = {"listen": arguments.listen} if arguments.listen else {}
-    if arguments.backend:
-        where = re.sub(r"^:?(?=[0-9]+$)", "127.0.0.1:", arguments.backend)  # PORT, :PORT
+    overrides = {} if arguments.listen is None else {"listen": arguments.listen}
+    if arguments.backend is not None:  # PORT, :PORT
+        where = re.sub(r"^:?(?=[0-9]+(?:/|$))", "127.0.0.1:", arguments.backend)
         overrides["proxy_pass"] = where if "://" in where else "http://" + where
     elif not path:
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wsgate.ini")
@@ -8595,8 +8670,8 @@ class Probe:
             if timed_out(error):
                 raise Verdict("timeout", step="TLS handshake")
             kind = tls_error_kind(error)
-            raise Verdict("certificate" if kind in ("untrusted", "host_name") else kind,
-                          error=describe_error(error))
+            raise Verdict({"untrusted": "certificate", "host_name": "certificate",
+                           "version": "tls_failed"}.get(kind, kind), error=describe_error(error))
         sock = self.stream.sock
         print_line("TLS", "%s, %s%s" % (sock.version(), sock.cipher()[0], self.took()))
         facts = sock.getpeercert()  # empty if it was not verified
