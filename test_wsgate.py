@@ -7481,6 +7481,7 @@ def test_reject_with_close_holds_for_max_connections_and_drain(tmp_path):
         refused = gate.connect().send(handshake())
         assert refused.head().startswith(b"HTTP/1.1 101 ")
         assert refused.rest() == frame(8, struct.pack("!H", 4503) + b"conn_limit")
+        refused.close()
         server.send(b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n")
         client.close()
         eventually(lambda: not gate.gate.connections)
@@ -7490,7 +7491,6 @@ def test_reject_with_close_holds_for_max_connections_and_drain(tmp_path):
         eventually(lambda: gate.gate.state == "draining")
         assert late.send(b"\r\n").head().startswith(b"HTTP/1.1 101 ")
         assert late.rest() == frame(8, struct.pack("!H", 4503) + b"draining")
-        refused.close()
         late.close()
 
 
