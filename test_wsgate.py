@@ -3691,6 +3691,67 @@ def kept_alive(peer):
         peer.send(ok(b"%d" % count))
 
 
+def show_head(peer):
+    """A script: 200 with the head of the request as its body, to every request."""
+    while True:
+        peer.send(ok(read_request(peer)[0]))
+
+
+# What one location has and another has not must not pass to the next request with equal fields.
+REPEATING = """\
+[server]
+set_real_ip_from = 127.0.0.1
+proxy_keepalive = 60s
+proxy_set_header = X-User: $remote_user
+[location /]
+proxy_pass = http://%s
+[location /prefix/]
+proxy_pass = http://%s/
+[location /set/]
+proxy_pass = http://%s
+proxy_set_header = X-Path: $request_uri
+    Cookie:
+underscores_in_headers = on
+[location /user/]
+proxy_pass = http://%s
+proxy_set_header = X-User: $remote_user
+auth_basic_user_file = %s
+[location /identity/]
+proxy_pass = http://%s
+auth_request = http://%s/auth
+auth_request_headers = X-Team
+"""
+PASSWORD = b"Authorization: Basic " + base64.b64encode(b"anna:secret")
+
+
+@pytest.mark.parametrize("fields", [
+    (PASSWORD,), (b"Cookie: a=1", b"X_A: 1", PASSWORD), (b"X-Forwarded-For: 192.0.2.1", PASSWORD),
+    (b"Connection: x-a", b"X-A: 1", b"X-Team: b", PASSWORD), (b"X-Long: " + b"x" * 3000, PASSWORD)],
+    ids=["few", "cookie", "forwarded", "listed", "long"])
+def test_a_connection_repeats_its_fields(tmp_path, fields):
+    """The backend receives what it would if each request came on a connection of its own."""
+    (tmp_path / "users").write_text(sha1_line("anna", b"secret"))
+    requests = [request(method, target, *fields, **more)
+                for target in (b"/", b"/set/a?b", b"/user/", b"/prefix/a", b"/identity/",
+                               b"//x/identity/")
+                for method, more in ((b"GET", {}), (b"POST", {"body": b"x"}))]
+    requests += [raw.replace(b"HTTP/1.1", b"HTTP/1.0") for raw in requests[:5:2]]
+    random.Random(1).shuffle(requests)
+    with ScriptedBackend(show_head) as backend, ScriptedBackend(
+            respond(ok(b"", b"X-Team: a"))) as service:
+        ini = REPEATING % ((backend.where,) * 4 + (tmp_path / "users", backend.where,
+                                                   service.where))
+        with running(ini, tmp_path) as gate:
+            client, seen = gate.connect(), []
+            for raw in requests:
+                seen.append(client.send(raw).response(raw.split()[0]).body)
+                if b"HTTP/1.0" in raw:
+                    client.close()
+                    client = gate.connect()
+            client.close()
+            assert seen == [gate.fetch(raw, raw.split()[0]).body for raw in requests]
+
+
 KEPT = "proxy_keepalive = 60s"
 
 
@@ -3777,6 +3838,23 @@ def test_no_request_over_a_connection_that_is_out_of_step(tmp_path, response):
         first.send(response[0])
         assert client.response().body == b"first"
         first.send(*response[1:])
+        client.send(request())
+        second = backend.connection(1)
+        second.head()
+        second.send(ok(b"second"))
+        assert client.response().body == b"second"
+        client.close()
+
+
+def test_no_request_after_a_head_that_was_not_sent_whole(tmp_path):
+    """The backend has responded without it; the next request would be in the middle of it."""
+    with gate_and_backend(tmp_path, None, KEPT, "client_header_size = 8m") as (gate, backend):
+        backend.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client = gate.connect().send(request(b"GET", b"/", b"A: " + b"x" * 6000000))
+        first = backend.connection()
+        first.read_until(b"x" * 100)
+        first.send(ok(b"first"))
+        assert client.response().body == b"first"
         client.send(request())
         second = backend.connection(1)
         second.head()
@@ -8353,7 +8431,8 @@ def test_close_in_pieces_after_bulk():
         ends = [stack.enter_context(contextlib.closing(end))
                 for end in socket.socketpair() + socket.socketpair()]
         streams = [wsgate.Stream(end) for end in ends]
-        flow = wsgate.Flow(streams[0], streams[1], wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
+        flow = wsgate.Flow(streams[0], streams[1])
+        flow.begin(wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
         data = frame(2, b"x" * wsgate.SPLICE_MINIMUM)
         flow.scanner.feed(data, 1.0)
         assert flow.can_splice()
@@ -8370,7 +8449,8 @@ def test_splice_stops_before_headers_and_pongs(begun):
         ends = [stack.enter_context(contextlib.closing(end))
                 for end in socket.socketpair() + socket.socketpair()]
         streams = [wsgate.Stream(end) for end in ends]
-        flow = wsgate.Flow(streams[0], streams[1], wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
+        flow = wsgate.Flow(streams[0], streams[1])
+        flow.begin(wsgate.FrameScanner(False, False, 0, 0.0), 0.0)
         flow.scanner.expect_pong(b"gate", 1.0)
         flow.scanner.feed(frame(2, b"x" * wsgate.SPLICE_MINIMUM), 1.0)
         assert flow.can_splice()

@@ -4460,11 +4460,13 @@ class Headers(list):
 
     def tokens(self, name):
         """Return the elements of a list field in lower case, in order (RFC 9110 5.6.1)."""
-        if name not in self.index:
+        values = self.index.get(name)
+        if values is None:
             return ()
         if name not in self.lists:
-            elements = b",".join(self.index[name]).lower().split(b",")
-            self.lists[name] = [part for part in map(bytes.strip, elements) if part]
+            elements = values[0] if len(values) == 1 else b",".join(values)
+            self.lists[name] = [part for part in map(bytes.strip, elements.lower().split(b","))
+                                if part]
         return self.lists[name]
 
 
@@ -5739,7 +5741,7 @@ def request_head_for_backend(request, location, client, server, upgrade, keep=Fa
 
 def fields_for_backend(request, location, client, proxy):
     """Return (the client's fields, GENERATED_FIELDS) for a backend, as lists of lines."""
-    made_for = proxy, client, request.withheld
+    made_for = proxy, request.withheld  # client follows from both and the fields
     if request.lines is None or request.lines[0] != made_for:
         request.lines = (made_for, end_to_end_fields(request, location, client, request.withheld),
                          forwarded_fields(request, client, proxy.prefix, location.replaced))
@@ -5750,17 +5752,23 @@ def end_to_end_fields(request, location, client, withheld):
     """Return the client's fields for a backend, as lines. withheld: names that it does not get."""
     believed, underscores = client.trusted, location.underscores_in_headers
     listed = connection_options(request.fields)
-    lines = []
-    for name, value in request.fields:
-        plain = name.translate(CGI_NAME)
-        if plain in withheld or (listed and name.lower() in listed):
-            continue
-        if not believed and (plain in FORWARDED_FIELDS or plain.startswith(b"x-forwarded-")):
-            continue
-        if b"_" in name and (not underscores or plain in PROTECTED_FIELDS):
-            continue  # applications may take it for a field with -
-        lines.append(name + b": " + value)
+    lines = [name + b": " + value for name, value in request.fields
+             if passes(name, withheld, believed, underscores)]
+    if listed:
+        lines = [line for line in lines if line.partition(b":")[0].lower() not in listed]
     return lines
+
+
+@functools.lru_cache(1024)  # clients send the same few dozen names
+def passes(name, withheld, believed, underscores):
+    """Return whether a client's field of this name is passed on. See end_to_end_fields."""
+    plain = name.translate(CGI_NAME)
+    if plain in withheld:
+        return False
+    if not believed and (plain in FORWARDED_FIELDS or plain.startswith(b"x-forwarded-")):
+        return False
+    # Applications may take it for a field with -.
+    return b"_" not in name or (underscores and plain not in PROTECTED_FIELDS)
 
 
 def connection_options(fields):
@@ -6252,33 +6260,29 @@ class Flow:
 
     __slots__ = ("source", "sink", "read", "write", "scanner", "source_state", "sink_state",
                  "pending", "pipe", "piped", "size", "bulk", "bytes", "last_read",
-                 "last_progress", "pinged")
+                 "last_progress", "pinged")  # pinged: when Tunnel has sent a ping to sink
 
-    def __init__(self, source, sink, scanner, now):
+    def __init__(self, source, sink):
         self.source = source
         self.sink = sink
         # One call from here to the socket; only TLS needs the Stream, which knows what to poll for.
         self.read = source.read if source.tls else source.sock.recv
         self.write = sink.write if sink.tls else sink.sock.send
-        self.scanner = scanner
         self.source_state = OPEN  # then EOF or RESET
         # Then CLOSING and CLOSED, or BROKEN; unless it is OPEN, what is read is discarded.
         self.sink_state = OPEN
         self.pending = b""        # read, but not written yet
         self.pipe = None          # (read end, write end) while the stream is bulk
         self.piped = 0            # bytes in it; they go before pending
+
+    def begin(self, scanner, now):
+        """Begin a message, or a tunnel: what follows passes this scanner."""
+        self.scanner = scanner
         self.size = SMALL_READ    # of the next read
         self.bulk = False         # the last read filled its buffer
         self.bytes = 0            # taken from source
         self.last_read = now      # time.monotonic() of the last byte from source
         self.last_progress = now  # ... of the last byte from source or to sink
-        self.pinged = -math.inf   # ... of the last ping of the gate's own to sink
-
-    def restart(self, scanner, now):
-        """Begin another message, on streams that are as they were when the Flow was made."""
-        self.scanner = scanner
-        self.size, self.bulk, self.bytes = SMALL_READ, False, 0
-        self.last_read = self.last_progress = now
 
     def reading(self):
         """Return True if source is to be polled."""
@@ -6456,9 +6460,9 @@ class Relay:
 
     __slots__ = ("up", "down", "poll", "interest")
 
-    def __init__(self, client, backend, up_scanner, down_scanner, now):
-        self.up = Flow(client, backend, up_scanner, now)
-        self.down = Flow(backend, client, down_scanner, now)
+    def __init__(self, client, backend):
+        self.up = Flow(client, backend)
+        self.down = Flow(backend, client)
         self.poll = Poll()
         self.interest = {}  # {descriptor: events registered for it}
 
@@ -6508,7 +6512,7 @@ class HTTPRelay(Relay):
     __slots__ = ("client", "backend", "limit", "location", "server", "head_since", "gone_at")
 
     def __init__(self, client, backend):
-        super().__init__(client, backend, None, None, 0.0)
+        super().__init__(client, backend)
         self.client = client
         self.backend = backend
 
@@ -6520,8 +6524,8 @@ class HTTPRelay(Relay):
         self.server = server
         self.head_since = now    # time.monotonic() since when the response head is due
         self.gone_at = math.inf  # ... at which a client that has closed is given up
-        self.up.restart(body, now)
-        self.down.restart(HeadScanner(self.backend), now)
+        self.up.begin(body, now)
+        self.down.begin(HeadScanner(self.backend), now)
         self.up.pending = head
         if not body.done:
             self.feed(self.up, now)
@@ -6786,12 +6790,9 @@ class Tunnel(Relay):
         self.up, self.down = relay.up, relay.down
         self.poll, self.interest = relay.poll, relay.interest
         for flow in (self.up, self.down):
-            flow.scanner = UntilClose()
-            if scan:
-                flow.scanner = FrameScanner(flow is self.up, extensions,
-                                            location.max_message_size, now)
-            flow.bytes = 0
-            flow.last_read = flow.last_progress = now
+            flow.begin(FrameScanner(flow is self.up, extensions, location.max_message_size, now)
+                       if scan else UntilClose(), now)
+            flow.pinged = -math.inf
         self.gate = exchange.gate
         self.record = exchange.entry
         self.idle_timeout = location.idle_timeout
