@@ -1122,6 +1122,10 @@ FOREIGN = (
 
 
 FOREIGN_WORDS = {name: advice for advice, names in FOREIGN for name in names.split()}
+FAMILIES = (
+    "gzip brotli http2 http3 quic proxy_cache proxy_store open_file_cache autoindex dav mp4 charset"
+    " fastcgi uwsgi scgi grpc memcached limit_req limit_rate sub_filter slice xslt image_filter"
+    " geoip2 geoip js perl lua mirror ssl_ocsp ssl_stapling auth_jwt secure_link userid").split()
 SECTION_OF = {name: section for section, keys in reversed(SECTIONS) for name in keys}
 
 
@@ -1131,10 +1135,8 @@ def foreign(*words):
 
 
 def family(name):
-    """Return what foreign() does for out-of-scope directives that the name continues, as gzip_."""
-    parts = name.split("_")
-    names = ["_".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
-    return foreign(*[each for each in names if "out of" in FOREIGN_WORDS.get(each, "")])
+    """Return what foreign() does for the directive whose name this one continues, as gzip_static."""
+    return foreign(*[each for each in FAMILIES if name.startswith(each + "_")])
 
 
 def unknown_key(name, table):
