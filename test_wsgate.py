@@ -2031,7 +2031,8 @@ def test_a_name_that_does_not_resolve_is_a_warning(tmp_path):
 @pytest.mark.parametrize("key, near", [
     ("proxy_pas", "proxy_pass"), ("Listen", "listen"), ("idle_timout", "idle_timeout"),
     ("listne", "listen"), ("proxy_connection_timeout", "proxy_connect_timeout"),
-    ("ssl_protocol", "ssl_protocols"), ("alow", "allow"), ("log_file", None), ("set_header", None),
+    ("ssl_protocol", "ssl_protocols"), ("alow", "allow"), ("log_file", None), ("websocket", None),
+    ("set_header", None),
     ("read_timeout", None), ("proxy", None), ("cert", None), ("port", None)])
 def test_only_a_key_that_is_near_is_suggested(tmp_path, key, near):
     error, = errors_of(tmp_path, SERVER + key + " = 1")

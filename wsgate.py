@@ -1135,7 +1135,7 @@ def foreign(*words):
 
 
 def family(name):
-    """Return what foreign() does for the directive whose name this one continues, as gzip_static."""
+    """Return what foreign() does for the directive that a name continues, as gzip_static."""
     return foreign(*[each for each in FAMILIES if name.startswith(each + "_")])
 
 
