@@ -1111,8 +1111,10 @@ FOREIGN = (
      "limit_req limit_req_zone limit_rate limit_rate_after proxy_limit_rate limit_conn_status"
      " limit_conn_log_level limit_conn_dry_run auth_delay"),
     ("out of scope: bodies are not rewritten",
-     "sub_filter sub_filter_once addition_types add_before_body add_after_body proxy_cookie_path"
-     " proxy_cookie_domain proxy_cookie_flags slice xslt image_filter"),
+     "sub_filter sub_filter_once addition_types add_before_body add_after_body slice xslt"
+     " image_filter"),
+    ("out of scope: cookies are not rewritten, so set their path in the application",
+     "proxy_cookie_path proxy_cookie_domain proxy_cookie_flags"),
     ("out of scope: not supported",
      "satisfy internal mirror proxy_bind proxy_method proxy_set_body geo geoip geoip2 split_clients"
      " js_import js perl lua limit_except ssl_stapling ssl_stapling_verify proxy_ssl_crl ssl_crl"
