@@ -5684,6 +5684,13 @@ def test_return(tmp_path):
         first.close()
 
 
+def test_braces_in_a_text_with_variables(tmp_path):
+    """${name} is $name; a brace without its other half is text, as in JSON."""
+    ini = '[server]\nreturn = 200 {"is": ${scheme}s, ${, "${host": {$host}}\n'
+    with running(ini, tmp_path) as gate:
+        assert gate.fetch(request()).body == b'{"is": https, ${, "${host": {gate.test}}'
+
+
 def test_proxy_set_header_sets_and_removes_fields(tmp_path):
     lines = ["proxy_set_header =", "X-Host: $host", "X-Client: $remote_addr", "X-Scheme: $scheme",
              "X-Uri: $request_uri", "X-Port: $server_port", "X-Chain: $proxy_add_x_forwarded_for",

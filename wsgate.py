@@ -525,9 +525,9 @@ class Template:
 
     def __init__(self, text):
         self.text = text
-        parts = re.split(r"\$\{?(\w+)\}?", text)  # text and names of variables by turns
+        parts = re.split(r"\$(\w+|\{\w+\})", text)  # text and names of variables by turns
         # Bytes, or functions as in VARIABLES.
-        self.parts = [self.variable(part) if place % 2 else part.encode()
+        self.parts = [self.variable(part.strip("{}")) if place % 2 else part.encode()
                       for place, part in enumerate(parts) if part]
 
     def variable(self, name):
