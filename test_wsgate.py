@@ -7109,6 +7109,17 @@ def test_x_forwarded_prefix_is_what_was_replaced(tmp_path, location, uri, lines,
             assert field(head, b"x-forwarded-prefix") == prefix
 
 
+def test_a_redirect_below_the_prefix_of_two_proxies_is_not_prefixed_again(tmp_path):
+    """The application was told /outer/app, and has put it before its path."""
+    script = respond_status(b"302 Found", b"Location: /outer/app/login")
+    with ScriptedBackend(script) as backend:
+        ini = ("[server]\nset_real_ip_from = 127.0.0.1\n[location /app/]\nproxy_pass = http://%s/\n"
+               % backend.where)
+        with running(ini, tmp_path) as gate:
+            raw = request(b"GET", b"/app/", b"X-Forwarded-Prefix: /outer")
+            assert gate.fetch(raw).get(b"location") == b"/outer/app/login"
+
+
 def test_proxy_pass_websocket(tmp_path):
     with ScriptedBackend(respond(ok(b"page"))) as pages, ScriptedBackend(echo_service) as sockets:
         ini = ("[server]\n[location /live/]\nproxy_pass = http://%s\n"

@@ -5897,7 +5897,7 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
     for name, value in fields:
         lower = name.lower()
         if lower in examined:
-            value = examined_value(lower, value, location, upgrade, unsized)
+            value = examined_value(lower, value, request, location, upgrade, unsized)
             if value is None:
                 continue
         elif lower in listed and lower not in PROTECTED_FIELDS:
@@ -5917,13 +5917,14 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
     return b"\r\n".join(lines)
 
 
-def examined_value(name, value, location, upgrade, unsized):
+def examined_value(name, value, request, location, upgrade, unsized):
     """Return the value of a field of response_examined for the client, None to withhold it."""
     if name in location.response_withheld or (unsized and name == b"content-length"):
         return None
     rewriter = location.proxy_for(upgrade).redirects
     if rewriter and name in REDIRECT_FIELDS:
-        return rewriter.rewrite_field(name, value)
+        outer = b",".join(request.fields.get_all(b"x-forwarded-prefix"))
+        return rewriter.rewrite_field(name, value, outer)
     return value
 
 
@@ -5971,8 +5972,8 @@ class RedirectRewriter:
         if self.uri:
             self.prefixed = forwarded_prefix(path, target.uri) + self.uri
 
-    def rewrite(self, url):
-        """Return the URL (bytes) for the client."""
+    def rewrite(self, url, outer):
+        """Return the URL (bytes) for the client. outer: X-Forwarded-Prefix of a proxy in front."""
         match = self.own.match(url)
         if match:
             path = url[match.end():]
@@ -5982,12 +5983,12 @@ class RedirectRewriter:
         else:
             return url
         if self.uri is not None:
-            path = self.restore_prefix(path)
+            path = self.restore_prefix(path, outer)
         return path if path and SAFE_PATH.fullmatch(path) else url
 
-    def restore_prefix(self, path):
+    def restore_prefix(self, path, outer):
         """Return the path below the location for a path below the URI, None for another path."""
-        if self.prefixed != self.uri and path.startswith(self.prefixed):
+        if self.prefixed != self.uri and path.startswith((self.prefixed, outer + self.prefixed)):
             return path
         if not path.startswith(self.uri) or b"?" in self.uri:
             return None
@@ -6002,12 +6003,14 @@ class RedirectRewriter:
                 return None
         return self.prefix + rest
 
-    def rewrite_field(self, name, value):
+    def rewrite_field(self, name, value, outer):
         """Return the value of one of REDIRECT_FIELDS for the client."""
         if name != b"refresh":
-            return self.rewrite(value)
+            return self.rewrite(value, outer)
         match = REFRESH.fullmatch(value)
-        return match.group(1) + self.rewrite(match.group(2)) + match.group(3) if match else value
+        if not match:
+            return value
+        return match.group(1) + self.rewrite(match.group(2), outer) + match.group(3)
 
 
 def authorities(names, default_port):
