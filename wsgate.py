@@ -3408,7 +3408,7 @@ class Exchange:
 # ---------------------------------------------------------------------- Streams
 
 SMALL_READ = 16 * 1024    # for frames and heads
-BIG_READ = 128 * 1024     # once a stream has shown that it is bulk
+BIG_READ = 256 * 1024     # once a stream has shown that it is bulk
 LONGEST_POLL = 1e6        # seconds; poll(2) takes 31 bits of milliseconds
 LINGERING_TIME = 30.0     # seconds to read on after the last response, as in nginx
 LINGERING_TIMEOUT = 5.0   # seconds without a byte that end this, as in nginx
