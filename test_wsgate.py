@@ -6880,18 +6880,19 @@ def test_order_of_addresses():
         assert [address for _, address in server.in_order(server.addresses(None))] == where
 
 
-@pytest.mark.parametrize("lines", [(), ("proxy_ssl_verify = off",)], ids=["http", "https"])
+@pytest.mark.parametrize("script, scheme, status", [
+    (Peer.close, "http", 502), (Peer.close, "https", 502), (Peer.rest, "http", 504)])
 def test_an_address_that_accepts_and_fails_is_the_last_one_next_time(tmp_path, monkeypatch, tls,
-                                                                     lines):
-    """It closes before a response, or fails at TLS; the other address of the name works."""
-    with ScriptedBackend(lambda peer: peer.close()) as bad, ScriptedBackend(
-            respond(ok(b"good")), tls=tls_backend(tls) if lines else None) as other:
+                                                                     script, scheme, status):
+    """It closes before a response, fails at TLS or is silent; the other of the name works."""
+    with ScriptedBackend(script) as bad, ScriptedBackend(
+            respond(ok(b"good")), tls=tls_backend(tls) if scheme == "https" else None) as other:
         found = [(socket.AF_INET, each.listener.getsockname()) for each in (bad, other)]
         monkeypatch.setattr(wsgate.Server, "addresses", lambda *_: found)
-        ini = "[server]\nproxy_pass = http%s://name.test\n%s\n" % ("s" * len(lines),
-                                                                "\n".join(lines))
+        ini = ("[server]\nproxy_pass = %s://name.test\nproxy_ssl_verify = off\n"
+               "proxy_read_timeout = %s\n" % (scheme, ini_ms(300)))
         with running(ini, tmp_path) as gate:
-            assert gate.fetch(request(b"POST", b"/", body=b"x")).status == 502
+            assert gate.fetch(request(b"POST", b"/", body=b"x")).status == status
             for _ in range(2):
                 assert gate.fetch(request(b"POST", b"/", body=b"x")).body == b"good"
         assert len(bad.connections) == 1

@@ -3276,7 +3276,7 @@ class Exchange:
             except BackendError as error:
                 if error.retry and reused:  # closed while it was kept: not a failure
                     attempts.forget(self.backend.server)
-                elif error.retry:
+                else:
                     attempts.failed(error)
                 if not error.retry or not request.repeatable():
                     raise
@@ -5390,12 +5390,16 @@ class Attempts:
         self.tried.discard(server)
 
     def failed(self, error):
-        """Count a BackendError of the last server tried."""
-        self.failures += 1
-        self.error = error
+        """Count a BackendError of the last server tried.
+
+        A response that is late or invalid counts for the address alone.
+        """
         if error.sent:  # it had accepted the connection
             self.server.address_failed(self.server.health.last_address)
-        self.upstream.failed(self.server, error)
+        if error.retry or not error.sent:
+            self.failures += 1
+            self.error = error
+            self.upstream.failed(self.server, error)
 
 
 class Backend:
