@@ -9275,6 +9275,26 @@ def test_stalled_syslogd(tmp_path, monkeypatch):
         eventually(lambda: not writer.thread.is_alive())
 
 
+@needs_unix
+def test_two_logs_that_stall_cost_the_patience_of_one(tmp_path, monkeypatch):
+    """A container runtime that hangs reads neither stdout nor stderr."""
+    monkeypatch.setattr(wsgate.LogWriter, "PATIENCE", 500 * MS)
+    path = str(tmp_path / "pipe")
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with own_logging():
+        wsgate.open_logs(load_text(
+            tmp_path, "[server]\nreturn = 200\naccess_log = %s\nerror_log = %s\n" % (
+                path, path)).server)
+        writers = list(wsgate.log_writers().values())
+        for writer in writers:
+            writer.handle(logging.makeLogRecord({"msg": "x" * 200000}))
+        with takes(500, 900):
+            wsgate.close_logs()
+        os.close(reader)
+        eventually(lambda: not any(writer.thread.is_alive() for writer in writers))
+
+
 def test_lines_that_cannot_be_written_are_counted(tmp_path):
     with own_logging(), open("/dev/full", "w") as full:
         writer = wsgate.LogWriter("/dev/full", wsgate.FileSink(os.dup(full.fileno()), "w"))

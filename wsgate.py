@@ -7600,13 +7600,17 @@ class LogWriter(logging.Handler):
             self.closing.wait(self.GATHER)
         self.sink.close()
 
+    def end(self):
+        """Have the thread write what is queued and end."""
+        super().close()
+        self.closing.set()
+        with self.changed:
+            self.changed.notify()
+
     def close(self):
         """Write what is queued and end; wait for a sink that stalls no longer than PATIENCE."""
         if not self.closing.is_set():
-            super().close()
-            self.closing.set()
-            with self.changed:
-                self.changed.notify()
+            self.end()
             self.thread.join(self.PATIENCE)
 
 
@@ -7732,10 +7736,13 @@ def report_dropped_lines():
 
 
 def close_logs():
-    """Write what is queued and close both logs."""
+    """Write what is queued and close both logs, within the PATIENCE of one."""
     report_dropped_lines()
-    for writer in log_writers().values():
-        writer.close()
+    deadline, writers = time.monotonic() + LogWriter.PATIENCE, log_writers().values()
+    for writer in writers:
+        writer.end()
+    for writer in writers:
+        writer.thread.join(max(0.0, deadline - time.monotonic()))
 
 
 # ----------------------------------------------------------------------- Status
