@@ -3490,7 +3490,7 @@ def test_a_dual_stack_peer_is_ipv4_in_the_error_log_too(tmp_path):
         def as_systemd_does():
             os.dup2(sock.fileno(), 3)
             os.set_inheritable(3, True)
-            os.execve(sys.executable, [sys.executable, WSGATE, "-c", path], dict(
+            os.execve(sys.executable, [sys.executable, PROGRAM, "-c", path], dict(
                 os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS="1"))
 
         with process(before=as_systemd_does) as child:
