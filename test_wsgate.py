@@ -6318,6 +6318,21 @@ def test_auth_request_headers_in_variables(tmp_path):
         assert b"mallory" not in heads[0]
 
 
+def test_auth_request_headers_of_the_request_before(tmp_path):
+    """The same field lines on the same connection have other values in another location."""
+    lines = ("proxy_set_header = X-User: $http_remote_user\n"
+             "[location /own/]\nauth_request =\nauth_request_headers =\nproxy_pass = http://%s")
+    with ScriptedBackend(lambda peer: peer.send(ok(peer.head()))) as backend:
+        with signed_on(tmp_path, lines % backend.where) as (gate, _, heads):
+            client = gate.connect()
+            for path, user in ((b"/", b"alice"), (b"/own/", b"mallory"), (b"/", b"alice")):
+                raw = request(b"GET", path, b"Cookie: session=alice", b"Remote-User: mallory")
+                response = client.send(raw).response()
+                head = response.body if path == b"/own/" else heads[-1]
+                assert field(head, b"x-user") == [user]
+            client.close()
+
+
 def test_credentials_reach_auth_request_though_it_replaces_them(tmp_path):
     """As for API clients with a token: the service has a token of its own for the backend."""
     heads = []
@@ -7139,6 +7154,13 @@ def test_proxy_pass_websocket_beside_return(tmp_path):
                % sockets.where)
         with running(ini, tmp_path) as gate:
             assert gate.fetch(request()).status == 404 and gate.fetch(handshake()).status == 101
+
+
+def test_long_names_of_fields_are_not_remembered(tmp_path):
+    with gate_and_backend(tmp_path, respond(ok())) as (gate, _):
+        count = wsgate.passes.cache_info().currsize
+        assert gate.fetch(request(b"GET", b"/", b"X-%s: 1" % (b"a" * 9000))).status == 200
+        assert wsgate.passes.cache_info().currsize == count
 
 
 @pytest.mark.parametrize("line, names", [

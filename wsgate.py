@@ -537,7 +537,8 @@ class Template:
         require(name.startswith("http_"), "unknown variable $%s%s", name,
                 nearest(name, self.VARIABLES) or " (expected one of: %s)" % VARIABLE_NAMES)
         field = name[len("http_"):].lower().replace("_", "-").encode()
-        return lambda request, client: b", ".join(request.fields.get_all(field))
+        return lambda request, client: b", ".join(
+            request.known[field] if field in request.known else request.fields.get_all(field))
 
     def render(self, request, client):
         """Return the text as bytes, with the values of the variables for this request."""
@@ -3143,8 +3144,8 @@ class Exchange:
                 check_password(guard, request)
                 if guard.auth is not None:
                     self.authorize(guard)
-        for name in location.identity:  # $http_NAME is what auth_request says, not the client
-            request.fields.index[name] = self.identity.get(name, ())
+        if location.identity:
+            request.known = {name: self.identity.get(name, ()) for name in location.identity}
         if self.upgrade and self.upgrade.error:
             raise self.upgrade.error
         if request.length and 0 < location.client_max_body_size < request.length:
@@ -4214,14 +4215,15 @@ class Request:
     None if it is chunked or there is none. attempts_upgrade: there is a trace of an upgrade, so
     frames may follow (RFC 9931). persistent: the client may send another request (RFC 9112 9.3;
     not in HTTP/1.0, nor after such a trace). id: of the access log. user: after Basic
-    authentication. identity: lines for the backend, from the response of auth_request. withheld:
+    authentication. identity: lines for the backend, from the response of auth_request. known:
+    {name: values} of $http_NAME that are from there, never from the client. withheld:
     names of fields, as cgi_name() makes them, that the backend does not get. block: the field
     lines, bytes. lines: what fields_for_backend() has made of them, or None.
     """
 
     __slots__ = ("method", "target", "path", "paths", "minor", "block", "fields", "host",
                  "authority", "length", "chunked", "attempts_upgrade", "persistent", "id", "user",
-                 "identity", "withheld", "lines")
+                 "identity", "known", "withheld", "lines")
 
     def parse_block(self, block):
         """Set block and what follows from the field lines. Raise HTTPError."""
@@ -4283,6 +4285,7 @@ def parse_request_head(head, last=None):
     request.target, request.paths = split_target(request.method, target, request.authority)
     request.path = request.paths[0]
     request.id, request.user, request.identity, request.withheld = "", b"", (), frozenset()
+    request.known = {}
     return request
 
 
@@ -5760,8 +5763,10 @@ def end_to_end_fields(request, location, client, withheld):
     """Return the client's fields for a backend, as lines. withheld: names that it does not get."""
     believed, underscores = client.trusted, location.underscores_in_headers
     listed = connection_options(request.fields)
+    # Long names are not remembered: a client could fill the memory with them.
+    may_pass = passes if len(request.block) <= 8192 else passes.__wrapped__
     lines = [name + b": " + value for name, value in request.fields
-             if passes(name, withheld, believed, underscores)]
+             if may_pass(name, withheld, believed, underscores)]
     if listed:
         lines = [line for line in lines if line.partition(b":")[0].lower() not in listed]
     return lines
