@@ -2256,6 +2256,8 @@ BAD_CONFIGURATIONS = [
      "line 3 is indented, so it continues listen of line 2"),
     ("[server]\nlisten = 1\n  server_name = a.test\n" + PASS,
      "line 3 is indented, so it continues listen of line 2"),
+    ("[server]\nlisten = 1\n  Pid = wsgate.pid\n" + PASS,
+     "line 3 is indented, so it continues listen of line 2"),
     (SERVER + "ssl_certificate = /no/file\n  listen 80;",
      ":3: [server] ssl_certificate: cannot open /no/file listen 80;"),
     (SERVER + "[upstream u]\nserver =\na:1", "wsgate.ini:5: invalid line: a:1",

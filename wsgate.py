@@ -1214,7 +1214,7 @@ SLIPS = (("comment", r"(?m)[ \t]+(?:[#;]|//|/\*).*$", ""),
          ("quotes", r"(?m)(?:^|(?<=\s))[{0}](.*)[{0}]$".format("\"'`\xab\xbb\u2018-\u201f"), r"\1"))
 
 # A line of a value that looks like a key or a section of its own, with the number of split().
-STRAY_LINE = re.compile(r"\n(?:([a-z_]+)\s*|\[(server|location|upstream)\b[^\0\n]*)\0([0-9]+)")
+STRAY_LINE = re.compile(r"\n(?:([A-Za-z_]+)\s*|\[(server|location|upstream)\b[^\0\n]*)\0([0-9]+)")
 
 
 class ConfigReader:
