@@ -4832,6 +4832,18 @@ def test_an_old_version_works_with_the_remedy(tmp_path, tls):
             assert context.wrap_socket(sock, server_hostname="gate.test").version() == "TLSv1"
 
 
+@pytest.mark.skipif(sys.version_info < (3, 7), reason="this Python has no minimum_version")
+def test_error_of_a_backend_of_another_tls_version(tmp_path, tls):
+    context = tls_backend(tls)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    with ScriptedBackend(echo_service, tls=context) as backend:
+        ini = ("[server]\nproxy_pass = https://%s\nproxy_ssl_verify = off\n"
+               "proxy_ssl_protocols = TLSv1.2\n" % backend.where)
+        with running(ini, tmp_path) as gate:
+            assert gate.fetch(request()).reason == "backend_tls"
+            assert gate.line("(set proxy_ssl_protocols to a TLS version that it supports)")
+
+
 @pytest.mark.parametrize("lines, marks", [
     ("", "(set proxy_ssl_trusted_certificate to its CA, or proxy_ssl_verify = off)"),
     ("proxy_ssl_trusted_certificate = CA\nproxy_ssl_name = evil.test",
