@@ -70,7 +70,7 @@ lint:
 bench:
 	$(PYTHON) .ci/bench $(ARGS)
 
-# make test runs these two for seconds.
+# make test runs these two for half a second.
 fuzz: $(VENV)/ready
 	FUZZ_SECONDS=300 $(VENV)/bin/python -m pytest -q -k no_bytes_of_either_side test_wsgate.py
 
