@@ -2289,6 +2289,9 @@ def inherited_sockets():
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
         sock = socket.socket(fileno=descriptor)
+        if sys.version_info < (3, 7) and hasattr(socket, "SO_DOMAIN"):  # it takes all for IPv4
+            family = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
+            sock = socket.socket(family, socket.SOCK_STREAM, 0, sock.detach())
         name = sock.getsockname()
         found[Address(None, None, name) if isinstance(name, str)
               else Address(name[0], name[1], None)] = sock
