@@ -2105,6 +2105,7 @@ def test_the_sample_configuration(tmp_path):
     spelled = load_text(tmp_path, re.sub(r"(?m)^#(?=[a-z_]+ =)", "",
                                          text.partition("#[upstream")[0]))
     assert config.server.__dict__ == spelled.server.__dict__
+    assert config.warnings == spelled.warnings == []
     for name in wsgate.LOCATION_KEYS:
         assert getattr(location_of(config), name,
                        None) == getattr(location_of(spelled), name, None), name
@@ -2233,6 +2234,7 @@ BAD_CONFIGURATIONS = [
     (SERVER + "allow = 10.0.0.0/8; 127.0.0.1", ":3:", "unexpected semicolon in"),
     (SERVER + "max_connections = 5 // five", ":3:", "unexpected comment in '5 // five'"),
     (SERVER + "max_connections = 5 /* five */", ":3:", "unexpected comment in"),
+    (SERVER + "max_connections = 5 ;", ":3:", "unexpected semicolon in '5 ;'"),
     ("[server]\nreturn = 301 \"https://a.test/\"", ":2:",
      "unexpected quotes in '301 \"https://a.test/\"' (remove them)"),
     ("[server]\nreturn = 301 https://a.test/ # moved", ":2:", "unexpected comment in"),
@@ -2272,6 +2274,10 @@ BAD_CONFIGURATIONS = [
     (SERVER + "location ~ \\.php$ {", "{ (regular expressions are not supported; expected"),
     (SERVER + "location ^~ /ws/ {", "(expected [location /ws/])"),
     (SERVER + "proxy_set_header Connection $connection_upgrade;", "(built in: remove it)"),
+    (SERVER + "proxy_set_header Content-Length \"\";", "(built in: remove it)"),
+    (SERVER + "server app1 10.0.0.1:80 check", "(expected server = 10.0.0.1:80)"),
+    (SERVER + "location = /a {", "unknown key (expected [location /path] or [location = /path])"),
+    (SERVER + "http-request set-path /a", "(out of scope: use return, or a /uri in proxy_pass)"),
     (SERVER + "proxy_set_header Host $host;", "(expected proxy_set_header = Host: $host)"),
     (SERVER + "add_header Referrer-Policy \"same-origin\" always;",
      "(expected add_header = Referrer-Policy: same-origin)"),
@@ -2499,6 +2505,9 @@ def test_warnings(tmp_path, text, marks):
     "[location a.test/]\n[location a.test/chat/]\n[location /chat/]\n[location b.test/chat/]",
     "[location *.test/]\n", "[location = /a]\nproxy_pass = http://127.0.0.1:9/",
     "[location /chat/]\n[location www.test/]\nreturn = 301 https://test$request_uri",
+    "[location /a]\nreturn = 302 /x?a=\"b\"&c=<d>", "[location /a]\nping_peers = both",
+    "[location /a]\nreturn = 200 /* style */\n  // text\n  a { b: c };",
+    "[location /a]\nauth_request_headers =\nauth_request_login =\nproxy_pass_websocket =",
     "[location /a]\nproxy_pass = http://127.0.0.1:9/x", "ping_interval = 25s",
     "idle_timeout = never\nping_interval = 1d",
     "[location /a/]\nproxy_pass = http://127.0.0.1:9/", "proxy_ssl_verify = off",

@@ -470,7 +470,7 @@ def parse_return(status, body):
     """Return 'CODE', 'CODE TEXT' or '30x URL' as a Return."""
     if int(status) in REDIRECTS:
         require(body, "missing URL of the redirect (expected e.g. %s https://example.com/)", status)
-        require(not re.search(r"[\s\"<>]|^['`]", body),
+        require(not re.search(r"\s|^[\"'`<]", body),
                 "invalid URL %r (expected one without spaces and quotes)", body)
     return Return(int(status), Template(body or ""))
 
@@ -1035,14 +1035,16 @@ FOREIGN = (
     ("expected listen = ADDRESS", "bind http_port https_port"),
     ("expected listen = ADDRESS ssl", "ssl"),
     ("expected [location HOST/path]", "server_name"),
-    ("expected [location /path]", "location handle handle_path route acl use_backend"),
+    ("expected [location /path] or [location = /path]", "location"),
+    ("expected [location /path]", "handle handle_path route acl use_backend"),
     ("expected proxy_pass in [location /path]", "reverse_proxy default_backend"),
     ("expected [upstream NAME]", "upstream backend"),
     ("expected [server]", "frontend"),
-    ("expected idle_timeout", "proxy_timeout timeout_tunnel stream_timeout"),
+    ("expected idle_timeout", "proxy_timeout timeout_tunnel"),
     ("expected proxy_connect_timeout", "timeout_connect dial_timeout"),
     ("expected proxy_read_timeout", "timeout_server response_header_timeout"),
-    ("expected keepalive_timeout", "timeout_client timeout_http-keep-alive"),
+    ("expected client_body_timeout and send_timeout", "timeout_client"),
+    ("expected keepalive_timeout", "timeout_http-keep-alive"),
     ("expected client_header_timeout", "timeout_http-request proxy_protocol_timeout"),
     ("expected client_header_size", "large_client_header_buffers client_header_buffer_size"),
     ("expected client_max_body_size", "request_body"),
@@ -1051,7 +1053,7 @@ FOREIGN = (
     ("expected auth_basic_user_file", "auth_basic basic_auth basicauth"),
     ("expected auth_request", "forward_auth"),
     ("expected auth_request_headers", "auth_request_set copy_headers"),
-    ("expected ssl_client_certificate",
+    ("expected ssl_client_certificate, only if clients must present a certificate",
      "ssl_verify_client ssl_trusted_certificate ssl_verify_depth"),
     ("expected ssl_certificate and ssl_certificate_key", "tls crt"),
     ("expected proxy_set_header", "header_up header_upstream request_header more_set_input_headers"
@@ -1082,9 +1084,10 @@ FOREIGN = (
     ("expected balance in [upstream NAME]", "lb_policy"),
     ("expected balance = least_conn", "least_conn least_time"),
     ("expected balance = round_robin", "random"),
-    ("expected return", "redir respond http-request"),
+    ("expected return", "redir respond http-request_return"),
     ("expected status_listen", "stub_status stats admin"),
-    ("expected log_level", "error_log_level log debug_connection"),
+    ("expected log_level", "error_log_level debug_connection"),
+    ("expected access_log or error_log", "log"),
     ("expected set_real_ip_from", "trusted_proxies"),
     ("set it where wsgate is started: LimitNOFILE or ulimit -n", "worker_rlimit_nofile"),
     ("one process uses one CPU: start several with listen = ... reuseport",
@@ -1102,7 +1105,8 @@ FOREIGN = (
      " encode compression"),
     ("out of scope: HTTP/1.1 only", "http2 http3 quic"),
     ("out of scope: use return, or a /uri in proxy_pass",
-     "rewrite if set break rewrite_log uri strip_prefix"),
+     "rewrite if set break rewrite_log uri strip_prefix http-request_set-path"
+     " http-request_replace-path http-request_replace-uri http-request_set-uri"),
     ("out of scope: cache in nginx or in the backend",
      "proxy_cache proxy_cache_path proxy_cache_valid proxy_cache_key proxy_store"),
     ("out of scope: HTTP backends only",
@@ -1120,7 +1124,7 @@ FOREIGN = (
      "satisfy internal mirror proxy_bind proxy_method proxy_set_body geo geoip geoip2 split_clients"
      " js_import js perl lua limit_except ssl_stapling ssl_stapling_verify proxy_ssl_crl ssl_crl"
      " ssl_ocsp ssl_early_data ssl_reject_handshake auth_jwt secure_link userid valid_referers"
-     " ntlm post_action"),
+     " ntlm post_action stream_timeout http-request http-response"),
 )
 
 
@@ -1157,7 +1161,9 @@ LINE_SHAPES = (  # of a line that is neither [section] nor key = value, and what
     (r"[\s{};]*", "remove it: a section ends where the next one begins"),
     (r"location\s+~.*", "regular expressions are not supported; expected [location /path]"),
     (r"(location)\s+\^~\s*([^{]*?)\s*\{.*", r"expected [\1 \2]"),
-    (r"proxy_set_header\s+(?i:upgrade|connection)\s.*", "built in: remove it"),
+    (r"server\s+\S+\s+(\S+:[0-9]+)\b.*", r"expected server = \1"),  # of HAProxy
+    (r"proxy_set_header\s+(?i:upgrade|connection|content-length|transfer-encoding|keep-alive)\s.*",
+     "built in: remove it"),
     (r"(proxy_set_header|add_header)\s+([\w-]+)\s+[\"']?(.*?)[\"']?(?:\s+always)?[\s;]*",
      r"expected \1 = \2: \3"),
     (r"((?:server|location|upstream)\b[^{]*?)\s*\{.*", r"expected [\1]"),
@@ -1209,7 +1215,7 @@ def reload_config(path, overrides=None):
 INVALID = object()  # in place of a value that has an error
 
 # What is often left at the end of a value or around it: name, pattern, what remains.
-SLIPS = (("comment", r"(?m)[ \t]+(?:[#;]|//|/\*).*$", ""),
+SLIPS = (("comment", r"(?m)[ \t]+(?:#|;(?!;*$)|//|/\*).*$", ""),
          ("semicolon", r"(?m)[ \t]*;+(?=\s|$)", ""),
          ("quotes", r"(?m)(?:^|(?<=\s))[{0}](.*)[{0}]$".format("\"'`\xab\xbb\u2018-\u201f"), r"\1"))
 
@@ -1386,7 +1392,7 @@ class ConfigReader:
             require(not slip, "%s", slip)
             raise
         if slip and (stray.group(2) or stray.group(1) in SECTION_OF if stray
-                     else text.endswith(";")):
+                     else text.endswith(";") and slip.startswith("unexpected semicolon")):
             self.warn(title, name, slip)
         return value
 
@@ -1605,13 +1611,13 @@ LOCATION_MISTAKES = (  # key; whether a Location, with the texts of its section,
      and location.proxy_pass and location.proxy_pass.uri == "/",
      "requests for {0.path}/x are forwarded as //x (expected [location {0.path}/])"),
     ("auth_request_headers",
-     lambda location, texts: "auth_request_headers" in texts and not location.auth,
+     lambda location, texts: texts.get("auth_request_headers") and not location.auth,
      "unused: the location has no auth_request"),
     ("auth_request_login",
-     lambda location, texts: "auth_request_login" in texts and not location.auth,
+     lambda location, texts: texts.get("auth_request_login") and not location.auth,
      "unused: the location has no auth_request"),
     ("proxy_pass_websocket",
-     lambda location, texts: "proxy_pass_websocket" in texts and location.upgrade == "none",
+     lambda location, texts: texts.get("proxy_pass_websocket") and location.upgrade == "none",
      "unused: upgrade is none"),
     ("add_header",
      lambda location, texts: any(value.text.endswith(" always")
@@ -1622,11 +1628,12 @@ LOCATION_MISTAKES = (  # key; whether a Location, with the texts of its section,
      and set(location.allow).intersection(location.deny),
      "a network is in allow too: deny decides (a location undoes that of [server] by `deny =`)"),
     ("ssl_certificate",
-     lambda location, texts: "ssl_certificate" in texts and None in location.hosts,
+     lambda location, texts: texts.get("ssl_certificate") and None in location.hosts,
      "unused: the certificate of a connection is chosen by its host name (expected in [server],"
      " or in [location HOST/])"),
     ("ping_peers",
-     lambda location, texts: "ping_peers" in texts and not location.ping_interval,
+     lambda location, texts: texts.get("ping_peers", "both") != "both"
+     and not location.ping_interval,
      "unused: ping_interval is 0"),
     ("ping_interval",
      lambda location, texts: location.ping_interval >= location.idle_timeout,
@@ -1645,7 +1652,7 @@ def warn_of_mistakes(reader, config):
     for location in config.locations:
         title = "location " + location.name
         for key, mistaken, message in LOCATION_MISTAKES:
-            if mistaken(location, reader.sections.get(title, ())):
+            if mistaken(location, reader.sections.get(title, {})):
                 reader.warn(title, key, message.format(location))
     listens = config.server.listen
     if not config.server.set_real_ip_from and any(listen.proxy_protocol for listen in listens):
