@@ -5197,6 +5197,7 @@ class Upstream:
         self.servers = servers
         self.balance, _, cookie = balance.partition(" ")
         self.cookie = cookie.encode()  # for balance = cookie NAME
+        self.hashed = len(servers) > 1 and self.balance in ("ip_hash", "cookie")
         self.lock = threading.Lock()   # guards the Health of all servers, and sessions
         # {value of the cookie: name of the server that has set it}, the oldest first
         self.sessions = collections.OrderedDict()
@@ -5232,15 +5233,24 @@ class Upstream:
                     while len(self.sessions) > self.SESSIONS:
                         self.sessions.popitem(last=False)
 
-    def pick(self, tried, key, preferred=None):
+    def servers_for(self, client, fields):
+        """Return the servers; for ip_hash and cookie in the order in which this client tries them.
+
+        The first is the one that has begun its session.
+        """
+        if not self.hashed:
+            return self.servers
+        key = self.hash_key(client, fields)
+        with self.lock:
+            begun_at = self.sessions.get(key)
+        return sorted(self.servers, key=lambda each: (
+            each.name != begun_at, -rendezvous(key, each.name, each.weight)))
+
+    def pick(self, servers, tried, preferred=None):
         """Choose a server that is not in tried and count it as active; return None if none is left.
 
-        One pass over the servers. Hashes are computed before the lock is taken.
+        servers: those of servers_for().
         """
-        servers = self.servers
-        hashed = len(servers) > 1 and self.balance in ("ip_hash", "cookie")
-        if hashed:
-            servers = sorted(servers, key=lambda each: -rendezvous(key, each.name, each.weight))
         with self.lock:
             now = time.monotonic()
             group = [each for each in servers
@@ -5249,11 +5259,8 @@ class Upstream:
                 group = self.most_available(group, now)
             if not group:
                 return None
-            if len(group) == 1:
+            if self.hashed or len(group) == 1:
                 chosen = group[0]
-            elif hashed:
-                begun_at = self.sessions.get(key)
-                chosen = next((each for each in group if each.name == begun_at), group[0])
             else:
                 chosen = preferred if preferred in group else self.choose(group)
             chosen.health.active += 1
@@ -5341,15 +5348,15 @@ class Attempts:
     No other is tried once proxy_next_upstream_timeout has passed. Used by one thread.
     """
 
-    __slots__ = ("upstream", "location", "context", "key", "tried", "server", "failures", "error",
-                 "end_at")
+    __slots__ = ("upstream", "servers", "location", "context", "tried", "server", "failures",
+                 "error", "end_at")
 
     def __init__(self, proxy, location, client, fields):
         """proxy: a ProxyPass. client: its address. fields: the Headers of the request."""
         self.upstream = proxy.upstream
         self.location = location
         self.context = proxy.context
-        self.key = self.upstream.hash_key(client, fields)
+        self.servers = self.upstream.servers_for(client, fields)
         self.tried = set()           # Servers
         self.server = None           # the last one tried
         self.failures = 0            # how many of them failed
@@ -5388,7 +5395,7 @@ class Attempts:
         """Return the server to try next, counted as active; raise why there is none."""
         limit, server = self.location.proxy_next_upstream_tries or math.inf, None
         if not self.tried or (len(self.tried) < limit and time.monotonic() < self.end_at):
-            server = self.upstream.pick(self.tried, self.key, preferred)
+            server = self.upstream.pick(self.servers, self.tried, preferred)
         if server is not None:
             return server
         if self.error:
