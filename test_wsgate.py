@@ -2207,7 +2207,7 @@ BAD_CONFIGURATIONS = [
     (SERVER + "[upstream u]\nbalance = ip_hash", ":3: [upstream u] server:", "no server"),
     (SERVER + "[upstream u]\nserver =\n  a:1\n  a:2 wieght=2", ":4: [upstream u] server:",
      "unknown server parameter 'wieght=2'"),
-    (SERVER + "[upstream u]\nserver = a:1 weight=0", ":4:", "invalid weight 0"),
+    (SERVER + "[upstream u]\nserver = a:1 weight=0", ":4:", "invalid weight '0'"),
     (SERVER + "[upstream u]\nserver = a:1\nbalance = random", ":5: [upstream u] balance:",
      "least_conn"),
     ("[server]\n  " + PASS + "  proxy_pas = x", "wsgate.ini:3: [server] proxy_pas: unknown key"),
@@ -2228,7 +2228,7 @@ BAD_CONFIGURATIONS = [
     # What is left in a value by mistake: the sentence says to remove just that.
     (SERVER + "keepalive_timeout = 75s;",
      ":3: [server] keepalive_timeout: unexpected semicolon in '75s;' (remove it)"),
-    (SERVER + "max_connections = 0", ":3:", "invalid number 0 (expected auto, or at least 1)"),
+    (SERVER + "max_connections = 0", ":3:", "invalid number '0' (expected auto, or at least 1)"),
     (SERVER + "max_connections = 5 # five", ":3:", "unexpected comment in '5 # five' (remove it)"),
     (SERVER + "log_format = 'json'; ; both", ":3:",
      "unexpected comment and semicolon and quotes in", "(remove them)"),

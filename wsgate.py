@@ -317,6 +317,11 @@ def optional(parse, word="", value=None):
     return lambda text: value if text == word else parse(text)
 
 
+def positive(parse, message):
+    """Return a parser that calls parse; message: of the ValueError if that returns zero."""
+    return lambda text: require(parse(text), message, text)
+
+
 def matching(pattern, message):
     """Return a decorator: a parser that calls the function with the groups of this pattern.
 
@@ -359,15 +364,7 @@ def parse_seconds(number, unit):
     return seconds
 
 
-def parse_timeout(text):
-    """Return a duration greater than zero in seconds."""
-    return require(parse_seconds(text), "invalid duration %r (expected more than 0)", text)
-
-
-def parse_idle_timeout(text):
-    """Return a duration greater than zero in seconds; math.inf for never."""
-    require(text not in ("0", "off"), "invalid duration %r (expected more than 0, or never)", text)
-    return math.inf if text == "never" else parse_timeout(text)
+parse_timeout = positive(parse_seconds, "invalid duration %r (expected more than 0)")
 
 
 @matching(r"([0-9]{1,9})([kmgKMG]?)", "invalid size %r (expected e.g. 512, 16k, 1m or 1g)")
@@ -380,13 +377,6 @@ def parse_size(number, unit, minimum=0):
 
 parse_count = matching(
     r"([0-9]{1,9})", "invalid number %r (expected a non-negative integer)")(int)
-
-
-def parse_capacity(text):
-    """Return the value of max_connections in [server], a number greater than zero."""
-    return require(parse_count(text), "invalid number 0 (expected auto, or at least 1)")
-
-
 parse_flag = matching(r"(on)|off", "invalid value %r (expected on or off)")(bool)
 
 
@@ -468,10 +458,10 @@ def parse_ciphers(text):
           "invalid response %r (expected CODE, CODE TEXT or 30x URL)")
 def parse_return(status, body):
     """Return 'CODE', 'CODE TEXT' or '30x URL' as a Return."""
-    if int(status) in REDIRECTS:
-        require(body, "missing URL of the redirect (expected e.g. %s https://example.com/)", status)
-        require(not re.search(r"\s|^[\"'`<]", body),
-                "invalid URL %r (expected one without spaces and quotes)", body)
+    require(body or int(status) not in REDIRECTS,
+            "missing URL of the redirect (expected e.g. %s https://example.com/)", status)
+    require(int(status) not in REDIRECTS or not re.search(r"\s|^[\"'`<]", body),
+            "invalid URL %r (expected one without spaces and quotes)", body)
     return Return(int(status), Template(body or ""))
 
 
@@ -720,14 +710,11 @@ def parse_origins(text):
     return tuple(word if word == "same" else pattern_of(word) for word in words)
 
 
-def parse_weight(text):
-    """Return the weight of a server, an integer greater than zero."""
-    return require(parse_count(text),
-                   "invalid weight 0 (expected at least 1; down takes a server out)")
-
-
-SERVER_OPTIONS = {"weight": parse_weight, "max_fails": parse_count, "fail_timeout": parse_seconds,
-                  "max_conns": parse_count, "backup": None, "down": None}
+SERVER_OPTIONS = {
+    "weight": positive(
+        parse_count, "invalid weight %r (expected at least 1; down takes a server out)"),
+    "max_fails": parse_count, "fail_timeout": parse_seconds, "max_conns": parse_count,
+    "backup": None, "down": None}
 
 
 def parse_server_line(line):
@@ -819,7 +806,8 @@ SERVER_KEYS = {
     "send_timeout": Key(
         parse_timeout, "60s", "close a client that accepts no data for this long"),
     "max_connections": Key(
-        optional(parse_capacity, "auto"), "auto",
+        optional(positive(parse_count, "invalid number %r (expected auto, or at least 1)"),
+                 "auto"), "auto",
         "maximum number of client connections; beyond, the longest idle one is closed for a new"
         " one, or if none is idle, 503; auto: what RLIMIT_NOFILE and the thread limits allow"),
     "max_connections_per_ip": Key(
@@ -902,7 +890,9 @@ LOCATION_KEYS = {
     "proxy_send_timeout": Key(
         parse_timeout, "60s", "time limit between two writes of an HTTP request"),
     "idle_timeout": Key(
-        parse_idle_timeout, "60s",
+        optional(positive(optional(parse_seconds, "off", 0),
+                          "invalid duration %r (expected more than 0, or never)"),
+                 "never", math.inf), "60s",
         "close a tunnel without a byte in either direction for this long, or never; if unset,"
         " proxy_read_timeout applies"),
     "ping_interval": Key(
@@ -1010,7 +1000,8 @@ UPSTREAM_KEYS = {
 SECTIONS = (("server", SERVER_KEYS), ("location /path", LOCATION_KEYS),
             ("upstream NAME", UPSTREAM_KEYS))
 
-# What is pasted from nginx, HAProxy and Caddy: what to do with it, and its directives.
+# What is pasted from nginx, HAProxy and Caddy: what to do with it, and its directives; one with _
+# at its end stands for all that begin so.
 FOREIGN = (
     ("built in: remove it",
      "client_body_temp_path client_body_in_single_buffer proxy_temp_path"
@@ -1096,54 +1087,44 @@ FOREIGN = (
      "daemon master_process chroot group env"),
     ("out of scope: a configuration is one file", "include import load_module"),
     ("out of scope: serve files with nginx or Caddy",
-     "root alias index autoindex try_files expires etag types default_type file_server errorfile"
-     " error_page proxy_intercept_errors recursive_error_pages handle_errors open_file_cache"
-     " log_not_found if_modified_since charset disable_symlinks max_ranges mp4 flv dav"),
+     "root alias index autoindex_ try_files expires etag types default_type file_server errorfile"
+     " error_page proxy_intercept_errors recursive_error_pages handle_errors open_file_cache_"
+     " log_not_found if_modified_since charset_ disable_symlinks max_ranges mp4_ flv dav_"),
     ("out of scope: get certificates with certbot", "acme_ca acme_dns email"),
     ("out of scope: let the backend compress",
-     "gzip gzip_types gzip_vary gzip_proxied gzip_comp_level gzip_min_length gunzip brotli"
-     " encode compression"),
-    ("out of scope: HTTP/1.1 only", "http2 http3 quic"),
+     "gzip_ gunzip brotli_ encode compression"),
+    ("out of scope: HTTP/1.1 only", "http2_ http3_ quic_"),
     ("out of scope: use return, or a /uri in proxy_pass",
      "rewrite if set break rewrite_log uri strip_prefix http-request_set-path"
      " http-request_replace-path http-request_replace-uri http-request_set-uri"),
     ("out of scope: cache in nginx or in the backend",
-     "proxy_cache proxy_cache_path proxy_cache_valid proxy_cache_key proxy_store"),
+     "proxy_cache_ proxy_store_"),
     ("out of scope: HTTP backends only",
-     "fastcgi uwsgi scgi grpc memcached php_fastcgi"
-     " stream ssl_preread"),
+     "fastcgi_ uwsgi_ scgi_ grpc_ memcached_ php_fastcgi stream ssl_preread"),
     ("out of scope: limit rates in nginx, HAProxy or a firewall",
-     "limit_req limit_req_zone limit_rate limit_rate_after proxy_limit_rate limit_conn_status"
+     "limit_req_ limit_rate_ proxy_limit_rate limit_conn_status"
      " limit_conn_log_level limit_conn_dry_run auth_delay"),
     ("out of scope: bodies are not rewritten",
-     "sub_filter sub_filter_once addition_types add_before_body add_after_body slice xslt"
-     " image_filter"),
+     "sub_filter_ addition_types add_before_body add_after_body slice_ xslt_ image_filter_"),
     ("out of scope: cookies are not rewritten, so set their path in the application",
      "proxy_cookie_path proxy_cookie_domain proxy_cookie_flags"),
     ("out of scope: not supported",
-     "satisfy internal mirror proxy_bind proxy_method proxy_set_body geo geoip geoip2 split_clients"
-     " js_import js perl lua limit_except ssl_stapling ssl_stapling_verify proxy_ssl_crl ssl_crl"
-     " ssl_ocsp ssl_early_data ssl_reject_handshake auth_jwt secure_link userid valid_referers"
-     " ntlm post_action stream_timeout http-request http-response"),
+     "satisfy internal mirror_ proxy_bind proxy_method proxy_set_body geo geoip_ geoip2_"
+     " split_clients js_ perl_ lua_ limit_except ssl_stapling_ proxy_ssl_crl ssl_crl ssl_ocsp_"
+     " ssl_early_data ssl_reject_handshake auth_jwt_ secure_link_ userid_ valid_referers ntlm post_action stream_timeout http-request http-response"),
 )
 
 
 FOREIGN_WORDS = {name: advice for advice, names in FOREIGN for name in names.split()}
-FAMILIES = (
-    "gzip brotli http2 http3 quic proxy_cache proxy_store open_file_cache autoindex dav mp4 charset"
-    " fastcgi uwsgi scgi grpc memcached limit_req limit_rate sub_filter slice xslt image_filter"
-    " geoip2 geoip js perl lua mirror ssl_ocsp ssl_stapling auth_jwt secure_link userid").split()
 SECTION_OF = {name: section for section, keys in reversed(SECTIONS) for name in keys}
 
 
-def foreign(*words):
-    """Return ' (what to do)' with the first word that is a directive of another proxy, or ''."""
-    return next((" (%s)" % FOREIGN_WORDS[word] for word in words if word in FOREIGN_WORDS), "")
-
-
-def family(name):
-    """Return what foreign() does for the directive that a name continues, as gzip_static."""
-    return foreign(*[each for each in FAMILIES if name.startswith(each + "_")])
+def foreign(words):
+    """Return ' (what to do)' with a line of another proxy, given its words, or ''."""
+    name = words[0].rstrip(":") + "_"
+    names = ["_".join(words[:2]), name[:-1]] + [
+        name[:each.end()] for each in re.finditer("_", name)]
+    return next((" (%s)" % FOREIGN_WORDS[each] for each in names if each in FOREIGN_WORDS), "")
 
 
 def unknown_key(name, table):
@@ -1153,8 +1134,7 @@ def unknown_key(name, table):
     word, space, _ = name.partition(" ")
     if space and word in SECTION_OF:
         return "missing = after %s" % word
-    return "unknown key" + (foreign("_".join(name.split()[:2]), word) or nearest(name, table)
-                            or family(word))
+    return "unknown key" + (foreign(name.split() or [name]) or nearest(name, table))
 
 
 LINE_SHAPES = (  # of a line that is neither [section] nor key = value, and what to do with it
@@ -1177,9 +1157,8 @@ def expected_line(line):
         match = re.fullmatch(shape, line)
         if match:
             return " (%s)" % match.expand(advice)
-    words = re.findall(r"[^\s{};]+", line)
-    return (foreign("_".join(words[:2]), words[0].rstrip(":")) or family(words[0]) or " (expected"
-            " [section] or key = value; a line that continues a value is indented)")
+    return (foreign(re.findall(r"[^\s{};]+", line)) or " (expected [section] or key = value;"
+            " a line that continues a value is indented)")
 
 
 def nearest(word, words):
@@ -1364,8 +1343,9 @@ class ConfigReader:
         """Keep the line number of a (title, key); if it has one, add an error, return False."""
         first = self.lines.setdefault(place, line)
         if first != line:
-            advice = "; further values go on indented lines below it" if place[1] in LISTS else ""
-            self.line_error(line, "%s (first in line %d%s)" % (message, first, advice))
+            self.line_error(line, "%s (first in line %d%s)" % (
+                message, first, "; further values go on indented lines below it"
+                if place[1] in LISTS else ""))
         return first == line
 
     # ---- values
@@ -1402,7 +1382,7 @@ class ConfigReader:
         """Add the error of a section whose title is not known."""
         word = title.partition(" ")[0]
         self.error(title, None, "unknown section%s" % (
-            foreign(word) or nearest(word, ("server", "location", "upstream"))))
+            foreign([word]) or nearest(word, ("server", "location", "upstream"))))
 
     def read_server(self, texts):
         """Read [server], whose values are also the defaults of all locations."""
@@ -1504,11 +1484,9 @@ def find_slip(text, parse):
         return None
     try:
         parse(rest.strip())
-    except OSError:  # at least it is a path without it
-        if "\n" in rest:
-            return None
-    except ValueError:
-        return None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or "\n" in rest:
+            return None  # else it is at least a path without it
     line = next(line for line, without in zip(text.splitlines(), rest.splitlines() + [""])
                 if line != without)
     return "unexpected %s in %r (remove %s)" % (
@@ -1647,26 +1625,32 @@ LOCATION_MISTAKES = (  # key; whether a Location, with the texts of its section,
             "the service finds the URL in X-Original-URL",)))
 
 
+SERVER_MISTAKES = (  # the same of [server]
+    ("listen",
+     lambda server, texts: not server.set_real_ip_from
+     and any(listen.proxy_protocol for listen in server.listen),
+     "proxy_protocol: every connection is closed, because set_real_ip_from does not name the"
+     " proxy"),
+    ("listen",
+     lambda server, texts: any(listen.redirect for listen in server.listen)
+     and not any(listen.ssl for listen in server.listen),
+     "redirect to https, but no listener has the option ssl (expected e.g. listen = :80 redirect,"
+     " :443 ssl)"),
+)
+
+
 def warn_of_mistakes(reader, config):
     """Add the warnings that follow from the file alone to a ConfigReader."""
-    for location in config.locations:
-        title = "location " + location.name
-        for key, mistaken, message in LOCATION_MISTAKES:
-            if mistaken(location, reader.sections.get(title, {})):
-                reader.warn(title, key, message.format(location))
-    listens = config.server.listen
-    if not config.server.set_real_ip_from and any(listen.proxy_protocol for listen in listens):
-        reader.warn("server", "listen", "proxy_protocol: every connection is closed, because"
-                    " set_real_ip_from does not name the proxy")
-    if not any(listen.ssl for listen in listens):
-        if any(listen.redirect for listen in listens):
-            reader.warn("server", "listen", "redirect to https, but no listener has the option ssl"
-                        " (expected e.g. listen = :80 redirect, :443 ssl)")
+    for title, settings, mistakes in [("server", config.server, SERVER_MISTAKES)] + [
+            ("location " + each.name, each, LOCATION_MISTAKES) for each in config.locations]:
+        for key, mistaken, message in mistakes:
+            if mistaken(settings, reader.sections.get(title, {})):
+                reader.warn(title, key, message.format(settings))
+    if not any(listen.ssl for listen in config.server.listen):
         for title, texts in reader.sections.items():
-            for key in ("ssl_certificate", "ssl_client_certificate"):
-                if texts.get(key):
-                    reader.warn(title, key, "unused: no listener has the option ssl (expected e.g."
-                                " listen = :443 ssl)")
+            for key in filter(texts.get, ("ssl_certificate", "ssl_client_certificate")):
+                reader.warn(title, key, "unused: no listener has the option ssl (expected e.g."
+                            " listen = :443 ssl)")
     warn_of_hidden(reader, config)
 
 
@@ -1696,11 +1680,11 @@ def warn_of_machine(reader, config):
     groups = [title.partition(" ")[2] for title in reader.sections if title[:9] == "upstream "]
     for title, key, address in reader.hosts:
         if not resolves(address, deadline):
-            known = (" ([upstream %s] is written without a port)" % address.host
-                     if address.host in reader.upstreams
-                     else nearest(address.host, groups))
             reader.warn(title, key, "host %s cannot be resolved now; it is resolved again at every"
-                        " connect%s" % (address.host, known))
+                        " connect%s" % (
+                            address.host, " ([upstream %s] is written without a port)"
+                            % address.host if address.host in reader.upstreams
+                            else nearest(address.host, groups)))
     for key in ("error_log", "access_log", "pid"):
         file = getattr(config.server, key) or "off"
         place = file if os.path.exists(file) else os.path.dirname(file) or "."
@@ -2020,11 +2004,8 @@ class Gate:
 
         Return the seconds that the next select() may wait.
         """
-        wait = 1.0 if self.state == "running" else 0.05
         for listener in self.listeners:
             listener.resume(now)
-            if listener.paused_until:
-                wait = min(wait, ACCEPT_PAUSE)
         # Each thread that waits for Python's lock wakes once an interval to ask for it: at the
         # usual 5 ms thousands of them (a broadcast, a mass of timeouts) would do nothing else.
         sys.setswitchinterval(0.005 + 0.00005 * len(self.connections))
@@ -2041,7 +2022,8 @@ class Gate:
             self.counters.sample(now, tunnels)
             notify("WATCHDOG=1\nSTATUS=%d tunnels open" % len(tunnels))
             report_dropped_lines()
-        return wait
+        return min([1.0 if self.state == "running" else 0.05]
+                   + [ACCEPT_PAUSE for listener in self.listeners if listener.paused_until])
 
     # Signals: the handler only notes the number, and Python writes to its wake-up descriptor,
     # which makes select() return, so that all work is done in run(). No signal is lost when the
@@ -2601,10 +2583,10 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def others(self):
         """Return what else it listens on, as text."""
         host = self.server_address[0]
-        if host == "::" and not self.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-            return " and every other address"  # a dual-stack socket of systemd
+        both = (host == "::"  # a dual-stack socket of systemd
+                and not self.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
         return {"0.0.0.0": " and every other IPv4 address",
-                "::": " and every other IPv6 address"}.get(host, "")
+                "::": " and every other %saddress" % ("" if both else "IPv6 ")}.get(host, "")
 
     def port(self):
         """Return the port it is bound to; 443, that of https, for a unix socket."""
@@ -4094,6 +4076,11 @@ TLS_REMEDIES = {
     "plain_port": "is it a port without TLS? then use http:// in proxy_pass",
     "version": "set proxy_ssl_protocols to a TLS version that it supports",
 }
+TLS_ERRORS = (  # words of OpenSSL
+    ("untrusted", "CERTIFICATE_VERIFY_FAILED"),  # Python 3.6
+    ("version", "PROTOCOL_VERSION|UNSUPPORTED_PROTOCOL"),
+    ("plain_port", "WRONG_VERSION_NUMBER|UNKNOWN_PROTOCOL|HTTP_REQUEST|RECORD_LAYER_FAILURE"),
+)
 # X509_V_ERR_*: self-signed, no issuer certificate, no chain; name or IP address mismatch
 UNTRUSTED, MISMATCH = (18, 19, 20, 21), (62, 64)
 
@@ -4105,12 +4092,7 @@ def tls_error_kind(error):
         code = getattr(error, "verify_code", MISMATCH[0])  # Python 3.6 has none
         return ("untrusted" if code in UNTRUSTED else
                 "host_name" if code in MISMATCH else "certificate")
-    if "CERTIFICATE_VERIFY_FAILED" in text:  # Python 3.6
-        return "untrusted"
-    plain = "WRONG_VERSION_NUMBER|UNKNOWN_PROTOCOL|HTTP_REQUEST|RECORD_LAYER_FAILURE"
-    if re.search("PROTOCOL_VERSION|UNSUPPORTED_PROTOCOL", text):
-        return "version"
-    return "plain_port" if re.search(plain, text) else "tls_failed"
+    return next((kind for kind, words in TLS_ERRORS if re.search(words, text)), "tls_failed")
 
 
 def distinguished_name(certificate):
