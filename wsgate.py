@@ -8182,8 +8182,8 @@ SAMPLE = """\
 [server]
 %s
 
-# Every key of a location is also allowed in [server], as the default of all locations; a
-# location undoes it by the key without a value (allow =). Locations: [location /prefix],
+# Every key of a location is also allowed in [server], as the default of all locations,
+# which a location overrides (allow = removes it). Locations: [location /prefix],
 # [location HOST,HOST/prefix], [location *.example.com/prefix], [location = /exact]. The
 # most specific host wins, then the exact path, then the longest prefix.
 
