@@ -2483,7 +2483,7 @@ MISTAKES = [
      ":5: [location /a] proxy_pass_websocket: unused: upgrade is none"),
     ("add_header = X-A: b always", ":3: [server] add_header: always is sent as a part"),
     ("deny = all\n[location /a]\nallow = 10.0.0.0/8 all",
-     ":4: [location /a] deny: a network is in allow too: deny decides"),
+     ":4: [location /a] deny: a network is in allow too, so deny decides"),
     ("proxy_set_header = X-A: b;",
      ":3: [server] proxy_set_header: unexpected semicolon in 'X-A: b;' (remove it)"),
     ("[location /a]\nreturn = 200 text\n  listen = 1", ":4:",
@@ -2540,7 +2540,7 @@ def test_a_key_that_the_user_cannot_read_is_a_warning(tmp_path, mode, folder, re
                              % path).warnings
     assert [warning.partition("wsgate.ini")[2] for warning in warnings] == ([] if readable else [
         ":5: [server] ssl_certificate: %s is not readable for user nobody: restart wsgate after "
-        "each renewal, or let that user read it" % path])
+        "each change of it, or let that user read it" % path])
 
 
 def test_a_missing_file_is_an_error_with_its_name(tmp_path):
@@ -4539,7 +4539,7 @@ def test_a_certificate_without_a_key_is_a_configuration_error(tmp_path):
     pem = SERVER_PEM[SERVER_PEM.index("-----BEGIN CERTIFICATE"):]
     path = write_file(tmp_path, "cert.pem", pem[:pem.index("-----END CERTIFICATE") + 26])
     error, = errors_of(tmp_path, SERVER + "listen = 127.0.0.1:0 ssl\nssl_certificate = " + path)
-    assert "cert.pem (without a key file it has to have the key too): " in error
+    assert "cert.pem (it must contain the key too, because no key file is set): " in error
 
 
 def test_a_key_of_another_certificate_is_a_configuration_error(tmp_path, tls):

@@ -568,7 +568,7 @@ def parse_address(text, default_port=None, default_host=None):
     check_host(host or default_host)
     require(port or default_port, "missing port in %r (expected host:port)", text)
     lowest = 0 if default_host else 1  # for a listener the system may choose the port
-    require(lowest <= int(port or 1) <= 65535, "invalid port %s (expected 1 to 65535)", port)
+    require(lowest <= int(port or 1) <= 65535, "invalid port %r (expected 1 to 65535)", port)
     return Address(host.strip("[]") or default_host, int(port or default_port), None)
 
 
@@ -1111,7 +1111,8 @@ FOREIGN = (
     ("out of scope: not supported",
      "satisfy internal mirror_ proxy_bind proxy_method proxy_set_body geo geoip_ geoip2_"
      " split_clients js_ perl_ lua_ limit_except ssl_stapling_ proxy_ssl_crl ssl_crl ssl_ocsp_"
-     " ssl_early_data ssl_reject_handshake auth_jwt_ secure_link_ userid_ valid_referers ntlm post_action stream_timeout http-request http-response"),
+     " ssl_early_data ssl_reject_handshake auth_jwt_ secure_link_ userid_ valid_referers ntlm"
+     " post_action stream_timeout http-request http-response"),
 )
 
 
@@ -1604,7 +1605,7 @@ LOCATION_MISTAKES = (  # key; whether a Location, with the texts of its section,
     ("deny",
      lambda location, texts: {"allow", "deny"}.intersection(texts)
      and set(location.allow).intersection(location.deny),
-     "a network is in allow too: deny decides (a location undoes that of [server] by `deny =`)"),
+     "a network is in allow too, so deny decides (`deny =` removes that of [server])"),
     ("ssl_certificate",
      lambda location, texts: texts.get("ssl_certificate") and None in location.hosts,
      "unused: the certificate of a connection is chosen by its host name (expected in [server],"
@@ -1696,7 +1697,7 @@ def warn_of_machine(reader, config):
             file = texts.get(key, "").strip()
             if file and not readable_by(user, file):
                 reader.warn(title, key, "%s is not readable for user %s: restart wsgate after"
-                            " each renewal, or let that user read it" % (file, user))
+                            " each change of it, or let that user read it" % (file, user))
 
 
 FILE_KEYS = ("ssl_certificate", "ssl_certificate_key", "ssl_client_certificate",
@@ -2516,7 +2517,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.listen = listen
         self.paused_until = 0.0   # time.monotonic(); 0: accepting
         self.complained = -math.inf
-        self.handed_over = False  # a successor uses the same unix socket: leave its file
+        self.handed_over = False  # a successor uses the same Unix socket: leave its file
         self.recent = collections.deque()  # sockets of the status page's connections
         address = listen.address
         self.address_family = (socket.AF_UNIX if address.path else
@@ -2567,7 +2568,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.listen = listen
 
     def server_close(self):
-        """Close, and remove the file of a unix socket unless a successor listens on it."""
+        """Close, and remove the file of a Unix socket unless a successor listens on it."""
         super().server_close()
         if self.listen.address.path and not self.handed_over:
             with contextlib.suppress(OSError):  # another process has removed it
@@ -2589,7 +2590,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 "::": " and every other %saddress" % ("" if both else "IPv6 ")}.get(host, "")
 
     def port(self):
-        """Return the port it is bound to; 443, that of https, for a unix socket."""
+        """Return the port it is bound to; 443, that of https, for a Unix socket."""
         return 443 if self.listen.address.path else self.server_address[1]
 
     def get_request(self):
@@ -2674,9 +2675,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 BIND_ERRORS = {  # what to do about a listening socket that cannot be opened
     errno.EADDRINUSE: "already in use by another program (ss -ltnp shows which)",
     errno.EACCES: "permission denied; ports below 1024 require root (then set user =) or"
-                  " CAP_NET_BIND_SERVICE, unix sockets a folder that this user can write",
+                  " CAP_NET_BIND_SERVICE, Unix sockets a directory that this user can write",
     errno.EADDRNOTAVAIL: "not an address of this machine",
-    errno.ENOENT: "the folder of the socket does not exist",
+    errno.ENOENT: "the directory of the socket does not exist",
 }
 
 EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
@@ -2791,12 +2792,12 @@ LINGERING_CLOSE, RESET_CLOSE = "lingering close", "reset"
 ClientInfo = collections.namedtuple("ClientInfo", (
     "peer",            # address of the peer, or of the source in its PROXY header; or "unix:"
     "address",         # of the real client: that of the peer, unless a trusted proxy names it
-    "port",            # of the peer; 0 for a unix socket
+    "port",            # of the peer; 0 for a Unix socket
     "scheme",          # b"http" or b"https"
     "subject",         # of the verified client certificate, bytes; empty if there is none
     "trusted",         # the peer's forwarding fields (X-Forwarded-For ...) are believed
-    "server_address",  # which the client connected to; "unix:" for a unix socket
-    "server_port",     # 0 for a unix socket
+    "server_address",  # which the client connected to; "unix:" for a Unix socket
+    "server_port",     # 0 for a Unix socket
 ))
 
 
@@ -2872,7 +2873,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
     def begin(self):
         """Read the PROXY header and do the TLS handshake. Return False if either failed."""
         server, address = self.gate.config.server, self.client_address
-        # A client on a unix socket may have any name: text, bytes or none.
+        # A client on a Unix socket may have any name: text, bytes or none.
         peer, port = address[:2] if isinstance(address, tuple) else ("unix:", 0)
         peer = ipv4_as_ipv4(peer)
         believed = trusted(server.set_real_ip_from, peer)
@@ -3993,7 +3994,7 @@ def load_pair(context, certificate, key):
         raise ValueError("invalid certificate %s%s: %s (expected PEM: the certificate first,"
                          " then its chain; a key without passphrase)" % (
                              certificate, " or key " + key if key != certificate
-                             else " (without a key file it has to have the key too)",
+                             else " (it must contain the key too, because no key file is set)",
                              describe_error(error)))
 
 
@@ -5836,10 +5837,9 @@ def forwarded_for(request, client):
 def forwarded_element(element):
     """Return an element of X-Forwarded-For for a backend: no 'unix:', IPv4 as IPv4."""
     address = forwarded_address(element)
-    if address == "unix:":
-        return b""
-    mapped = address is not None and address.version == 4 and b"::" in element
-    return str(address).encode() if mapped else element.strip(b" \t")
+    if isinstance(address, ipaddress.IPv4Address) and b"::" in element:
+        return str(address).encode()
+    return b"" if address == "unix:" else element.strip(b" \t")
 
 
 def public_url(request, client):
@@ -5970,7 +5970,7 @@ class RedirectRewriter:
         scheme, port = (b"https", 443) if target.tls else (b"http", 80)
         names = [target.authority] + [show_address(server.address) for server in servers]
         own = b"|".join(re.escape(name) for name in authorities(names, port))
-        # Without a name of its own (unix sockets) only a path can match.
+        # Without a name of its own (Unix sockets) only a path can match.
         self.own = re.compile(br"(?i)(?:%s:)?//(?:%s)(?=[/?#]|$)" % (scheme, own or b"(?!)"))
         self.uri = target.uri and target.uri.encode()
         self.prefix = percent_encode(path.encode(), PATH_BYTES)
