@@ -1154,11 +1154,9 @@ LINE_SHAPES = (  # of a line that is neither [section] nor key = value, and what
 
 def expected_line(line):
     """Return ' (what to do)' with a line that is neither [section] nor key = value."""
-    for shape, advice in LINE_SHAPES:
-        match = re.fullmatch(shape, line)
-        if match:
-            return " (%s)" % match.expand(advice)
-    return (foreign(re.findall(r"[^\s{};]+", line)) or " (expected [section] or key = value;"
+    matches = ((re.fullmatch(shape, line), advice) for shape, advice in LINE_SHAPES)
+    return (next((" (%s)" % match.expand(advice) for match, advice in matches if match), "")
+            or foreign(re.findall(r"[^\s{};]+", line)) or " (expected [section] or key = value;"
             " a line that continues a value is indented)")
 
 
