@@ -56,6 +56,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -3767,6 +3768,31 @@ def test_a_connection_repeats_its_fields(tmp_path, fields):
                     client = gate.connect()
             client.close()
             assert seen == [gate.fetch(raw, raw.split()[0]).body for raw in requests]
+
+
+@pytest.mark.parametrize("fields", [
+    b"".join(b"%c%c:\r\n" % pair for pair in itertools.product(range(97, 123), range(97, 111))),
+    b"Connection: " + b"ab," * 660 + b"\r\n", b"X: " + b"x" * 14000 + b"\r\n", b""],
+    ids=["fields", "elements", "large", "target"])
+def test_memory_of_idle_connections(tmp_path, fields):
+    """Parsed, each field line of five bytes takes 400."""
+    target = b"/" if fields else b"/%41" + b"x;y" * 4000
+    raw = b"GET %s HTTP/1.1\r\nHost: gate.test\r\n%s\r\n" % (target, fields)
+    with running("[server]\n[location /]\nreturn = 200\n", tmp_path) as gate:
+        used = []
+        tracemalloc.start()
+        try:
+            for each in (request(), raw):
+                clients = [gate.connect().send(each) for _ in range(10)]
+                assert [client.response().status for client in clients] == [200] * 10
+                eventually(lambda: len(gate.connections.idle) == 10)
+                used.append(tracemalloc.get_traced_memory()[0])
+                for client in clients:
+                    client.close()
+                eventually(lambda: not gate.connections)
+        finally:
+            tracemalloc.stop()
+        assert (used[1] - used[0]) / 10 < 16000
 
 
 KEPT = "proxy_keepalive = 60s"

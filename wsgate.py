@@ -3013,7 +3013,10 @@ class Exchange:
     connection: KEEP_ALIVE, PLAIN_CLOSE, LINGERING_CLOSE or RESET_CLOSE.
     """
 
-    REMEMBERED = 2048        # bytes of field lines that an idle connection keeps at most
+    # What an idle connection keeps at most, or many of them could fill the memory. A part, which
+    # may have two bytes only, takes about 400 once it is parsed.
+    REMEMBERED = 2048        # bytes of target and field lines
+    REMEMBERED_PARTS = 64    # field lines, and elements of lists in them
     request = None
     location = None
     upgrade = None           # the Upgrade that the client asks for
@@ -3392,8 +3395,10 @@ class Exchange:
         self.drop_backend()
         for key in self.keys:
             self.gate.connections.release(key)
-        if self.request is not None and len(self.request.block) <= self.REMEMBERED:
-            self.connection.last = self.request
+        request = self.request
+        if (request is not None and len(request.target) + len(request.block) <= self.REMEMBERED
+                and len(request.fields) + request.block.count(b",") <= self.REMEMBERED_PARTS):
+            self.connection.last = request
         self.entry.write()
 
 
