@@ -6372,6 +6372,18 @@ def test_auth_request_headers_in_variables(tmp_path):
         assert b"mallory" not in heads[0]
 
 
+@pytest.mark.parametrize("line, status", [
+    ("", 302), ("deny = all", 403), ("listen = 127.0.0.1:0\nmax_connections_per_ip = 1", 429)])
+def test_auth_request_headers_in_variables_of_a_refusal(tmp_path, line, status):
+    """$http_NAME is not what the client says before auth_request has been asked either."""
+    with signed_on(tmp_path, line + "\nadd_header = X-User: $http_remote_user") as (gate, _, _):
+        first = gate.connect()
+        eventually(lambda: gate.connections.idle)
+        response = gate.fetch(request(b"GET", b"/", b"Remote-User: mallory"))
+        assert response.status == status and b"mallory" not in response.head
+        first.close()
+
+
 def test_auth_request_headers_of_the_request_before(tmp_path):
     """The same field lines on the same connection have other values in another location."""
     lines = ("proxy_set_header = X-User: $http_remote_user\n"

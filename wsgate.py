@@ -3023,7 +3023,6 @@ class Exchange:
     backend = None
     keepable = False         # the backend connection may be kept: see may_keep_backend
     cookies = ()             # Set-Cookie fields of auth_request, for the client
-    identity = {}            # {lower-case name: values} of the response of auth_request
     responded = False        # a byte of the response may have been sent
 
     def __init__(self, connection):
@@ -3102,6 +3101,8 @@ class Exchange:
             self.location = guards[0]
             self.entry.location = self.location.name
             self.upgrade = requested_upgrade(self.request, self.location)
+            if self.location.identity:  # also in add_header of a refusal
+                self.request.known = dict.fromkeys(self.location.identity, ())
         return guards
 
     def count(self):
@@ -3138,8 +3139,6 @@ class Exchange:
                 check_password(guard, request)
                 if guard.auth is not None:
                     self.authorize(guard)
-        if location.identity:
-            request.known = {name: self.identity.get(name, ()) for name in location.identity}
         if self.upgrade and self.upgrade.error:
             raise self.upgrade.error
         if request.length and 0 < location.client_max_body_size < request.length:
@@ -3172,7 +3171,8 @@ class Exchange:
                             "auth_request: status %d" % response.status)
         if location is self.location:  # those of other guards are withheld: see enter_location
             self.request.identity = identity_fields(location, response)
-            self.identity = response.fields.index
+            self.request.known = {name: response.fields.get_all(name)
+                                  for name in location.identity}
 
     def denial(self, location, response):
         """Return the HTTPError for a 401 or 403 of auth_request."""
