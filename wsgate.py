@@ -6525,7 +6525,11 @@ class HeadScanner(Scanner):
 
 
 class HTTPRelay(Relay):
-    """Moves requests up and responses down; a response may come before the upload is over."""
+    """Moves requests up and responses down; a response may come before the upload is over.
+
+    For each exchange: begin(), final_response(), pass_response(). Where both connections last,
+    the next exchange begins with the same HTTPRelay.
+    """
 
     __slots__ = ("client", "backend", "limit", "location", "server", "head_since", "gone_at")
 
@@ -6639,10 +6643,13 @@ class HTTPRelay(Relay):
             for fd, event in ready:
                 if fd == client.sock.fileno():
                     self.check_client(event)
-        self.read_head()
+        self.read_more()
 
-    def read_head(self):
-        """Read once, while a response head is awaited; it collects in backend.buffer."""
+    def read_more(self):
+        """Read once, while a response head is awaited; it collects in backend.buffer.
+
+        It does what move() does with a HeadScanner, in fewer steps.
+        """
         try:
             data = self.backend.read()
         except OSError:
