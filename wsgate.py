@@ -3389,7 +3389,7 @@ class Exchange:
             self.backend = None
 
     def finish(self):
-        """Give back what the exchange holds, and write its line in the log."""
+        """Give back what the exchange holds, keep a small request, write the line in the log."""
         if self.connection.tunnel:
             self.connection.tunnel.close()
         self.drop_backend()
@@ -5755,7 +5755,9 @@ def request_head_for_backend(request, location, client, server, upgrade, keep=Fa
 
 def fields_for_backend(request, location, client, proxy):
     """Return (the client's fields, GENERATED_FIELDS) for a backend, as lists of lines."""
-    made_for = proxy, request.withheld  # client follows from both and the fields
+    # A ProxyPass is that of one location in one configuration, by which and by the fields the
+    # address of the client was found; the rest of client is that of the connection.
+    made_for = proxy, request.withheld
     if request.lines is None or request.lines[0] != made_for:
         request.lines = (made_for, end_to_end_fields(request, location, client, request.withheld),
                          forwarded_fields(request, client, proxy.prefix, location.replaced))
