@@ -3016,7 +3016,7 @@ class Exchange:
     # What an idle connection keeps at most, or many of them could fill the memory. A part, which
     # may have two bytes only, takes about 400 once it is parsed.
     REMEMBERED = 2048        # bytes of target and field lines
-    REMEMBERED_PARTS = 64    # field lines, and elements of lists in them
+    REMEMBERED_PARTS = 64    # field lines, and elements of lists in them that were looked at
     request = None
     location = None
     upgrade = None           # the Upgrade that the client asks for
@@ -3397,7 +3397,8 @@ class Exchange:
             self.gate.connections.release(key)
         request = self.request
         if (request is not None and len(request.target) + len(request.block) <= self.REMEMBERED
-                and len(request.fields) + request.block.count(b",") <= self.REMEMBERED_PARTS):
+                and sum(map(len, request.fields.lists.values()), len(request.fields))
+                <= self.REMEMBERED_PARTS):
             self.connection.last = request
         self.entry.write()
 
