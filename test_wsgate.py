@@ -3786,13 +3786,14 @@ def test_memory_of_idle_connections(tmp_path, fields):
                 clients = [gate.connect().send(each) for _ in range(10)]
                 assert [client.response().status for client in clients] == [200] * 10
                 eventually(lambda: len(gate.connections.idle) == 10)
+                gc.collect()  # free-threaded Python frees some objects only then
                 used.append(tracemalloc.get_traced_memory()[0])
                 for client in clients:
                     client.close()
                 eventually(lambda: not gate.connections)
         finally:
             tracemalloc.stop()
-        assert (used[1] - used[0]) / 10 < 16000
+        assert (used[1] - used[0]) / 10 < (24000 if FREE_THREADED else 16000)
 
 
 KEPT = "proxy_keepalive = 60s"
