@@ -3096,13 +3096,16 @@ class Exchange:
 
     def choose_location(self):
         """Find the location and the upgrade. Return the locations that guard it, it among them."""
-        guards = self.config.locations_of(self.request)
+        request, config = self.request, self.config
+        if request.guards is None or request.guards[0] is not config:
+            request.guards = config, config.locations_of(request)
+        guards = request.guards[1]
         if guards:
             self.location = guards[0]
             self.entry.location = self.location.name
-            self.upgrade = requested_upgrade(self.request, self.location)
+            self.upgrade = requested_upgrade(request, self.location)
             if self.location.identity:  # also in add_header of a refusal
-                self.request.known = dict.fromkeys(self.location.identity, ())
+                request.known = dict.fromkeys(self.location.identity, ())
         return guards
 
     def count(self):
@@ -4214,13 +4217,19 @@ class Request:
     not in HTTP/1.0, nor after such a trace). id: of the access log. user: after Basic
     authentication. identity: lines for the backend, from the response of auth_request. known:
     {name: values} of $http_NAME that are from there, never from the client. withheld:
-    names of fields, as cgi_name() makes them, that the backend does not get. block: the field
-    lines, bytes. lines: what fields_for_backend() has made of them, or None.
+    names of fields, as cgi_name() makes them, that the backend does not get. line, block: the
+    request line and the field lines, bytes. guards: (Config, what its locations_of() returned), or
+    None. for_backend: what fields_for_backend() has made of the field lines, or None.
     """
 
-    __slots__ = ("method", "target", "path", "paths", "minor", "block", "fields", "host",
+    __slots__ = ("line", "method", "target", "path", "paths", "minor", "block", "fields", "host",
                  "authority", "length", "chunked", "attempts_upgrade", "persistent", "id", "user",
-                 "identity", "known", "withheld", "lines")
+                 "identity", "known", "withheld", "guards", "for_backend")
+
+    def begin(self):
+        """Forget what an exchange has found out, since the same head has come once more."""
+        self.id, self.user, self.identity, self.withheld = "", b"", (), frozenset()
+        self.known = {}
 
     def parse_block(self, block):
         """Set block and what follows from the field lines. Raise HTTPError."""
@@ -4237,14 +4246,14 @@ class Request:
                                  or not {b"h2c"}.issuperset(fields.tokens(b"upgrade")))
         self.persistent = (self.minor > 0 and b"close" not in listed
                            and not self.attempts_upgrade)
-        self.lines = None
+        self.for_backend = None
         if not PROTECTED_FIELDS.isdisjoint(listed):
             name = min(PROTECTED_FIELDS.intersection(listed))
             raise HTTPError(400, "bad_request", "Connection must not list %s" % printable(name))
 
     def copy_block(self, last):
         """Set what parse_block() has set in the last request."""
-        self.block, self.fields, self.lines = last.block, last.fields, last.lines
+        self.block, self.fields, self.for_backend = last.block, last.fields, last.for_backend
         self.authority, self.host = last.authority, last.host
         self.length, self.chunked = last.length, last.chunked
         self.attempts_upgrade, self.persistent = last.attempts_upgrade, last.persistent
@@ -4267,11 +4276,15 @@ class Request:
 def parse_request_head(head, last=None):
     """Return a head, the bytes up to and including the empty line, as Request. Raise HTTPError.
 
-    last: the last Request of the connection, if any. Most clients repeat their field lines, and
-    the same bytes are not parsed twice.
+    last: the last Request of the connection, if any. Most clients repeat their field lines, some
+    the whole head, and the same bytes are not parsed twice.
     """
     line, _, block = head[:-2].partition(b"\r\n")
+    if last is not None and last.line == line and last.block == block:
+        last.begin()
+        return last
     request = Request()
+    request.line = line
     request.method, target, request.minor = parse_request_line(line)
     if last is not None and last.block == block and last.minor == request.minor:
         request.copy_block(last)
@@ -4280,9 +4293,8 @@ def parse_request_head(head, last=None):
     if request.method == b"CONNECT":
         raise connect_refused()
     request.target, request.paths = split_target(request.method, target, request.authority)
-    request.path = request.paths[0]
-    request.id, request.user, request.identity, request.withheld = "", b"", (), frozenset()
-    request.known = {}
+    request.path, request.guards = request.paths[0], None
+    request.begin()
     return request
 
 
@@ -5731,38 +5743,38 @@ def request_head_for_backend(request, location, client, server, upgrade, keep=Fa
     upgrade: the Upgrade to ask for, or None. keep: whether the connection may be kept.
     """
     proxy, replaced = location.proxy_for(upgrade), location.replaced
-    lines = [b"%s %s HTTP/1.1" % (request.method, location.rewrite(request, proxy.uri))]
+    lines = [b"%s %s HTTP/1.1\r\n" % (request.method, location.rewrite(request, proxy.uri))]
     if not request.authority and b"host" not in replaced:  # HTTP/1.0 may come without
         name = "localhost" if server.address.path else server.name
-        lines.append(b"Host: " + name.encode())
+        lines.append(b"Host: %s\r\n" % name.encode())
     passed, generated = fields_for_backend(request, location, client, proxy)
-    lines += passed
+    lines.append(passed)
     if request.chunked:
-        lines.append(b"Transfer-Encoding: chunked")
+        lines.append(b"Transfer-Encoding: chunked\r\n")
     if upgrade:
-        lines.append(b"Upgrade: " + upgrade.protocol)
-        lines.append(b"Connection: " + upgrade.connection)
+        lines.append(b"Upgrade: %s\r\nConnection: %s\r\n" % upgrade[:2])
     elif not keep:
-        lines.append(b"Connection: close")
-    lines += generated
+        lines.append(b"Connection: close\r\n")
+    lines.append(generated)
     lines += request.identity
     for name, template in location.proxy_set_header:
         value = template.render(request, client)
         if value:
-            lines.append(name + b": " + value)
+            lines.append(b"%s: %s\r\n" % (name, value))
     lines.append(b"\r\n")
-    return b"\r\n".join(lines)
+    return b"".join(lines)
 
 
 def fields_for_backend(request, location, client, proxy):
-    """Return (the client's fields, GENERATED_FIELDS) for a backend, as lists of lines."""
+    """Return (the client's fields, GENERATED_FIELDS) for a backend, each as bytes of its lines."""
     # A ProxyPass is that of one location in one configuration, by which and by the fields the
     # address of the client was found; the rest of client is that of the connection.
     made_for = proxy, request.withheld
-    if request.lines is None or request.lines[0] != made_for:
-        request.lines = (made_for, end_to_end_fields(request, location, client, request.withheld),
-                         forwarded_fields(request, client, proxy.prefix, location.replaced))
-    return request.lines[1:]
+    if request.for_backend is None or request.for_backend[0] != made_for:
+        request.for_backend = made_for, (
+            b"".join(end_to_end_fields(request, location, client, request.withheld)),
+            b"".join(forwarded_fields(request, client, proxy.prefix, location.replaced)))
+    return request.for_backend[1]
 
 
 def end_to_end_fields(request, location, client, withheld):
@@ -5771,7 +5783,7 @@ def end_to_end_fields(request, location, client, withheld):
     listed = connection_options(request.fields)
     # Long names are not remembered: a client could fill the memory with them.
     may_pass = passes if len(request.block) <= 8192 else passes.__wrapped__
-    lines = [name + b": " + value for name, value in request.fields
+    lines = [b"%s: %s\r\n" % (name, value) for name, value in request.fields
              if may_pass(name, withheld, believed, underscores)]
     if listed:
         lines = [line for line in lines if line.partition(b":")[0].lower() not in listed]
@@ -5802,16 +5814,16 @@ def forwarded_fields(request, client, prefix, without):
     addresses = forwarded_for(request, client)
     if client.trusted:
         prefix = b",".join(request.fields.get_all(b"x-forwarded-prefix")) + prefix
-    lines = [b"X-Forwarded-For: " + addresses] if addresses else []
-    lines.append(b"X-Forwarded-Proto: " + scheme)
+    lines = [b"X-Forwarded-For: %s\r\n" % addresses] if addresses else []
+    lines.append(b"X-Forwarded-Proto: %s\r\n" % scheme)
     if host:
-        lines.append(b"X-Forwarded-Host: " + host)
+        lines.append(b"X-Forwarded-Host: %s\r\n" % host)
     if client.address != "unix:":
-        lines.append(b"X-Real-IP: " + client.address.encode())
+        lines.append(b"X-Real-IP: %s\r\n" % client.address.encode())
     if prefix:
-        lines.append(b"X-Forwarded-Prefix: " + prefix)
+        lines.append(b"X-Forwarded-Prefix: %s\r\n" % prefix)
     if client.subject:
-        lines.append(b"X-SSL-Client-S-DN: " + client.subject)
+        lines.append(b"X-SSL-Client-S-DN: %s\r\n" % client.subject)
     if without:
         return [line for line in lines if line.partition(b":")[0].lower() not in without]
     return lines
@@ -5860,21 +5872,22 @@ def public_url(request, client):
 
 def auth_request_head(request, location, client):
     """Return the head of the subrequest to auth_request: no body, no handshake (bytes)."""
-    lines = [b"GET %s HTTP/1.1" % (location.auth.uri or b"/")]
+    lines = [b"GET %s HTTP/1.1\r\n" % (location.auth.uri or b"/")]
     if not request.authority:
-        lines.append(b"Host: localhost")
+        lines.append(b"Host: localhost\r\n")
     lines += end_to_end_fields(request, location, client, location.auth_withheld)
     lines += forwarded_fields(request, client, b"", ())
-    lines += [b"X-Original-URL: " + public_url(request, client),
-              b"X-Original-URI: " + request.target, b"X-Original-Method: " + request.method,
-              b"Connection: close", b"\r\n"]
-    return b"\r\n".join(lines)
+    lines += [b"X-Original-URL: %s\r\n" % public_url(request, client),
+              b"X-Original-URI: %s\r\n" % request.target,
+              b"X-Original-Method: %s\r\n" % request.method, b"Connection: close\r\n\r\n"]
+    return b"".join(lines)
 
 
 def identity_fields(location, response):
     """Return the auth_request_headers in a response of auth_request, as lines for the backend."""
     names = location.identity - location.replaced  # proxy_set_header has the last word
-    return [name + b": " + value for name, value in response.fields if cgi_name(name) in names]
+    return [b"%s: %s\r\n" % (name, value) for name, value in response.fields
+            if cgi_name(name) in names]
 
 
 def redirect_target(template, request, client):
