@@ -3013,10 +3013,6 @@ class Exchange:
     connection: KEEP_ALIVE, PLAIN_CLOSE, LINGERING_CLOSE or RESET_CLOSE.
     """
 
-    # What an idle connection keeps at most, or many of them could fill the memory. A part, which
-    # may have two bytes only, takes about 400 once it is parsed.
-    REMEMBERED = 2048        # bytes of target and field lines
-    REMEMBERED_PARTS = 64    # field lines, and elements of lists in them that were looked at
     request = None
     location = None
     upgrade = None           # the Upgrade that the client asks for
@@ -3295,9 +3291,10 @@ class Exchange:
             return LINGERING_CLOSE if framed else RESET_CLOSE
         finally:
             self.entry.up, self.entry.down = (0, relay.up.bytes), (0, relay.down.bytes)
-        if (keep and self.keepable and response.persistent()
+        if (keep and self.keepable and response.persistent
                 and not (isinstance(body, NoBody) and response.announces_body())
                 and relay.reusable()):
+            relay.last = response if response.fields.small(len(response.head)) else None
             self.backend.keep(self.location.proxy_keepalive, relay)
             self.connection.keep_backend(self.backend)
             self.backend = None
@@ -3399,9 +3396,7 @@ class Exchange:
         for key in self.keys:
             self.gate.connections.release(key)
         request = self.request
-        if (request is not None and len(request.target) + len(request.block) <= self.REMEMBERED
-                and sum(map(len, request.fields.lists.values()), len(request.fields))
-                <= self.REMEMBERED_PARTS):
+        if request is not None and request.fields.small(len(request.line) + len(request.block)):
             self.connection.last = request
         self.entry.write()
 
@@ -4373,14 +4368,14 @@ def parse_length(values):
 
 
 class Response:
-    """A parsed response head. length: of the body, None if it is chunked or not known."""
+    """A parsed response head. length: of the body, None if it is chunked or not known.
 
-    __slots__ = ("status", "reason", "minor", "fields", "chunked", "length")
+    persistent: the backend takes another request after it (RFC 9112 9.3, 6.3). head: the bytes.
+    for_client: (what it was made for, head for the client) by response_head_for_client(), or None.
+    """
 
-    def persistent(self):
-        """Return True if the backend takes another request after it (RFC 9112 9.3, 6.3)."""
-        return (self.minor >= 1 and b"close" not in self.fields.tokens(b"connection")
-                and not (self.chunked and self.fields.get_all(b"content-length")))
+    __slots__ = ("head", "status", "reason", "minor", "fields", "chunked", "length", "persistent",
+                 "for_client")
 
     def announces_body(self):
         """Return True if its fields have a length. Some servers send such a body even where there
@@ -4397,25 +4392,31 @@ class Response:
         return UntilClose() if self.length is None else LengthBody(self.length)
 
 
-def parse_response_head(head):
+def parse_response_head(head, last=None):
     """Return a head, the bytes up to and including the empty line, as Response.
 
+    last: the last Response of the connection, if any: within a second, the same as often as not.
     Raise BackendError 502.
     """
+    if last is not None and last.head == head:
+        return last
+    response = Response()
+    response.head, response.for_client = head, None
     if head.count(b"\n") != head.count(b"\r\n"):
         head = re.sub(br"\r?\n", b"\r\n", head)
     line, _, block = head[:-2].partition(b"\r\n")
     match = STATUS_LINE.fullmatch(line)
-    response = Response()
     try:
         if not match or match.group(1) != b"1":
             raise ValueError("invalid status line %s" % printable(line[:80]))
         _, minor, status, reason = match.groups()
         response.minor, response.status, response.reason = int(minor), int(status), reason or b""
-        response.fields = parse_fields(block)
-        response.length, response.chunked = response_framing(response.fields, response.minor)
+        response.fields = fields = parse_fields(block)
+        response.length, response.chunked = response_framing(fields, response.minor)
     except ValueError as error:
         raise BackendError(502, "backend_bad_response", str(error), sent=True, retry=False)
+    response.persistent = (response.minor >= 1 and b"close" not in fields.tokens(b"connection")
+                           and not (response.chunked and fields.get_all(b"content-length")))
     return response
 
 
@@ -4454,6 +4455,11 @@ class Headers(list):
 
     __slots__ = ("index", "lists")
 
+    # What an idle connection keeps at most of a head, or many of them could fill the memory. A
+    # part, which may have two bytes only, takes about 400 once it is parsed.
+    KEPT = 2048       # bytes
+    KEPT_PARTS = 64   # field lines, and elements of lists in them that were looked at
+
     def __init__(self, pairs=()):
         list.__init__(self, pairs)
         self.lists = {}  # what tokens() has returned, by name
@@ -4473,6 +4479,12 @@ class Headers(list):
         """Return the value of a lower-case name; None if there is none, or more than one."""
         values = self.index.get(name, ())
         return values[0] if len(values) == 1 else None
+
+    def small(self, size):
+        """Return True if an idle connection may keep the fields. size: of their head, in bytes."""
+        return (size <= self.KEPT and len(self) <= self.KEPT_PARTS
+                and (not self.lists
+                     or sum(map(len, self.lists.values()), len(self)) <= self.KEPT_PARTS))
 
     def tokens(self, name):
         """Return the elements of a list field in lower case, in order (RFC 9110 5.6.1)."""
@@ -5917,42 +5929,45 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
 
     keep: whether the connection stays. added: (name, value) of the fields of added_fields.
     """
+    made_for = (location, location.proxy_for(upgrade).redirects,
+                b",".join(request.fields.get_all(b"x-forwarded-prefix")), request.minor, keep, added)
+    if response.for_client is None or response.for_client[0] != made_for:
+        response.for_client = made_for, b"".join(lines_for_client(response, *made_for))
+    return response.for_client[1]
+
+
+def lines_for_client(response, location, redirects, prefix, minor, keep, added):
+    """Return the lines of response_head_for_client().
+
+    redirects: RedirectRewriter or None. prefix: X-Forwarded-Prefix of the request. minor: its
+    version.
+    """
     status, fields = response.status, response.fields
     examined, listed = location.response_examined, connection_options(fields)
     unsized = response.chunked or status < 200 or status == 204
-    lines = [b"HTTP/1.1 %d %s" % (status, response.reason)]
+    lines = [b"HTTP/1.1 %d %s\r\n" % (status, response.reason)]
     for name, value in fields:
         lower = name.lower()
         if lower in examined:
-            value = examined_value(lower, value, request, location, upgrade, unsized)
-            if value is None:
+            if lower in location.response_withheld or (unsized and lower == b"content-length"):
                 continue
+            if redirects and lower in REDIRECT_FIELDS:
+                value = redirects.rewrite_field(lower, value, prefix)
         elif lower in listed and lower not in PROTECTED_FIELDS:
             continue
-        lines.append(name + b": " + value)
-    for name, value in added:
-        lines.append(name + b": " + value)
-    if response.chunked and request.minor and status >= 200 and status != 204:
-        lines.append(b"Transfer-Encoding: chunked")
+        lines.append(b"%s: %s\r\n" % (name, value))
+    for pair in added:
+        lines.append(b"%s: %s\r\n" % pair)
+    if response.chunked and minor and status >= 200 and status != 204:
+        lines.append(b"Transfer-Encoding: chunked\r\n")
     if status == 426:
-        lines += [b"Upgrade: " + value for value in fields.get_all(b"upgrade")]
+        lines += [b"Upgrade: %s\r\n" % value for value in fields.get_all(b"upgrade")]
     if status == 101:
         lines += switching_fields(fields)
     elif status >= 200 and not keep:
-        lines.append(b"Connection: close")
+        lines.append(b"Connection: close\r\n")
     lines.append(b"\r\n")
-    return b"\r\n".join(lines)
-
-
-def examined_value(name, value, request, location, upgrade, unsized):
-    """Return the value of a field of response_examined for the client, None to withhold it."""
-    if name in location.response_withheld or (unsized and name == b"content-length"):
-        return None
-    rewriter = location.proxy_for(upgrade).redirects
-    if rewriter and name in REDIRECT_FIELDS:
-        outer = b",".join(request.fields.get_all(b"x-forwarded-prefix"))
-        return rewriter.rewrite_field(name, value, outer)
-    return value
+    return lines
 
 
 def added_fields(request, settings, client):
@@ -6240,7 +6255,7 @@ def switching_fields(fields):
         names.pop(b"", None)
         protocol = b", ".join(names.values())
     connection = as_spelled(fields, b"connection", b"upgrade") or b"Upgrade"
-    return [b"Upgrade: " + protocol, b"Connection: " + connection]
+    return [b"Upgrade: %s\r\n" % protocol, b"Connection: %s\r\n" % connection]
 
 
 def closing_101(request, upgrade, code, reason):
@@ -6547,12 +6562,14 @@ class HTTPRelay(Relay):
     the next exchange begins with the same HTTPRelay.
     """
 
-    __slots__ = ("client", "backend", "limit", "location", "server", "head_since", "gone_at")
+    __slots__ = ("client", "backend", "limit", "location", "server", "head_since", "gone_at",
+                 "last")
 
     def __init__(self, client, backend):
         super().__init__(client, backend)
         self.client = client
         self.backend = backend
+        self.last = None         # the last Response, if it is worth keeping
 
     def begin(self, head, body, location, server):
         """Begin an exchange. body: the scanner of the request body. server: the Settings."""
@@ -6612,7 +6629,7 @@ class HTTPRelay(Relay):
         try:
             self.up.flush(time.monotonic())
             for _ in range(INTERIM_LIMIT + 1):
-                response = parse_response_head(self.response_head())
+                response = parse_response_head(self.response_head(), self.last)
                 if response.status >= 200 or response.status == 101:
                     return response
                 self.head_since = time.monotonic()
