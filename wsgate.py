@@ -3253,7 +3253,7 @@ class Exchange:
             try:
                 self.backend = attempts.connect(preface, kept)
             finally:
-                self.entry.server, self.entry.failed = attempts.last, attempts.failures
+                self.entry.server, self.entry.failed = attempts.name, attempts.failures
             reused = self.backend is kept
             if reused:
                 self.connection.kept = None
@@ -5209,6 +5209,7 @@ class Upstream:
         self.balance, _, cookie = balance.partition(" ")
         self.cookie = cookie.encode()  # for balance = cookie NAME
         self.hashed = len(servers) > 1 and self.balance in ("ip_hash", "cookie")
+        self.simple = len(servers) == 1 and not (servers[0].down or servers[0].max_conns)
         self.lock = threading.Lock()   # guards the Health of all servers, and sessions
         # {value of the cookie: name of the server that has set it}, the oldest first
         self.sessions = collections.OrderedDict()
@@ -5263,29 +5264,34 @@ class Upstream:
         servers: those of servers_for().
         """
         with self.lock:
-            now = time.monotonic()
-            group = [each for each in servers
-                     if not each.down and each not in tried and not each.full()]
-            if len(group) > 1:
-                group = self.most_available(group, now)
-            if not group:
-                return None
-            if self.hashed or len(group) == 1:
-                chosen = group[0]
-            else:
-                chosen = preferred if preferred in group else self.choose(group)
-            chosen.health.active += 1
-            chosen.health.selected += 1
-            if chosen.health.down_until:  # others wait for the result of this try
-                chosen.health.down_until = now + chosen.fail_timeout
+            chosen = (servers[0] if self.simple and not tried
+                      else self.choose(servers, tried, preferred))
+            if chosen:
+                health = chosen.health
+                health.active += 1
+                health.selected += 1
+                if health.down_until:  # others wait for the result of this try
+                    health.down_until = time.monotonic() + chosen.fail_timeout
             return chosen
+
+    def choose(self, servers, tried, preferred):
+        """Return the server that pick() chooses, None if none is left; the lock is held."""
+        group = [each for each in servers
+                 if not each.down and each not in tried and not each.full()]
+        if len(group) > 1:
+            group = self.most_available(group, time.monotonic())
+        if not group:
+            return None
+        if self.hashed or len(group) == 1:
+            return group[0]
+        return preferred if preferred in group else self.next_in_turn(group)
 
     def most_available(self, servers, now):
         """Return those of servers that are up, else backups that are up, else all; lock held."""
         up = [each for each in servers if each.available(now)]
         return [each for each in up if not each.backup] or up or servers
 
-    def choose(self, group):
+    def next_in_turn(self, group):
         """Return the next server of a group by least_conn or round_robin; the lock is held."""
         if self.balance == "least_conn":
             least = min(each.load() for each in group)
@@ -5359,20 +5365,19 @@ class Attempts:
     No other is tried once proxy_next_upstream_timeout has passed. Used by one thread.
     """
 
-    __slots__ = ("upstream", "servers", "location", "context", "tried", "server", "failures",
-                 "error", "end_at")
+    tried = ()               # Servers
+    server = None            # the last one tried
+    name = "-"               # its name, for the access log
+    failures = 0             # how many of them failed
+    error = None             # the BackendError of the last one that did
 
     def __init__(self, proxy, location, client, fields):
         """proxy: a ProxyPass. client: its address. fields: the Headers of the request."""
         self.upstream = proxy.upstream
-        self.location = location
         self.context = proxy.context
+        self.location = location
         self.servers = self.upstream.servers_for(client, fields)
-        self.tried = set()           # Servers
-        self.server = None           # the last one tried
-        self.failures = 0            # how many of them failed
-        self.error = None            # the BackendError of the last one that did
-        self.end_at = time.monotonic() + (location.proxy_next_upstream_timeout or math.inf)
+        self.begun = time.monotonic()
 
     def connect(self, preface=b"", kept=None):
         """Connect to the next server, and to another one if that fails; return a Backend.
@@ -5382,8 +5387,7 @@ class Attempts:
         """
         location = self.location
         while True:
-            server = self.server = self.next_server(kept and kept.server)
-            self.tried.add(server)
+            server = self.next_server(kept and kept.server)
             fits = (server, self.context, location.proxy_ssl_name, preface)
             if kept and kept.fits == fits:
                 return kept
@@ -5397,17 +5401,14 @@ class Attempts:
                     raise
                 self.failed(error)
 
-    @property
-    def last(self):
-        """The name of the last server tried, "-" if there was none."""
-        return self.server.name if self.server else "-"
-
     def next_server(self, preferred=None):
         """Return the server to try next, counted as active; raise why there is none."""
-        limit, server = self.location.proxy_next_upstream_tries or math.inf, None
-        if not self.tried or (len(self.tried) < limit and time.monotonic() < self.end_at):
+        server = None
+        if not self.tried or self.may_try_another():
             server = self.upstream.pick(self.servers, self.tried, preferred)
-        if server is not None:
+        if server:
+            self.tried += (server,)
+            self.server, self.name = server, server.name
             return server
         if self.error:
             raise self.error
@@ -5416,9 +5417,16 @@ class Attempts:
                         "all servers of %s are down or have max_conns connections"
                         % self.upstream.name, retry_after())
 
+    def may_try_another(self):
+        """Return True while proxy_next_upstream_tries and _timeout allow another server."""
+        tries, seconds = (self.location.proxy_next_upstream_tries,
+                          self.location.proxy_next_upstream_timeout)
+        return ((not tries or len(self.tried) < tries)
+                and (not seconds or time.monotonic() < self.begun + seconds))
+
     def forget(self, server):
         """Let a server be tried again: it had closed a connection that was kept."""
-        self.tried.discard(server)
+        self.tried = tuple(each for each in self.tried if each is not server)
 
     def failed(self, error):
         """Count a BackendError of the last server tried.
