@@ -2314,7 +2314,7 @@ class Connections:
         self.admitted = set()                       # those that have a place
         self.idle = collections.OrderedDict()       # ... and wait for a request
         self.expendable = collections.OrderedDict()  # those that have none, or none any more
-        self.in_use = collections.defaultdict(int)  # by ("ip", address) and ("location", name)
+        self.in_use = {}                            # by ("ip", address) and ("location", name)
         self.set_capacity(max_connections)
 
     def __len__(self):
@@ -2391,17 +2391,18 @@ class Connections:
     def acquire(self, key, limit):
         """Count one more for a key of in_use. Return False if that reaches the limit (0: none)."""
         with self.lock:
-            if 0 < limit <= self.in_use.get(key, 0):
+            count = self.in_use.get(key, 0)
+            if 0 < limit <= count:
                 return False
-            self.in_use[key] += 1
+            self.in_use[key] = count + 1
         return True
 
     def release(self, key):
         """Undo acquire()."""
         with self.lock:
-            self.in_use[key] -= 1
-            if not self.in_use[key]:
-                del self.in_use[key]
+            count = self.in_use.pop(key) - 1
+            if count:
+                self.in_use[key] = count
 
 
 def capacity(configured):
@@ -2458,7 +2459,8 @@ class Counters:
         self.started = time.time()
         self.lock = threading.Lock()
         # Guarded by lock:
-        self.totals = collections.Counter()  # requests, tunnels, bytes; status_, end_, refused_*
+        self.statuses = collections.Counter()  # of requests, by status
+        self.totals = collections.Counter()    # tunnels, bytes; end_*, refused_*
         self.handshakes = [0] * (len(HANDSHAKE_BUCKETS) + 1)  # how many took how long
         # Changed by the main thread alone: ten minutes of (time.monotonic(), *traffic())
         self.samples = collections.deque(maxlen=121)
@@ -2473,9 +2475,9 @@ class Counters:
     def count_exchange(self, entry):
         """Count an exchange, or the tunnel it has become, that has ended."""
         with self.lock:
-            self.totals["requests"] += 1
-            self.totals["status_%d" % entry.status] += 1
-            self.totals["up"] += entry.up[1]
+            self.statuses[entry.status] += 1
+            if entry.up[1]:
+                self.totals["up"] += entry.up[1]
             self.totals["down"] += entry.down[1]
             if entry.handshake is not None:
                 self.totals["end_" + (entry.reason or "closed")] += 1
@@ -3019,6 +3021,7 @@ class Exchange:
     backend = None
     keepable = False         # the backend connection may be kept: see may_keep_backend
     cookies = ()             # Set-Cookie fields of auth_request, for the client
+    keys = ()                # of Connections.in_use: what the exchange is counted for
     responded = False        # a byte of the response may have been sent
 
     def __init__(self, connection):
@@ -3028,7 +3031,6 @@ class Exchange:
         self.config = connection.gate.config  # of this request, whatever is reloaded meanwhile
         self.client = connection.client
         self.entry = AccessLogEntry(self.gate.counters, self.client.address)
-        self.keys = []           # of Connections.in_use: what the exchange is counted for
 
     def run(self, deadline):
         """Serve the request and write its line in the log, whatever happens."""
@@ -3036,7 +3038,6 @@ class Exchange:
             self.receive(deadline)
             guards = self.choose_location()  # before any refusal: reject_with is a key of it
             self.admit()
-            self.count()
             if self.connection.listen.redirect and not is_challenge(self.location):
                 return self.redirect_to_https()
             self.enter_location(guards)
@@ -3078,17 +3079,25 @@ class Exchange:
                       show_head(self.request))
 
     def admit(self):
-        """Check what may refuse any request; find the address of the real client."""
+        """Check what may refuse any request; find the address of the real client.
+
+        max_connections_per_ip is for the connection, or for a request from a trusted proxy.
+        """
         request, gate = self.request, self.gate
         if not self.connection.limited and not self.connection.take_place():
             raise HTTPError(503, "conn_limit", "max_connections is reached", retry_after())
         if gate.state == "stopping" or (gate.state == "draining"
                                         and request.fields.get_all(b"upgrade")):
             raise HTTPError(503, "draining", "wsgate is shutting down", retry_after())
-        address = real_client(self.config.server, self.client, request.fields)
-        if address != self.client.address:
+        if self.client.trusted:
+            self.entry.client = address = real_client(self.config.server, self.client,
+                                                      request.fields)
             self.client = self.client._replace(address=address)
-            self.entry.client = address
+            self.acquire(("ip", address), self.config.server.max_connections_per_ip,
+                         429, "conn_limit_per_ip", "max_connections_per_ip is reached")
+        elif self.connection.limited:
+            raise HTTPError(429, "conn_limit_per_ip", "max_connections_per_ip is reached",
+                            retry_after())
 
     def choose_location(self):
         """Find the location and the upgrade. Return the locations that guard it, it among them."""
@@ -3104,20 +3113,11 @@ class Exchange:
                 request.known = dict.fromkeys(self.location.identity, ())
         return guards
 
-    def count(self):
-        """Check max_connections_per_ip: for the connection, or for a trusted proxy's request."""
-        if self.client.trusted:
-            self.acquire(("ip", self.client.address), self.config.server.max_connections_per_ip,
-                         429, "conn_limit_per_ip", "max_connections_per_ip is reached")
-        elif self.connection.limited:
-            raise HTTPError(429, "conn_limit_per_ip", "max_connections_per_ip is reached",
-                            retry_after())
-
     def acquire(self, key, limit, status, reason, detail):
         """Count the exchange for a key of in_use; raise HTTPError if its limit is reached."""
         if not self.gate.connections.acquire(key, limit):
             raise HTTPError(status, reason, detail, retry_after())
-        self.keys.append(key)
+        self.keys += (key,)
 
     def enter_location(self, guards):
         """Check everything by which the location and its other guards may refuse the request."""
@@ -3272,7 +3272,7 @@ class Exchange:
                     attempts.forget(self.backend.server)
                 else:
                     attempts.failed(error)
-                if not error.retry or not request.repeatable():
+                if not error.retry or not request.repeatable:
                     raise
             self.drop_backend()
 
@@ -3306,8 +3306,8 @@ class Exchange:
         Only one that may be repeated: a server may close the connection at any time, and then
         it cannot be told whether it has seen the request (RFC 9112 9.3.1).
         """
-        return (self.location.proxy_keepalive > 0 and self.request.repeatable()
-                and self.persistent())
+        return (self.location.proxy_keepalive > 0 and self.request.repeatable
+                and self.request.persistent)
 
     def response_head(self, response, keep):
         """Return the head of a backend's response for the client."""
@@ -4209,7 +4209,8 @@ class Request:
     minor: 0 or 1. authority: Host as it came, host: its name, lower case. length: of the body,
     None if it is chunked or there is none. attempts_upgrade: there is a trace of an upgrade, so
     frames may follow (RFC 9931). persistent: the client may send another request (RFC 9112 9.3;
-    not in HTTP/1.0, nor after such a trace). id: of the access log. user: after Basic
+    not in HTTP/1.0, nor after such a trace). repeatable: it may be sent once more, though a server
+    may have received it. id: of the access log. user: after Basic
     authentication. identity: lines for the backend, from the response of auth_request. known:
     {name: values} of $http_NAME that are from there, never from the client. withheld:
     names of fields, as cgi_name() makes them, that the backend does not get. line, block: the
@@ -4218,8 +4219,8 @@ class Request:
     """
 
     __slots__ = ("line", "method", "target", "path", "paths", "minor", "block", "fields", "host",
-                 "authority", "length", "chunked", "attempts_upgrade", "persistent", "id", "user",
-                 "identity", "known", "withheld", "guards", "for_backend")
+                 "authority", "length", "chunked", "attempts_upgrade", "persistent", "repeatable",
+                 "id", "user", "identity", "known", "withheld", "guards", "for_backend")
 
     def begin(self):
         """Forget what an exchange has found out, since the same head has come once more."""
@@ -4263,10 +4264,6 @@ class Request:
             return ChunkedBody(limit, self.withheld.union(self.fields.tokens(b"connection")))
         return LengthBody(self.length) if self.length else NoBody()
 
-    def repeatable(self):
-        """Return True if it may be sent once more, though a server may have received it."""
-        return self.method in (b"GET", b"HEAD", b"OPTIONS") and not self.has_body()
-
 
 def parse_request_head(head, last=None):
     """Return a head, the bytes up to and including the empty line, as Request. Raise HTTPError.
@@ -4289,6 +4286,8 @@ def parse_request_head(head, last=None):
         raise connect_refused()
     request.target, request.paths = split_target(request.method, target, request.authority)
     request.path, request.guards = request.paths[0], None
+    request.repeatable = (request.method in (b"GET", b"HEAD", b"OPTIONS")
+                          and not request.has_body())
     request.begin()
     return request
 
@@ -4450,19 +4449,21 @@ def parse_fields(block):
 class Headers(list):
     """Header fields in their order, as (name, value) pairs of bytes, found in any case.
 
-    index: {lower-case name: [value]}. Made by parse_fields.
+    index: {lower-case name: [value]}. parts: how many field lines, and elements of lists in them
+    that were looked at. Made by parse_fields.
     """
 
-    __slots__ = ("index", "lists")
+    __slots__ = ("index", "lists", "parts")
 
     # What an idle connection keeps at most of a head, or many of them could fill the memory. A
     # part, which may have two bytes only, takes about 400 once it is parsed.
     KEPT = 2048       # bytes
-    KEPT_PARTS = 64   # field lines, and elements of lists in them that were looked at
+    KEPT_PARTS = 64
 
     def __init__(self, pairs=()):
         list.__init__(self, pairs)
         self.lists = {}  # what tokens() has returned, by name
+        self.parts = len(self)
         self.index = index = {}
         for name, value in pairs:
             name = name.lower()
@@ -4482,9 +4483,7 @@ class Headers(list):
 
     def small(self, size):
         """Return True if an idle connection may keep the fields. size: of their head, in bytes."""
-        return (size <= self.KEPT and len(self) <= self.KEPT_PARTS
-                and (not self.lists
-                     or sum(map(len, self.lists.values()), len(self)) <= self.KEPT_PARTS))
+        return size <= self.KEPT and self.parts <= self.KEPT_PARTS
 
     def tokens(self, name):
         """Return the elements of a list field in lower case, in order (RFC 9110 5.6.1)."""
@@ -4495,6 +4494,7 @@ class Headers(list):
             elements = values[0] if len(values) == 1 else b",".join(values)
             self.lists[name] = [part for part in map(bytes.strip, elements.lower().split(b","))
                                 if part]
+            self.parts += len(self.lists[name])
         return self.lists[name]
 
 
@@ -4933,8 +4933,8 @@ FORWARDED_PORT = re.compile(r"^\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?$|^([0-9.]+):
 
 
 def real_client(server, client, fields):
-    """Return the address of the real client: the peer, or the one that a trusted proxy names."""
-    if server.real_ip_header == "proxy_protocol" or not client.trusted:
+    """Return the address of the real client: the one that a trusted proxy names, else the peer."""
+    if server.real_ip_header == "proxy_protocol":
         return client.peer
     named = ([fields.get(b"x-real-ip") or b""] if server.real_ip_header == "X-Real-IP"
              else fields.tokens(b"x-forwarded-for"))
@@ -7876,14 +7876,15 @@ def status(gate):
     now, connections, counters = time.monotonic(), gate.connections, gate.counters
     with counters.lock:
         totals, handshakes = counters.totals.copy(), list(counters.handshakes)
+        statuses = {str(code): count for code, count in sorted(counters.statuses.items())}
     bounds = ["%g" % bound for bound in HANDSHAKE_BUCKETS] + ["+Inf"]
     tunnels, up, down = counters.traffic(connections.tunnels())
     return {"version": VERSION, "state": gate.state, "started": round(counters.started, 3),
             "uptime": round(time.time() - counters.started), "connections": len(connections),
             "capacity": connections.capacity, "capacity_reason": connections.limited_by,
-            "tunnels_open": tunnels, "requests": totals["requests"],
+            "tunnels_open": tunnels, "requests": sum(statuses.values()),
             "tunnels": totals["tunnels"], "bytes": {"up": up, "down": down},
-            "statuses": counted(totals, "status_"), "refusals": counted(totals, "refused_"),
+            "statuses": statuses, "refusals": counted(totals, "refused_"),
             "ends": counted(totals, "end_"),
             "handshakes": dict(zip(bounds, itertools.accumulate(handshakes))),
             "handshake_sum": totals["handshake_sum"],
