@@ -3153,7 +3153,7 @@ class Exchange:
             try:
                 head = auth_request_head(self.request, location, self.client)
                 relay = HTTPRelay(self.stream, backend.stream)
-                relay.begin(head, NoBody(), location, self.config.server)
+                relay.begin(head, NO_BODY, location, self.config.server)
                 response = relay.final_response(interim=False)
                 upstream.succeeded(backend)
             finally:
@@ -3292,7 +3292,7 @@ class Exchange:
         finally:
             self.entry.up, self.entry.down = (0, relay.up.bytes), (0, relay.down.bytes)
         if (keep and self.keepable and response.persistent
-                and not (isinstance(body, NoBody) and response.announces_body())
+                and not (body is NO_BODY and response.announces_body())
                 and relay.reusable()):
             relay.last = response if response.fields.small(len(response.head)) else None
             self.backend.keep(self.location.proxy_keepalive, relay)
@@ -4262,7 +4262,7 @@ class Request:
         """Return the scanner of the request body. limit: client_max_body_size."""
         if self.chunked:
             return ChunkedBody(limit, self.withheld.union(self.fields.tokens(b"connection")))
-        return LengthBody(self.length) if self.length else NoBody()
+        return LengthBody(self.length) if self.length else NO_BODY
 
 
 def parse_request_head(head, last=None):
@@ -4385,7 +4385,7 @@ class Response:
     def body(self, method, decode):
         """Return the scanner of the body. decode: without chunks, for an HTTP/1.0 client."""
         if method == b"HEAD" or self.status in (204, 304):
-            return NoBody()
+            return NO_BODY
         if self.chunked:
             return ChunkedBody(0, self.fields.tokens(b"connection"), decode)
         return UntilClose() if self.length is None else LengthBody(self.length)
@@ -4616,6 +4616,9 @@ class NoBody(Scanner):
 
     def feed(self, data, now):
         return b""
+
+
+NO_BODY = NoBody()
 
 
 class LengthBody(Scanner):
@@ -6537,8 +6540,9 @@ class Relay:
             self.poll.register(fd, events)
 
     def close_pipes(self):
-        self.up.close_pipe()
-        self.down.close_pipe()
+        if self.up.pipe or self.down.pipe:
+            self.up.close_pipe()
+            self.down.close_pipe()
 
 
 # ---------------------------------------------------------------- Relaying HTTP
@@ -6570,25 +6574,25 @@ class HTTPRelay(Relay):
     the next exchange begins with the same HTTPRelay.
     """
 
-    __slots__ = ("client", "backend", "limit", "location", "server", "head_since", "gone_at",
-                 "last")
+    __slots__ = ("client", "backend", "location", "server", "head_since", "gone_at", "last",
+                 "collector")
 
     def __init__(self, client, backend):
         super().__init__(client, backend)
         self.client = client
         self.backend = backend
+        self.collector = HeadScanner(backend)
         self.last = None         # the last Response, if it is worth keeping
 
     def begin(self, head, body, location, server):
         """Begin an exchange. body: the scanner of the request body. server: the Settings."""
         now = time.monotonic()
-        self.limit = server.client_header_size  # a response head is bounded like that of a request
         self.location = location
         self.server = server
         self.head_since = now    # time.monotonic() since when the response head is due
         self.gone_at = math.inf  # ... at which a client that has closed is given up
         self.up.begin(body, now)
-        self.down.begin(HeadScanner(self.backend), now)
+        self.down.begin(self.collector, now)
         self.up.pending = head
         if not body.done:
             self.feed(self.up, now)
@@ -6662,7 +6666,7 @@ class HTTPRelay(Relay):
         """Wait for a response head while the request body goes up; return its bytes."""
         while True:
             if self.backend.buffer:
-                head = take_response_head(self.backend, self.limit)
+                head = take_response_head(self.backend, self.server.client_header_size)
                 if head is not None:
                     return head
             if self.up.scanner.done and not self.up.writing() and not self.down.writing():
@@ -6676,13 +6680,14 @@ class HTTPRelay(Relay):
         client.turns.took(now, Turns.LARGE)
         deadline = max(self.head_since, self.up.last_progress) + self.location.proxy_read_timeout
         if not (backend.tls and backend.sock.pending()):
-            self.watch(client.sock.fileno(), POLLRDHUP if self.gone_at == math.inf else 0)
+            client_fd = client.sock.fileno()
+            self.watch(client_fd, POLLRDHUP if self.gone_at == math.inf else 0)
             self.watch(backend.sock.fileno(), backend.read_event)
             ready = self.wait(min(deadline, self.gone_at) - now)
             if not ready and time.monotonic() >= min(deadline, self.gone_at):
                 raise timeout_error("client_gone" if self.gone_at < deadline else "backend_timeout")
             for fd, event in ready:
-                if fd == client.sock.fileno():
+                if fd == client_fd:
                     self.check_client(event)
         self.read_more()
 
@@ -6705,7 +6710,7 @@ class HTTPRelay(Relay):
 
     def finish_request(self):
         """Send the rest of the request: a tunnel begins after its body (docker exec)."""
-        self.down.scanner = NoBody()  # what the backend sends from now on belongs to the tunnel
+        self.down.scanner = NO_BODY  # what the backend sends from now on belongs to the tunnel
         while self.up.writing() or not self.uploaded():
             self.turn()
 
@@ -6779,7 +6784,7 @@ class HTTPRelay(Relay):
 
     def response_ended(self):
         """Raise the BackendError for a response that is incomplete."""
-        if not isinstance(self.down.scanner, HeadScanner):
+        if self.down.scanner is not self.collector:
             raise BackendError(502, "backend_truncated", "backend closed the connection while"
                                " sending the response", sent=True)
         began = bool(self.backend.buffer)
@@ -6793,7 +6798,7 @@ class HTTPRelay(Relay):
         deadlines = [(self.gone_at, "client_gone")]
         if responding and not (uploading or up.writing()):
             since = max(self.head_since, up.last_progress)
-            if not isinstance(down.scanner, HeadScanner):
+            if down.scanner is not self.collector:
                 since = max(since, down.last_progress)
             deadlines.append((since + self.location.proxy_read_timeout, "backend_timeout"))
         if up.writing():
