@@ -4634,7 +4634,8 @@ class LengthBody(Scanner):
     def feed(self, data, now):
         if len(data) > self.remaining:
             data, self.rest = data[:self.remaining], data[self.remaining:]
-        self.skip(len(data))
+        self.remaining -= len(data)
+        self.done = not self.remaining
         return data
 
     def skip(self, count):
@@ -5765,20 +5766,18 @@ def request_head_for_backend(request, location, client, server, upgrade, keep=Fa
 
     upgrade: the Upgrade to ask for, or None. keep: whether the connection may be kept.
     """
-    proxy, replaced = location.proxy_for(upgrade), location.replaced
+    proxy = location.proxy_for(upgrade)
     lines = [b"%s %s HTTP/1.1\r\n" % (request.method, location.rewrite(request, proxy.uri))]
-    if not request.authority and b"host" not in replaced:  # HTTP/1.0 may come without
+    if not request.authority and b"host" not in location.replaced:  # HTTP/1.0 may come without
         name = "localhost" if server.address.path else server.name
         lines.append(b"Host: %s\r\n" % name.encode())
-    passed, generated = fields_for_backend(request, location, client, proxy)
-    lines.append(passed)
-    if request.chunked:
-        lines.append(b"Transfer-Encoding: chunked\r\n")
-    if upgrade:
-        lines.append(b"Upgrade: %s\r\nConnection: %s\r\n" % upgrade[:2])
-    elif not keep:
-        lines.append(b"Connection: close\r\n")
-    lines.append(generated)
+    # A ProxyPass is that of one location in one configuration, by which and by the fields the
+    # address of the client was found; the rest of client is that of the connection.
+    made_for = proxy, request.withheld, upgrade, keep
+    if request.for_backend is None or request.for_backend[0] != made_for:
+        request.for_backend = made_for, b"".join(
+            fields_for_backend(request, location, client, upgrade, keep))
+    lines.append(request.for_backend[1])
     lines += request.identity
     for name, template in location.proxy_set_header:
         value = template.render(request, client)
@@ -5788,16 +5787,17 @@ def request_head_for_backend(request, location, client, server, upgrade, keep=Fa
     return b"".join(lines)
 
 
-def fields_for_backend(request, location, client, proxy):
-    """Return (the client's fields, GENERATED_FIELDS) for a backend, each as bytes of its lines."""
-    # A ProxyPass is that of one location in one configuration, by which and by the fields the
-    # address of the client was found; the rest of client is that of the connection.
-    made_for = proxy, request.withheld
-    if request.for_backend is None or request.for_backend[0] != made_for:
-        request.for_backend = made_for, (
-            b"".join(end_to_end_fields(request, location, client, request.withheld)),
-            b"".join(forwarded_fields(request, client, proxy.prefix, location.replaced)))
-    return request.for_backend[1]
+def fields_for_backend(request, location, client, upgrade, keep):
+    """Return the field lines that depend on nothing but the request and the configuration."""
+    lines = end_to_end_fields(request, location, client, request.withheld)
+    if request.chunked:
+        lines.append(b"Transfer-Encoding: chunked\r\n")
+    if upgrade:
+        lines.append(b"Upgrade: %s\r\nConnection: %s\r\n" % upgrade[:2])
+    elif not keep:
+        lines.append(b"Connection: close\r\n")
+    return lines + forwarded_fields(request, client, location.proxy_for(upgrade).prefix,
+                                    location.replaced)
 
 
 def end_to_end_fields(request, location, client, withheld):
@@ -6619,13 +6619,13 @@ class HTTPRelay(Relay):
                 flow.take(data, now)
         except ValueError as error:
             raise self.bad_body(flow, error)
-        self.keep_rest(flow)
+        if flow.scanner.rest:
+            self.keep_rest(flow)
 
     def keep_rest(self, flow):
         """Put back what was read after the end of a body."""
-        if flow.scanner.done and flow.scanner.rest:
-            flow.source.buffer, flow.scanner.rest = flow.scanner.rest, b""
-            flow.bytes -= len(flow.source.buffer)
+        flow.source.buffer, flow.scanner.rest = flow.scanner.rest, b""
+        flow.bytes -= len(flow.source.buffer)
 
     def bad_body(self, flow, error):
         """Return the exception for a body that its scanner refuses."""
@@ -6639,7 +6639,7 @@ class HTTPRelay(Relay):
         Raises BackendError, HTTPError, ClientGone.
         """
         try:
-            self.up.flush(time.monotonic())
+            self.up.flush(self.head_since)
             for _ in range(INTERIM_LIMIT + 1):
                 response = parse_response_head(self.response_head(), self.last)
                 if response.status >= 200 or response.status == 101:
@@ -6669,7 +6669,8 @@ class HTTPRelay(Relay):
                 head = take_response_head(self.backend, self.server.client_header_size)
                 if head is not None:
                     return head
-            if self.up.scanner.done and not self.up.writing() and not self.down.writing():
+            up = self.up
+            if up.scanner.done and not (up.pending or up.piped or self.down.pending):
                 self.await_response()
             else:
                 self.turn()
@@ -6717,14 +6718,14 @@ class HTTPRelay(Relay):
     def pass_response(self, head, body):
         """Send a final head and relay its body to the end. Raises BackendError, ClientGone."""
         try:
-            now = time.monotonic()
-            self.down.pending += head
-            self.down.last_progress = now
-            self.down.bytes = 0  # those of the head do not count
-            self.down.scanner = body
-            self.feed(self.down, now)
-            self.down.flush(now)
-            while self.down.writing() or not body.done:
+            down, now = self.down, time.monotonic()
+            down.pending += head
+            down.last_progress = now
+            down.bytes = 0  # those of the head do not count
+            down.scanner = body
+            self.feed(down, now)
+            down.flush(now)
+            while down.pending or not body.done or down.piped:
                 self.turn()
         finally:
             self.close_pipes()
@@ -6772,7 +6773,8 @@ class HTTPRelay(Relay):
             flow.move(now)
         except ValueError as error:
             raise self.bad_body(flow, error)
-        self.keep_rest(flow)
+        if flow.scanner.rest:
+            self.keep_rest(flow)
         if flow is self.down and self.gone_at < math.inf:
             self.gone_at = max(self.gone_at, flow.last_read + HALF_CLOSED_CLIENT)
         if flow.source_state is OPEN or flow.scanner.done:
