@@ -3810,7 +3810,10 @@ class Turns:
         self.counted_until = -1.0     # Crowd.until when it was last counted
 
     def took(self, now, work):
-        """Turns have ended, the last one now, time.monotonic(). work: what they have done."""
+        """Turns have ended, the last one now, time.monotonic(). work: what they have done.
+
+        Return True if the thread has given way.
+        """
         self.done += work
         if self.done >= self.PERIOD:
             self.end_period(now)
@@ -3818,6 +3821,8 @@ class Turns:
             self.patience = self.PERIOD
         if self.patience == 1 or self.crowd.sparse:
             give_way()
+            return True
+        return False
 
     def end_period(self, now):
         """Find out whether the thread is greedy."""
@@ -6678,7 +6683,8 @@ class HTTPRelay(Relay):
     def await_response(self):
         """turn() while nothing else can move: the request is sent, the response head awaited."""
         client, backend, now = self.client, self.backend, time.monotonic()
-        client.turns.took(now, Turns.LARGE)
+        if client.turns.took(now, Turns.LARGE) and self.read_more():
+            return
         deadline = max(self.head_since, self.up.last_progress) + self.location.proxy_read_timeout
         if not (backend.tls and backend.sock.pending()):
             client_fd = client.sock.fileno()
@@ -6695,7 +6701,8 @@ class HTTPRelay(Relay):
     def read_more(self):
         """Read once, while a response head is awaited; it collects in backend.buffer.
 
-        It does what move() does with a HeadScanner, in fewer steps.
+        It does what move() does with a HeadScanner, in fewer steps. Return True if there was a
+        byte.
         """
         try:
             data = self.backend.read()
@@ -6708,6 +6715,7 @@ class HTTPRelay(Relay):
                 self.gone_at = time.monotonic() + HALF_CLOSED_CLIENT
         elif data is not None:
             self.response_ended()
+        return bool(data)
 
     def finish_request(self):
         """Send the rest of the request: a tunnel begins after its body (docker exec)."""
