@@ -8673,6 +8673,23 @@ def test_burst_of_mixed_frames(masked, seed):
         assert scanner.between() and scanner.messages == messages
 
 
+@pytest.mark.parametrize("masked, extensions, limit", [
+    (False, False, 0), (True, False, 0), (False, True, 0), (True, True, 0), (True, False, 100)])
+def test_a_short_frame_read_alone(masked, extensions, limit):
+    """feed() takes it in one step: with the result of scan(), whatever its first two bytes are."""
+    for first, length, bit, more in itertools.product(
+            range(256), (0, 1, 4, 8, 125, 126, 127), (0, 0x80), (-1, 0, 1)):
+        header = 6 if bit else 2
+        data = (bytes((first, bit | length)) + bytes(4) + bytes(range(200)))[:header + length + more]
+        results = []
+        for take in wsgate.FrameScanner.feed, wsgate.FrameScanner.scan:
+            scanner = wsgate.FrameScanner(masked, extensions, limit, 0.0)
+            scanner.expect_pong(data[header:], 0.0)
+            passed = take(scanner, data, 1.0)
+            results.append((passed, [getattr(scanner, name) for name in scanner.__slots__]))
+        assert results[0] == results[1], data
+
+
 PINGING = "ping_interval = " + ini_ms(60)
 
 

@@ -6927,8 +6927,7 @@ class Tunnel(Relay):
                     wake = now
                 elif reader.move(now) and not (tls and reader.decrypted()):
                     continue
-                if self.settle(now):
-                    wake = now
+                wake = min(wake, self.settle(now))
             work += Turns.LARGE if reader.bulk else 1
             if work >= turns.patience or crowd.sparse:
                 turns.took(now, work)
@@ -6958,7 +6957,8 @@ class Tunnel(Relay):
     def settle(self, now):
         """Act on what flows and scanners have seen, then poll for what can move.
 
-        Return True if a timer may be due earlier than it was.
+        Return the time.monotonic() by which to check the timers: math.inf if none is due earlier
+        than it was.
         """
         up, down = self.up, self.down
         for flow in (up, down):
@@ -6970,10 +6970,12 @@ class Tunnel(Relay):
         if not (up.source_state is up.sink_state is down.source_state is down.sink_state is OPEN):
             self.settle_ends(now)
             if self.over:
-                return False
+                return math.inf
         idle = not (up.pending or down.pending or up.piped or down.piped or self.tls)
         if idle and self.polled and up.source_state is down.source_state is OPEN:
-            return self.deadline < math.inf or self.closed_both_ways()
+            if self.deadline < math.inf:
+                return self.deadline
+            return now + HALF_CLOSE if self.closed_both_ways() else math.inf
         self.polled = idle
         for reader, writer in ((up, down), (down, up)):
             stream, events = reader.source, 0
@@ -6987,11 +6989,14 @@ class Tunnel(Relay):
             fd = stream.sock.fileno()
             if self.interest.get(fd, 0) != events:
                 self.watch(fd, events)
-        return True
+        return now
 
     def settle_ends(self, now):
         """Act on sources and sinks that are not OPEN any more."""
         up, down = self.up, self.down
+        if self.complete():
+            self.over = True
+            return
         for flow, back in ((up, down), (down, up)):
             if flow.source_state is EOF and back.sink_state is BROKEN:
                 flow.source_state = RESET  # the same socket, whose error its writer has got
@@ -7017,8 +7022,18 @@ class Tunnel(Relay):
             self.deadline = min(self.deadline, now + LINGER)
         if flow.source_state is EOF and (tls or self.closed_both_ways()):
             back.end(b"", now)
-            self.over = self.over or (not tls and flow.sink_state is CLOSED
-                                      and back.sink_state is CLOSED)
+
+    def complete(self):
+        """Return True if nothing is left to do but to close both sockets, which sends FIN.
+
+        After both Close frames one FIN is enough, once all is written. Not under TLS, where
+        close_notify is to be sent first.
+        """
+        up, down = self.up, self.down
+        return (self.closed_both_ways() and EOF in (up.source_state, down.source_state)
+                and not (self.tls or up.pending or down.pending or up.piped or down.piped
+                         or RESET in (up.source_state, down.source_state)
+                         or BROKEN in (up.sink_state, down.sink_state)))
 
     def closed_both_ways(self):
         """Return True if a Close frame has passed each way (RFC 6455 7.1.4)."""
@@ -7201,7 +7216,9 @@ def close_frame(code, reason, masked):
 
 def apply_mask(payload, mask):
     """Mask or unmask a short payload (RFC 6455 5.3)."""
-    return bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
+    size = len(payload)
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(payload, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
 
 
 def frame_header(data, position=0):
@@ -7225,7 +7242,7 @@ def frame_header(data, position=0):
 
 def parse_close(payload):
     """Return (code, reason bytes) of a Close frame's payload (RFC 6455 7.1.5: 1005 if none)."""
-    code = struct.unpack_from("!H", payload)[0] if len(payload) > 1 else 1005
+    code = payload[0] << 8 | payload[1] if len(payload) > 1 else 1005
     return code, payload[2:]
 
 
@@ -7252,6 +7269,20 @@ def frame_kinds(reserved):
 FRAME_KINDS = {False: frame_kinds(0x70), True: frame_kinds(0)}
 
 
+def short_sizes(mask_bit):
+    """Return the size of the frame for each of the 256 second bytes.
+
+    0: the second byte does not tell it, or is invalid because of its mask bit.
+    """
+    sizes = [0] * 256
+    for second in range(mask_bit, mask_bit + 126):
+        sizes[second] = sum(frame_header(bytes((0x80, second)) + bytes(4)))
+    return sizes
+
+
+SHORT_SIZES = {mask_bit: short_sizes(mask_bit) for mask_bit in (0, 0x80)}
+
+
 class FrameScanner(Scanner):
     """Follows the frames of one direction and keeps no payload (RFC 6455 5.2).
 
@@ -7261,13 +7292,14 @@ class FrameScanner(Scanner):
     When the bytes are not frames, it gives up (lost) and they pass as they are.
     """
 
-    __slots__ = ("mask_bit", "kinds", "limit", "remaining", "partial", "partial_passed", "message",
-                 "messages", "last_data", "last_size", "last_header", "close", "lost", "too_big",
-                 "notable", "pings", "rtt")
+    __slots__ = ("mask_bit", "kinds", "short_sizes", "limit", "remaining", "partial",
+                 "partial_passed", "message", "messages", "last_data", "last_size", "last_header",
+                 "close", "lost", "too_big", "notable", "pings", "rtt")
 
     def __init__(self, masked, extensions, limit, now):
         self.mask_bit = 0x80 if masked else 0    # frames of a client are masked (RFC 6455 5.1)
         self.kinds = FRAME_KINDS[extensions]
+        self.short_sizes = SHORT_SIZES[self.mask_bit]
         self.limit = limit                       # max_message_size, 0 for none
         self.remaining = 0                       # bytes of the current frame still to come
         self.partial = b""                       # an incomplete header or control frame
@@ -7292,18 +7324,27 @@ class FrameScanner(Scanner):
     def feed(self, data, now):
         """Take the bytes of one read, return those that pass on."""
         if not (self.remaining or self.partial or self.message):
-            size = self.last_size
-            if len(data) == size:
+            size, last_size = len(data), self.last_size
+            if size == last_size:
                 if data.startswith(self.last_header):
                     self.messages += 1
                     self.last_data = now
                     return data
-            elif size > 0 and not len(data) % size:
-                count = len(data) // size
+            elif last_size > 0 and not size % last_size:
+                count = size // last_size
                 if self.count_alike(data, 0) == count:
                     self.messages += count
                     self.last_data = now
                     return data
+            if size > 1 and size == self.short_sizes[data[1]]:
+                kind = self.kinds[data[0]]
+                if kind == WHOLE_MESSAGE and not self.limit:
+                    self.messages += 1
+                    self.last_data = now
+                    self.last_size, self.last_header = size, data[:2]
+                    return data
+                if kind == CONTROL_FRAME:
+                    return data if self.take_control(data, size - (data[1] & 0x7F), now) else b""
         return self.scan(data, now)
 
     def count_alike(self, data, position):
