@@ -6861,40 +6861,34 @@ HALF_CLOSE = 10.0        # seconds of silence that one direction may last when t
 class Tunnel(Relay):
     """What a connection is after a 101: two Flows of frames, and a clock."""
 
-    __slots__ = ("gate", "record", "idle_timeout", "ping_interval", "ping_timeout", "ping_peers",
-                 "send_timeout", "wakeup", "seen_wakeup", "end_at", "deadline", "over",
-                 "rtt", "opened", "tls", "polled")
+    __slots__ = ("gate", "record", "location", "send_timeout", "wakeup", "seen_wakeup", "end_at",
+                 "deadline", "over", "rtt", "opened", "tls", "polled")
 
     def __init__(self, exchange, relay, head, scan, extensions):
         """relay: the HTTPRelay of the handshake, which this one continues."""
-        location, now = exchange.location, time.monotonic()
-        self.up, self.down = relay.up, relay.down
+        self.up, self.down = up, down = relay.up, relay.down
         self.poll, self.interest = relay.poll, relay.interest
-        for flow in (self.up, self.down):
-            flow.begin(FrameScanner(flow is self.up, extensions, location.max_message_size, now)
-                       if scan else UntilClose(), now)
-            flow.pinged = -math.inf
         self.gate = exchange.gate
         self.record = exchange.entry
-        self.idle_timeout = location.idle_timeout
-        self.ping_interval = location.ping_interval
-        self.ping_timeout = location.ping_timeout
-        self.ping_peers = location.ping_peers
+        self.location = location = exchange.location
         self.send_timeout = exchange.config.server.send_timeout
-        self.opened = now
+        self.opened = now = time.monotonic()
         self.end_at = math.inf       # when draining ends this tunnel
         self.deadline = math.inf     # when a tunnel that is ending is closed, whatever its peers do
         self.over = False
         self.rtt = None              # of the last pong, in seconds
-        self.tls = self.up.source.tls or self.down.source.tls
+        self.tls = up.source.tls or down.source.tls
         self.polled = False          # both peers are polled for bytes, and for nothing else
         self.wakeup = None           # the descriptor of seen_wakeup while it is polled
         self.seen_wakeup = self.gate.wakeup
-        self.down.pending += head
-        for flow in (self.up, self.down):  # bytes that came with the heads are the first
-            early, flow.source.buffer = flow.source.buffer, b""
-            if early:
-                flow.take(early, now)
+        down.pending += head
+        for flow in (up, down):
+            flow.begin(FrameScanner(flow is up, extensions, location.max_message_size, now)
+                       if scan else UntilClose(), now)
+            flow.pinged = -math.inf
+            if flow.source.buffer:   # bytes that came with the heads are the first
+                flow.take(flow.source.buffer, now)
+                flow.source.buffer = b""
 
     @property
     def last_byte(self):
@@ -6914,7 +6908,9 @@ class Tunnel(Relay):
             if flow.pending:
                 flow.flush(now)
         self.settle(now)
-        wake = now + min(QUIET, self.idle_timeout, self.send_timeout, self.ping_interval or QUIET)
+        location = self.location
+        wake = now + min(QUIET, location.idle_timeout, self.send_timeout,
+                         location.ping_interval or QUIET)
         if self.gate.state != "running":  # the wakeup was set before this tunnel knew it
             wake = self.on_wakeup(now)
         while not self.over:
@@ -6927,7 +6923,9 @@ class Tunnel(Relay):
                     wake = now
                 elif reader.move(now) and not (tls and reader.decrypted()):
                     continue
-                wake = min(wake, self.settle(now))
+                due = self.settle(now)
+                if due < wake:
+                    wake = due
             work += Turns.LARGE if reader.bulk else 1
             if work >= turns.patience or crowd.sparse:
                 turns.took(now, work)
@@ -6961,12 +6959,14 @@ class Tunnel(Relay):
         than it was.
         """
         up, down = self.up, self.down
-        for flow in (up, down):
-            if flow.bulk and flow.source.tls:
+        if self.tls:
+            for flow in (up, down):
                 while flow.decrypted():
                     flow.move(now)
-            if flow.scanner.notable:
-                self.on_scanner(flow, now)
+        if up.scanner.notable:
+            self.on_scanner(up, now)
+        if down.scanner.notable:
+            self.on_scanner(down, now)
         if not (up.source_state is up.sink_state is down.source_state is down.sink_state is OPEN):
             self.settle_ends(now)
             if self.over:
@@ -6980,7 +6980,7 @@ class Tunnel(Relay):
         for reader, writer in ((up, down), (down, up)):
             stream, events = reader.source, 0
             if reader.source_state is OPEN:
-                if not (reader.pending or reader.piped or reader.scanner.done):
+                if not (reader.pending or reader.piped):
                     events = stream.read_event
             elif writer.sink_state in (CLOSED, BROKEN):
                 events = None
@@ -7093,13 +7093,13 @@ class Tunnel(Relay):
                     flow.close_pipe()
                 else:
                     wake = min(wake, now + PIPE_KEEP)
-        if self.ping_interval:
+        if self.location.ping_interval:
             wake = min(wake, self.check_pings(now))
         return wake
 
     def check_ends(self, now):
         """Finish the tunnel if one of its times has come; return the next of them."""
-        up, down, limit = self.up, self.down, self.idle_timeout
+        up, down, limit = self.up, self.down, self.location.idle_timeout
         half_closed = (up.source_state is not OPEN or down.source_state is not OPEN
                        or self.closed_both_ways())
         if half_closed and isinstance(up.scanner, FrameScanner):  # else it is a way to use it
@@ -7124,7 +7124,7 @@ class Tunnel(Relay):
             return wake  # a peer that is closing need not reply
         for side, incoming, outgoing in (("client", self.up, self.down),
                                          ("backend", self.down, self.up)):
-            if self.ping_peers in ("both", side) and self.deadline == math.inf:
+            if self.location.ping_peers in ("both", side) and self.deadline == math.inf:
                 wake = min(wake, self.check_ping(incoming, outgoing, now))
         return min(wake, self.deadline)
 
@@ -7135,12 +7135,12 @@ class Tunnel(Relay):
                 or outgoing.sink_state is not OPEN):
             return math.inf
         if incoming.last_read < sent:
-            if now >= sent + self.ping_timeout:
+            if now >= sent + self.location.ping_timeout:
                 self.finish("ping_timeout", 1011, 1001, now)
-            return sent + self.ping_timeout
-        due = max(incoming.last_read, sent) + self.ping_interval
+            return sent + self.location.ping_timeout
+        due = max(incoming.last_read, sent) + self.location.ping_interval
         if incoming is self.down:
-            due += min(1.0, self.ping_interval / 4)  # the backend's turn is a little later
+            due += min(1.0, self.location.ping_interval / 4)  # the backend's turn is a little later
         if now < due:
             return due
         payload = os.urandom(8)
@@ -7150,7 +7150,7 @@ class Tunnel(Relay):
         outgoing.pinged = now
         if outgoing.writing():
             self.settle(now)
-        return now + min(self.ping_timeout, self.ping_interval)
+        return now + min(self.location.ping_timeout, self.location.ping_interval)
 
     def poll_wakeup(self):
         """Poll the gate's wakeup too, since the tunnel is quiet.
@@ -7324,18 +7324,19 @@ class FrameScanner(Scanner):
     def feed(self, data, now):
         """Take the bytes of one read, return those that pass on."""
         if not (self.remaining or self.partial or self.message):
-            size, last_size = len(data), self.last_size
-            if size == last_size:
+            last_size = self.last_size
+            if len(data) == last_size:
                 if data.startswith(self.last_header):
                     self.messages += 1
                     self.last_data = now
                     return data
-            elif last_size > 0 and not size % last_size:
-                count = size // last_size
+            elif last_size > 0 and not len(data) % last_size:
+                count = len(data) // last_size
                 if self.count_alike(data, 0) == count:
                     self.messages += count
                     self.last_data = now
                     return data
+            size = len(data)
             if size > 1 and size == self.short_sizes[data[1]]:
                 kind = self.kinds[data[0]]
                 if kind == WHOLE_MESSAGE and not self.limit:
