@@ -4492,15 +4492,19 @@ class Headers(list):
 
     def tokens(self, name):
         """Return the elements of a list field in lower case, in order (RFC 9110 5.6.1)."""
+        if name in self.lists:
+            return self.lists[name]
         values = self.index.get(name)
         if values is None:
             return ()
-        if name not in self.lists:
-            elements = values[0] if len(values) == 1 else b",".join(values)
-            self.lists[name] = [part for part in map(bytes.strip, elements.lower().split(b","))
-                                if part]
-            self.parts += len(self.lists[name])
-        return self.lists[name]
+        tokens = (values[0] if len(values) == 1 else b",".join(values)).lower().strip()
+        if b"," in tokens:
+            tokens = [part for part in map(bytes.strip, tokens.split(b",")) if part]
+        else:
+            tokens = [tokens] if tokens else []
+        self.lists[name] = tokens
+        self.parts += len(tokens)
+        return tokens
 
 
 def make_response(status, reason, body=b"", fields=(), close=True, head_only=False,
