@@ -3749,12 +3749,11 @@ PASSWORD = b"Authorization: Basic " + base64.b64encode(b"anna:secret")
 def test_a_connection_repeats_its_fields(tmp_path, fields):
     """The backend receives what it would if each request came on a connection of its own."""
     (tmp_path / "users").write_text(sha1_line("anna", b"secret"))
+    targets = b"/", b"/set/a?b", b"/user/", b"/prefix/a", b"/identity/", b"//x/identity/"
     requests = [request(method, target, *fields, **more)
-                for target in (b"/", b"/set/a?b", b"/user/", b"/prefix/a", b"/identity/",
-                               b"//x/identity/")
-                for method, more in ((b"GET", {}), (b"POST", {"body": b"x"}))]
-    requests += [raw.replace(b"HTTP/1.1", b"HTTP/1.0") for raw in requests[:5:2]]
-    random.Random(1).shuffle(requests)
+                for method, more in ((b"GET", {}), (b"POST", {"body": b"x"}))
+                for pair in itertools.product(targets, repeat=2) for target in pair]
+    requests += [raw.replace(b"HTTP/1.1", b"HTTP/1.0") for raw in requests[1:9:2]]
     with ScriptedBackend(show_head) as backend, ScriptedBackend(
             respond(ok(b"", b"X-Team: a"))) as service:
         ini = REPEATING % ((backend.where,) * 4 + (tmp_path / "users", backend.where,
@@ -3768,6 +3767,96 @@ def test_a_connection_repeats_its_fields(tmp_path, fields):
                     client = gate.connect()
             client.close()
             assert seen == [gate.fetch(raw, raw.split()[0]).body for raw in requests]
+
+
+def test_a_connection_repeats_its_head_after_a_reload(tmp_path):
+    """The user and the team that the old configuration has found are not those of the new one."""
+    (tmp_path / "users").write_text(sha1_line("anna", b"secret"))
+    with ScriptedBackend(show_head) as backend, ScriptedBackend(
+            respond(ok(b"", b"X-Team: a"))) as service:
+        new = ini_for(backend, "proxy_set_header = X-User: $remote_user")
+        old = new + "auth_basic_user_file = %s\nauth_request = http://%s/\n" % (
+            tmp_path / "users", service.where) + "auth_request_headers = X-Team\n"
+        with running(old, tmp_path) as gate:
+            client = gate.connect()
+            head = client.send(request(b"GET", b"/", PASSWORD)).response().body
+            assert b"X-User: anna\r\n" in head and b"X-Team: a\r\n" in head
+            reload(gate, new)
+            head = client.send(request(b"GET", b"/", PASSWORD)).response().body
+            assert b"X-User" not in head and b"X-Team" not in head
+            client.close()
+
+
+# What a head becomes for a client depends on the location and on the request.
+REPEATED = """\
+[server]
+set_real_ip_from = 127.0.0.1
+underscores_in_headers = on
+[location /]
+proxy_pass = http://%s
+[location /prefix/]
+proxy_pass = http://%s/app/
+[location /strip/]
+proxy_pass = http://%s/
+[location /off/]
+proxy_pass = http://%s
+proxy_redirect = off
+[location /set/]
+proxy_pass = http://%s
+add_header =
+    X-Path: $request_uri
+    Set-Cookie: a=$http_x_name
+    Location:
+[location /hide/]
+proxy_pass = http://%s
+add_header = Server: hidden
+"""
+
+
+@pytest.mark.parametrize("kept", ["proxy_keepalive = 60s", "proxy_keepalive = 0s"])
+@pytest.mark.parametrize("head", [
+    b"200 OK\r\nContent-Length: 0\r\nServer: x\r\nDate: Fri, 27 Nov 2026 00:00:00 GMT",
+    b"302 Found\r\nContent-Length: 2\r\nLocation: http://%s/app/a\r\nServer: x\r\nX-A: 1"
+    b"\r\nContent-Location: /outer/strip/",
+    b"200 OK\r\nTransfer-Encoding: chunked\r\nContent-Location: /app/b\r\nConnection: x-a\r\nX-A: 1",
+    b"304 Not Modified\r\nETag: 1\r\nX-Long: " + b"x" * 3000, b"426 Other\r\nUpgrade: a",
+    b"204 No Content\r\nConnection: close\r\nSet-Cookie: a=1"],
+    ids=["length", "redirect", "chunked", "long", "until close", "close"])
+def test_a_backend_repeats_its_head(tmp_path, head, kept):
+    """A client gets what it would if each response came on a connection of its own."""
+    def script(peer):
+        try:
+            while True:
+                method = read_request(peer)[0].split()[0]
+                raw = head.replace(b"%s", backend.where.encode())
+                body = b"2\r\nab\r\n0\r\n\r\n" if b"chunked" in head else b"ab" * (b": 2" in head)
+                peer.send(b"HTTP/1.1 " + raw + b"\r\n\r\n" + body * (method != b"HEAD"))
+                if b"close" in head or b"426" in head:
+                    peer.close()
+        except OSError:
+            pass
+
+    targets = b"/", b"/prefix/a", b"/strip/", b"/off/a", b"/set/a?b", b"/set/c", b"/hide/"
+    fields = (), (b"X-Name: n",), (b"X-Forwarded-Prefix: /outer",)
+    requests = [request(method, target, *lines) for target in targets
+                for method in (b"GET", b"HEAD") for lines in fields]
+    requests += [request(b"GET", target, *lines) for lines in fields for target in targets]
+    requests += [raw.replace(b"HTTP/1.1", version) for raw in requests[::5]
+                 for version in (b"HTTP/1.1", b"HTTP/1.0")]
+    with ScriptedBackend(script) as backend:
+        ini = REPEATED.replace("[server]", "[server]\n" + kept) % ((backend.where,) * 6)
+        with running(ini, tmp_path) as gate:
+            client, seen = gate.connect(), []
+            for raw in requests:
+                answer = client.send(raw).response(raw.split()[0])
+                seen.append((answer.head, answer.body))
+                if b"HTTP/1.0" in raw or b"426" in head:
+                    client.close()
+                    client = gate.connect()
+            client.close()
+            for raw, before in zip(requests, seen):
+                answer = gate.fetch(raw, raw.split()[0])
+                assert (answer.head, answer.body) == before, raw
 
 
 @pytest.mark.parametrize("fields", [

@@ -2812,7 +2812,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.client = None           # ClientInfo, once the connection has begun
         self.tunnel = None           # the Tunnel that the connection has become
         self.kept = None             # the Backend kept for the next request (proxy_keepalive)
-        self.last = None             # the last Request, if it is worth keeping
+        self.last_request = None     # a Request, if it is worth keeping
+        self.last_response = None    # a Response, likewise
         self.served = 0              # requests so far
         self.key = None              # of Connections.in_use: the address it is counted for
         self.limited = False         # max_connections_per_ip is reached
@@ -3070,7 +3071,7 @@ class Exchange:
                             "the request head did not arrive within client_header_timeout")
         except EOFError:
             raise ClientGone("client_gone")
-        last, self.connection.last = self.connection.last, None
+        last, self.connection.last_request = self.connection.last_request, None
         self.request = parse_request_head(head, last)
         self.request.id = self.entry.id
         self.entry.take_request(self.request)
@@ -3154,7 +3155,7 @@ class Exchange:
                 head = auth_request_head(self.request, location, self.client)
                 relay = HTTPRelay(self.stream, backend.stream)
                 relay.begin(head, NO_BODY, location, self.config.server)
-                response = relay.final_response(interim=False)
+                response = relay.final_response(False)
                 upstream.succeeded(backend)
             finally:
                 backend.close()
@@ -3263,7 +3264,7 @@ class Exchange:
             relay.begin(head, request.body(location.client_max_body_size), location,
                         self.config.server)
             try:
-                response = relay.final_response(interim=request.minor > 0)
+                response = relay.final_response(request.minor > 0, self.connection.last_response)
                 proxy.upstream.succeeded(self.backend)
                 proxy.upstream.remember_session(response, self.backend.server)
                 return relay, response
@@ -3291,10 +3292,11 @@ class Exchange:
             return LINGERING_CLOSE if framed else RESET_CLOSE
         finally:
             self.entry.up, self.entry.down = (0, relay.up.bytes), (0, relay.down.bytes)
+        small = response.fields.small(len(response.head))
+        self.connection.last_response = response if small else None
         if (keep and self.keepable and response.persistent
                 and not (body is NO_BODY and response.announces_body())
                 and relay.reusable()):
-            relay.last = response if response.fields.small(len(response.head)) else None
             self.backend.keep(self.location.proxy_keepalive, relay)
             self.connection.keep_backend(self.backend)
             self.backend = None
@@ -3332,6 +3334,7 @@ class Exchange:
             self.location.max_message_size or extensions_known(response))
         self.connection.tunnel = Tunnel(self, relay, head, scan, extensions_used(response))
         self.connection.keep_backend(None)  # no request follows
+        self.connection.last_response = None
         self.entry.tunnel_begins()
         return PLAIN_CLOSE
 
@@ -3397,7 +3400,7 @@ class Exchange:
             self.gate.connections.release(key)
         request = self.request
         if request is not None and request.fields.small(len(request.line) + len(request.block)):
-            self.connection.last = request
+            self.connection.last_request = request
         self.entry.write()
 
 
@@ -4399,7 +4402,8 @@ class Response:
 def parse_response_head(head, last=None):
     """Return a head, the bytes up to and including the empty line, as Response.
 
-    last: the last Response of the connection, if any: within a second, the same as often as not.
+    last: the last Response that the client has got, if any: when its request comes again within a
+    second, so do the same bytes, as often as not.
     Raise BackendError 502.
     """
     if last is not None and last.head == head:
@@ -6583,15 +6587,13 @@ class HTTPRelay(Relay):
     the next exchange begins with the same HTTPRelay.
     """
 
-    __slots__ = ("client", "backend", "location", "server", "head_since", "gone_at", "last",
-                 "collector")
+    __slots__ = ("client", "backend", "location", "server", "head_since", "gone_at", "collector")
 
     def __init__(self, client, backend):
         super().__init__(client, backend)
         self.client = client
         self.backend = backend
         self.collector = HeadScanner(backend)
-        self.last = None         # the last Response, if it is worth keeping
 
     def begin(self, head, body, location, server):
         """Begin an exchange. body: the scanner of the request body. server: the Settings."""
@@ -6642,15 +6644,16 @@ class HTTPRelay(Relay):
             return HTTPError(400, "bad_request", "request body: %s" % error)
         return BackendError(502, "backend_bad_response", "response body: %s" % error, sent=True)
 
-    def final_response(self, interim):
+    def final_response(self, interim, last=None):
         """Read heads up to the final one, return its Response. interim: pass 1xx to the client.
 
+        last: see parse_response_head.
         Raises BackendError, HTTPError, ClientGone.
         """
         try:
             self.up.flush(self.head_since)
             for _ in range(INTERIM_LIMIT + 1):
-                response = parse_response_head(self.response_head(), self.last)
+                response = parse_response_head(self.response_head(), last)
                 if response.status >= 200 or response.status == 101:
                     return response
                 self.head_since = time.monotonic()
