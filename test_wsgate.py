@@ -3818,7 +3818,8 @@ add_header = Server: hidden
     b"200 OK\r\nContent-Length: 0\r\nServer: x\r\nDate: Fri, 27 Nov 2026 00:00:00 GMT",
     b"302 Found\r\nContent-Length: 2\r\nLocation: http://%s/app/a\r\nServer: x\r\nX-A: 1"
     b"\r\nContent-Location: /outer/strip/",
-    b"200 OK\r\nTransfer-Encoding: chunked\r\nContent-Location: /app/b\r\nConnection: x-a\r\nX-A: 1",
+    b"200 OK\r\nTransfer-Encoding: chunked\r\nContent-Location: /app/b\r\nConnection: x-a"
+    b"\r\nX-A: 1",
     b"304 Not Modified\r\nETag: 1\r\nX-Long: " + b"x" * 3000, b"426 Other\r\nUpgrade: a",
     b"204 No Content\r\nConnection: close\r\nSet-Cookie: a=1"],
     ids=["length", "redirect", "chunked", "long", "until close", "close"])
@@ -8769,7 +8770,8 @@ def test_a_short_frame_read_alone(masked, extensions, limit):
     for first, length, bit, more in itertools.product(
             range(256), (0, 1, 4, 8, 125, 126, 127), (0, 0x80), (-1, 0, 1)):
         header = 6 if bit else 2
-        data = (bytes((first, bit | length)) + bytes(4) + bytes(range(200)))[:header + length + more]
+        data = bytes((first, bit | length)) + bytes(4) + bytes(range(200))
+        data = data[:header + length + more]
         results = []
         for take in wsgate.FrameScanner.feed, wsgate.FrameScanner.scan:
             scanner = wsgate.FrameScanner(masked, extensions, limit, 0.0)

@@ -25,6 +25,7 @@ The file reads from top to bottom as a connection lives:
     Fairness              Turns.took: a thread that takes more than its share gives way
     TLS                   certificate_store for clients, backend_context for backends
     HTTP/1.1 messages     read_head, parse_request_head, parse_response_head, make_response
+    HTTP/1.1 fields       parse_fields, Headers
     HTTP/1.1 bodies       Scanner, the interface of what looks at relayed bytes; ChunkedBody
     Routing               read_path, Config.locations_of, Location.rewrite
     Access control        check_address, check_origin, check_password
@@ -4442,6 +4443,54 @@ def response_framing(fields, minor):
     return length, False
 
 
+def make_response(status, reason, body=b"", fields=(), close=True, head_only=False,
+                  content_type=b"text/plain"):
+    """Return a response of wsgate's own as bytes. reason: word of X-Wsgate-Reason, or None."""
+    lines = [b"HTTP/1.1 %d %s" % (status, reason_phrase(status).encode())]
+    lines += [b"%s: %s" % pair for pair in fields]
+    given = {name.lower() for name, _ in fields}  # add_header
+    if b"date" not in given:
+        lines.append(b"Date: " + email.utils.formatdate(usegmt=True).encode())
+    if reason:
+        lines.append(b"X-Wsgate-Reason: " + reason.encode())
+        body = body or ("%d %s: %s\n" % (status, reason_phrase(status), reason)).encode()
+    bodyless = status in (204, 304)
+    if not bodyless:
+        if b"content-type" not in given:
+            lines.append(b"Content-Type: %s; charset=utf-8" % content_type)
+        lines.append(b"Content-Length: %d" % len(body))
+    if close:
+        options = b"close, upgrade" if status == 426 else b"close"  # RFC 9110 7.8
+        lines.append(b"Connection: " + options)
+    return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only or bodyless else body)
+
+
+def reason_phrase(status):
+    """Return the phrase of a status: 'Not Found' for 404."""
+    try:
+        return http.HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"
+
+
+def printable(data):
+    """Return bytes or text of a peer as text that is safe in a log line and within its quotes."""
+    text = data.decode("latin-1") if isinstance(data, bytes) else data
+    if PLAIN.fullmatch(text):
+        return text
+    return "".join(map(escaped, text))
+
+
+def escaped(char):
+    """Return a character, or \\xNN or \\uNNNN for one that is not safe in a log."""
+    if " " <= char <= "~" and char not in '"\\':
+        return char
+    return "\\x%02x" % ord(char) if ord(char) < 256 else "\\u%04x" % ord(char)
+
+
+# ------------------------------------ HTTP/1.1 fields (RFC 9110 5, RFC 9112 5)
+
+
 def parse_fields(block):
     """Return the lines between start line and empty line as Headers; raise ValueError."""
     if not FIELD_LINES.fullmatch(block):
@@ -4509,51 +4558,6 @@ class Headers(list):
         self.lists[name] = tokens
         self.parts += len(tokens)
         return tokens
-
-
-def make_response(status, reason, body=b"", fields=(), close=True, head_only=False,
-                  content_type=b"text/plain"):
-    """Return a response of wsgate's own as bytes. reason: word of X-Wsgate-Reason, or None."""
-    lines = [b"HTTP/1.1 %d %s" % (status, reason_phrase(status).encode())]
-    lines += [b"%s: %s" % pair for pair in fields]
-    given = {name.lower() for name, _ in fields}  # add_header
-    if b"date" not in given:
-        lines.append(b"Date: " + email.utils.formatdate(usegmt=True).encode())
-    if reason:
-        lines.append(b"X-Wsgate-Reason: " + reason.encode())
-        body = body or ("%d %s: %s\n" % (status, reason_phrase(status), reason)).encode()
-    bodyless = status in (204, 304)
-    if not bodyless:
-        if b"content-type" not in given:
-            lines.append(b"Content-Type: %s; charset=utf-8" % content_type)
-        lines.append(b"Content-Length: %d" % len(body))
-    if close:
-        options = b"close, upgrade" if status == 426 else b"close"  # RFC 9110 7.8
-        lines.append(b"Connection: " + options)
-    return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only or bodyless else body)
-
-
-def reason_phrase(status):
-    """Return the phrase of a status: 'Not Found' for 404."""
-    try:
-        return http.HTTPStatus(status).phrase
-    except ValueError:
-        return "Unknown"
-
-
-def printable(data):
-    """Return bytes or text of a peer as text that is safe in a log line and within its quotes."""
-    text = data.decode("latin-1") if isinstance(data, bytes) else data
-    if PLAIN.fullmatch(text):
-        return text
-    return "".join(map(escaped, text))
-
-
-def escaped(char):
-    """Return a character, or \\xNN or \\uNNNN for one that is not safe in a log."""
-    if " " <= char <= "~" and char not in '"\\':
-        return char
-    return "\\x%02x" % ord(char) if ord(char) < 256 else "\\u%04x" % ord(char)
 
 
 # ---------------------------------------------- HTTP/1.1 bodies (RFC 9112 6, 7)
@@ -5953,8 +5957,8 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
 
     keep: whether the connection stays. added: (name, value) of the fields of added_fields.
     """
-    made_for = (location, location.proxy_for(upgrade).redirects,
-                b",".join(request.fields.get_all(b"x-forwarded-prefix")), request.minor, keep, added)
+    prefix = b",".join(request.fields.get_all(b"x-forwarded-prefix"))
+    made_for = (location, location.proxy_for(upgrade).redirects, prefix, request.minor, keep, added)
     if response.for_client is None or response.for_client[0] != made_for:
         response.for_client = made_for, b"".join(lines_for_client(response, *made_for))
     return response.for_client[1]
