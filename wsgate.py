@@ -6915,18 +6915,12 @@ class Tunnel(Relay):
         turns, crowd = up.source.turns, Turns.crowd
         work = 0  # that turns.took() does not know yet
         now = monotonic()
-        for flow in (up, down):
-            if flow.pending:
-                flow.flush(now)
-        self.settle(now)
-        location = self.location
-        wake = now + min(QUIET, location.idle_timeout, self.send_timeout,
-                         location.ping_interval or QUIET)
-        if self.gate.state != "running":  # the wakeup was set before this tunnel knew it
-            wake = self.on_wakeup(now)
+        wake = self.begin(now)
+        answer = {up: [(down.source.fileno(), POLLIN)], down: [(client, POLLIN)]}
+        expected = None  # events, if they need not be polled for
         while not self.over:
-            events = poll((wake - now) * 1000 if wake > now else 0)
-            before, now = now, monotonic()
+            events = expected or poll((wake - now) * 1000 if wake > now else 0)
+            before, now, last, expected = now, monotonic(), reader, None
             for fd, event in events:
                 reader = up if fd == client else down
                 if event != POLLIN or fd == self.wakeup or not (self.polled or reader.reading()):
@@ -6939,13 +6933,26 @@ class Tunnel(Relay):
                     wake = due
             work += Turns.LARGE if reader.bulk else 1
             if work >= turns.patience or crowd.sparse:
-                turns.took(now, work)
-                work = 0
+                gave_way, work = turns.took(now, work), 0
+                # Where each side answers the other, the answer came in the meantime.
+                if gave_way and reader is not last and reader.last_read == now and self.polled:
+                    expected = answer[reader]
             if now >= wake or not events:
                 wake = min(self.check_timers(now), now + LONGEST_POLL)
             elif self.wakeup is not None and now - before < QUIET / 10:
                 self.ignore_wakeup()
                 wake = min(wake, now + QUIET)
+
+    def begin(self, now):
+        """Send the 101 and what came with the heads. Return when to check the timers."""
+        for flow in (self.up, self.down):
+            if flow.pending:
+                flow.flush(now)
+        self.settle(now)
+        if self.gate.state != "running":  # the wakeup was set before this tunnel knew it
+            return self.on_wakeup(now)
+        return now + min(QUIET, self.location.idle_timeout, self.send_timeout,
+                         self.location.ping_interval or QUIET)
 
     def on_event(self, fd, event, now):
         """Take an event that is not just plain bytes to be read."""
