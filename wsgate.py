@@ -6919,8 +6919,11 @@ class Tunnel(Relay):
         answer = {up: [(down.source.fileno(), POLLIN)], down: [(client, POLLIN)]}
         expected = None  # events, if they need not be polled for
         while not self.over:
-            events = expected or poll((wake - now) * 1000 if wake > now else 0)
-            before, now, last, expected = now, monotonic(), reader, None
+            if expected:
+                events, expected = expected, None
+            else:
+                events = poll((wake - now) * 1000 if wake > now else 0)
+            before, now = now, monotonic()
             for fd, event in events:
                 reader = up if fd == client else down
                 if event != POLLIN or fd == self.wakeup or not (self.polled or reader.reading()):
@@ -6933,10 +6936,11 @@ class Tunnel(Relay):
                     wake = due
             work += Turns.LARGE if reader.bulk else 1
             if work >= turns.patience or crowd.sparse:
-                gave_way, work = turns.took(now, work), 0
-                # Where each side answers the other, the answer came in the meantime.
-                if gave_way and reader is not last and reader.last_read == now and self.polled:
+                # Where each side answers the other, the answer comes while others have their turn.
+                if (turns.took(now, work) and self.polled and now == reader.last_read
+                        and before == (down if reader is up else up).last_read):
                     expected = answer[reader]
+                work = 0
             if now >= wake or not events:
                 wake = min(self.check_timers(now), now + LONGEST_POLL)
             elif self.wakeup is not None and now - before < QUIET / 10:
