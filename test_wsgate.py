@@ -3889,6 +3889,29 @@ def test_memory_of_idle_connections(tmp_path, fields):
 KEPT = "proxy_keepalive = 60s"
 
 
+def test_a_repeated_head_that_arrives_in_two_parts(tmp_path):
+    head, rest = ok(b"", b"X-Long: " + b"x" * 200), threading.Event()
+
+    def script(peer):
+        read_request(peer)
+        peer.send(head)
+        read_request(peer)
+        peer.send(b"HTTP/1.1 103 Early Hints\r\n\r\n", head[:150])
+        assert rest.wait(5000 * MS)
+        peer.send(head[150:])
+        read_request(peer)
+        peer.send(b"HTTP/1.1 204 No Content\r\n\r\n")  # shorter than the first part
+
+    with gate_and_backend(tmp_path, script, KEPT) as (gate, _):
+        client = gate.connect().send(request())
+        assert client.response().status == 200
+        assert client.send(request()).head().startswith(b"HTTP/1.1 103 ")  # so the part is read
+        rest.set()
+        assert client.response().status == 200
+        assert client.send(request()).response().status == 204
+        client.close()
+
+
 def test_backend_connections_are_not_kept_by_default(tmp_path):
     with gate_and_backend(tmp_path, None) as (gate, backend):
         client = gate.connect()

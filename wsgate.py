@@ -3065,20 +3065,27 @@ class Exchange:
         if self.connection.listen.ssl and not self.stream.tls:
             raise HTTPError(400, "http_on_tls_port",
                             "this port requires TLS: use https:// or wss://")
-        try:
-            head = read_head(self.stream, self.config.server.client_header_size, deadline)
-        except TimedOut:
-            raise HTTPError(408, "header_timeout",
-                            "the request head did not arrive within client_header_timeout")
-        except EOFError:
-            raise ClientGone("client_gone")
         last, self.connection.last_request = self.connection.last_request, None
+        if last and self.stream.buffer == last.head:  # the usual case of a client that polls
+            head, self.stream.buffer = last.head, b""
+        else:
+            head = self.read_head(deadline)
         self.request = parse_request_head(head, last)
         self.request.id = self.entry.id
         self.entry.take_request(self.request)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s request from %s:\n%s", self.entry.id, self.client.address,
                       show_head(self.request))
+
+    def read_head(self, deadline):
+        """Return the next request head as bytes."""
+        try:
+            return read_head(self.stream, self.config.server.client_header_size, deadline)
+        except TimedOut:
+            raise HTTPError(408, "header_timeout",
+                            "the request head did not arrive within client_header_timeout")
+        except EOFError:
+            raise ClientGone("client_gone")
 
     def admit(self):
         """Check what may refuse any request; find the address of the real client.
@@ -3400,7 +3407,7 @@ class Exchange:
         for key in self.keys:
             self.gate.connections.release(key)
         request = self.request
-        if request is not None and request.fields.small(len(request.line) + len(request.block)):
+        if request is not None and request.fields.small(len(request.head)):
             self.connection.last_request = request
         self.entry.write()
 
@@ -4222,12 +4229,12 @@ class Request:
     may have received it. id: of the access log. user: after Basic
     authentication. identity: lines for the backend, from the response of auth_request. known:
     {name: values} of $http_NAME that are from there, never from the client. withheld:
-    names of fields, as cgi_name() makes them, that the backend does not get. line, block: the
-    request line and the field lines, bytes. guards: (Config, what its locations_of() returned), or
+    names of fields, as cgi_name() makes them, that the backend does not get. head, block: all
+    of it and the field lines, bytes. guards: (Config, what its locations_of() returned), or
     None. for_backend: what fields_for_backend() has made of the field lines, or None.
     """
 
-    __slots__ = ("line", "method", "target", "path", "paths", "minor", "block", "fields", "host",
+    __slots__ = ("head", "method", "target", "path", "paths", "minor", "block", "fields", "host",
                  "authority", "length", "chunked", "attempts_upgrade", "persistent", "repeatable",
                  "id", "user", "identity", "known", "withheld", "guards", "for_backend")
 
@@ -4280,12 +4287,12 @@ def parse_request_head(head, last=None):
     last: the last Request of the connection, if any. Most clients repeat their field lines, some
     the whole head, and the same bytes are not parsed twice.
     """
-    line, _, block = head[:-2].partition(b"\r\n")
-    if last is not None and last.line == line and last.block == block:
+    if last is not None and last.head == head:
         last.begin()
         return last
+    line, _, block = head[:-2].partition(b"\r\n")
     request = Request()
-    request.line = line
+    request.head = head
     request.method, target, request.minor = parse_request_line(line)
     if last is not None and last.block == block and last.minor == request.minor:
         request.copy_block(last)
@@ -4400,15 +4407,11 @@ class Response:
         return UntilClose() if self.length is None else LengthBody(self.length)
 
 
-def parse_response_head(head, last=None):
+def parse_response_head(head):
     """Return a head, the bytes up to and including the empty line, as Response.
 
-    last: the last Response that the client has got, if any: when its request comes again within a
-    second, so do the same bytes, as often as not.
     Raise BackendError 502.
     """
-    if last is not None and last.head == head:
-        return last
     response = Response()
     response.head, response.for_client = head, None
     if head.count(b"\n") != head.count(b"\r\n"):
@@ -6651,13 +6654,15 @@ class HTTPRelay(Relay):
     def final_response(self, interim, last=None):
         """Read heads up to the final one, return its Response. interim: pass 1xx to the client.
 
-        last: see parse_response_head.
+        last: the last Response that the client has got, if any. When its request comes again within
+        a second, so do the same bytes, as often as not: they are not parsed twice.
+
         Raises BackendError, HTTPError, ClientGone.
         """
         try:
             self.up.flush(self.head_since)
             for _ in range(INTERIM_LIMIT + 1):
-                response = parse_response_head(self.response_head(), last)
+                response = self.response(last)
                 if response.status >= 200 or response.status == 101:
                     return response
                 self.head_since = time.monotonic()
@@ -6678,13 +6683,17 @@ class HTTPRelay(Relay):
         self.down.pending += b"\r\n".join(lines) + b"\r\n\r\n"
         self.down.flush(time.monotonic())
 
-    def response_head(self):
-        """Wait for a response head while the request body goes up; return its bytes."""
+    def response(self, last):
+        """Wait for a response head while the request body goes up; return the Response."""
         while True:
-            if self.backend.buffer:
+            data = self.backend.buffer
+            if last and data.startswith(last.head):
+                self.backend.buffer, self.backend.scanned = data[len(last.head):], 0
+                return last
+            if data:
                 head = take_response_head(self.backend, self.server.client_header_size)
                 if head is not None:
-                    return head
+                    return parse_response_head(head)
             up = self.up
             if up.scanner.done and not (up.pending or up.piped or self.down.pending):
                 self.await_response()
