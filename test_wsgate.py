@@ -646,6 +646,19 @@ def fill(peer, block=b"x" * 65536, most=64 << 20):
     return sent
 
 
+def fill_to_the_last_byte(sock):
+    """The same for a non-blocking socket, which then takes no small frame either."""
+    sent = refused = 0
+    while refused < 20:
+        try:
+            sent += sock.send(bytes(1 << 16))
+            refused = 0
+        except BlockingIOError:
+            refused += 1
+            time.sleep(5 * MS)
+    return sent
+
+
 def receives(peer, count):
     """Return whether this many bytes arrive."""
     count -= len(peer.buffer)
@@ -4849,6 +4862,24 @@ def test_close_notify_of_tunnels(tmp_path, tls):
             assert seen == [(8, struct.pack("!H", 1001) + b"idle_timeout"), b""]
 
 
+def test_close_notify_after_both_closes(tmp_path, tls):
+    """A plain connection is just closed then."""
+    with ScriptedBackend() as backend:
+        ini = tls_ini(tls, "proxy_pass = http://" + backend.where)
+        with running(ini, tmp_path) as gate:
+            peer = tls_connect(gate, tls).send(handshake())
+            server = backend.connection()
+            server.head()
+            server.send(switching())
+            assert peer.response().status == 101
+            peer.send(frame(8, b"\x03\xe8", b"abcd"))
+            server.send(frame(8, b"\x03\xe8"))
+            assert read_frame(server) == read_frame(peer) == (8, b"\x03\xe8")
+            server.close()
+            assert peer.sock.recv(1) == b""  # without a close_notify this raises
+            peer.close()
+
+
 def test_a_subject_cannot_end_its_field():
     subject = ((("commonName", "me\r\nX-Real-IP: 1.2.3.4\x7f"),),)
     assert wsgate.distinguished_name({"subject": subject}) == "CN=me\\0D\\0AX-Real-IP: 1.2.3.4\\7F"
@@ -8813,14 +8844,8 @@ def test_a_ping_that_cannot_be_written_at_once(tmp_path):
              "ping_peers = backend")
     with gate_and_backend(tmp_path, None, *lines) as (gate, backend):
         client, server = gate.tunnel(backend)
-        flow, sent, refused = gate.gate.connections.tunnels()[0].up, 0, 0
-        while refused < 20:  # fill the socket, without the tunnel
-            try:
-                sent += flow.sink.sock.send(bytes(1 << 16))
-                refused = 0
-            except BlockingIOError:
-                refused += 1
-                time.sleep(5 * MS)
+        flow = gate.gate.connections.tunnels()[0].up
+        sent = fill_to_the_last_byte(flow.sink.sock)  # without the tunnel
         eventually(flow.writing)
         server.read(sent)
         server.send(frame(10, read_ping(server, True)))
@@ -9022,15 +9047,46 @@ def test_close_and_counters_in_the_log(tmp_path, who, code):
         assert ending in line_of(gate, client)
 
 
-def test_sockets_close_after_both_closes(tmp_path, constants):
+@pytest.mark.parametrize("quiet", [False, True])
+def test_sockets_close_after_both_closes(tmp_path, constants, quiet):
+    """Also if no timer was due for a long time."""
     constants(HALF_CLOSE=100 * MS)
     with tunnel(tmp_path) as (gate, client, server):
+        if quiet:
+            eventually(lambda: gate.gate.connections.tunnels()[0].wakeup)
+        assert not quiet or client.silent(60 * MS)  # each pause longer than QUIET / 10
+        client.send(frame(8, b"\x03\xe8", b"abcd"))
+        assert read_frame(server) == (8, b"\x03\xe8")
+        assert not quiet or client.silent(60 * MS)
         with takes(100, 1200):
-            client.send(frame(8, b"\x03\xe8", b"abcd"))
-            assert read_frame(server) == (8, b"\x03\xe8")
             server.send(frame(8, b"\x03\xe8"))
             assert read_frame(client) == (8, b"\x03\xe8")
             assert client.rest() == b"" and server.rest() == b""
+
+
+@pytest.mark.parametrize("first", ["client", "backend"])
+def test_both_closes_and_one_fin_end_a_tunnel(tmp_path, first):
+    with tunnel(tmp_path) as (gate, client, server):
+        client.send(frame(8, b"\x03\xe8", b"abcd"))
+        server.send(frame(8, b"\x03\xe8"))
+        assert read_frame(server) == read_frame(client) == (8, b"\x03\xe8")
+        (client if first == "client" else server).finish()
+        eventually(lambda: not gate.gate.connections.tunnels(), within=2000 * MS)
+        assert client.rest() == server.rest() == b""
+
+
+def test_both_closes_and_a_fin_before_a_close_is_written(tmp_path):
+    with tunnel(tmp_path) as (gate, client, server):
+        flow = gate.gate.connections.tunnels()[0].up
+        filled = fill_to_the_last_byte(flow.sink.sock)  # without the tunnel
+        client.send(frame(8, b"\x03\xe8", b"abcd"))
+        eventually(flow.writing)
+        server.send(frame(8, b"\x03\xe8"))
+        server.finish()
+        assert read_frame(client) == (8, b"\x03\xe8") and client.rest() == b""
+        server.read(filled)
+        assert read_frame(server) == (8, b"\x03\xe8") and server.rest() == b""
+        eventually(lambda: not gate.gate.connections.tunnels(), within=2000 * MS)
 
 
 @pytest.mark.parametrize("who", ["client", "backend"])

@@ -7025,7 +7025,7 @@ class Tunnel(Relay):
     def settle_ends(self, now):
         """Act on sources and sinks that are not OPEN any more."""
         up, down = self.up, self.down
-        if self.complete():
+        if self.complete():  # nearly always
             self.over = True
             return
         for flow, back in ((up, down), (down, up)):
@@ -7041,7 +7041,7 @@ class Tunnel(Relay):
                 self.deadline = min(self.deadline, now + LINGER)
         ended = [flow.source_state is not OPEN and flow.sink_state in (CLOSED, BROKEN)
                  for flow in (up, down)]
-        self.over = self.over or all(ended)
+        self.over = self.over or all(ended) or self.complete()
 
     def on_source_end(self, flow, back, now):
         """A peer has ended its direction, or broken off: pass that on after its bytes."""
@@ -7061,10 +7061,10 @@ class Tunnel(Relay):
         close_notify is to be sent first.
         """
         up, down = self.up, self.down
-        return (self.closed_both_ways() and EOF in (up.source_state, down.source_state)
-                and not (self.tls or up.pending or down.pending or up.piped or down.piped
-                         or RESET in (up.source_state, down.source_state)
-                         or BROKEN in (up.sink_state, down.sink_state)))
+        states = up.source_state, up.sink_state, down.source_state, down.sink_state
+        return (EOF in states and not (RESET in states or BROKEN in states)
+                and not (up.pending or down.pending or up.piped or down.piped or self.tls)
+                and self.closed_both_ways())
 
     def closed_both_ways(self):
         """Return True if a Close frame has passed each way (RFC 6455 7.1.4)."""
