@@ -4510,7 +4510,7 @@ def parse_fields(block):
 class Headers(list):
     """Header fields in their order, as (name, value) pairs of bytes, found in any case.
 
-    index: {lower-case name: [value]}. parts: how many field lines, and elements of lists in them
+    index: {lower-case name: its values}. parts: how many field lines, and elements of lists in them
     that were looked at. Made by parse_fields.
     """
 
@@ -4525,13 +4525,12 @@ class Headers(list):
         list.__init__(self, pairs)
         self.lists = {}  # what tokens() has returned, by name
         self.parts = len(self)
-        self.index = index = {}
-        for name, value in pairs:
-            name = name.lower()
-            if name in index:
-                index[name].append(value)
-            else:
-                index[name] = [value]
+        names, values = zip(*pairs) if pairs else ((), ())
+        self.index = index = dict(zip(map(bytes.lower, names), zip(values)))
+        if len(index) < len(pairs):  # a name more than once
+            index.clear()
+            for name, value in pairs:
+                index.setdefault(name.lower(), []).append(value)
 
     def get_all(self, name):
         """Return the values of all fields of this lower-case name, in order."""
