@@ -4385,12 +4385,13 @@ def parse_length(values):
 class Response:
     """A parsed response head. length: of the body, None if it is chunked or not known.
 
-    persistent: the backend takes another request after it (RFC 9112 9.3, 6.3). head: the bytes.
-    for_client: (what it was made for, head for the client) by response_head_for_client(), or None.
+    persistent: the backend takes another request after it (RFC 9112 9.3, 6.3). head, block: all of
+    it and the field lines, bytes. for_client: (what it was made for, the head for the client) by
+    response_head_for_client(), or None.
     """
 
-    __slots__ = ("head", "status", "reason", "minor", "fields", "chunked", "length", "persistent",
-                 "for_client")
+    __slots__ = ("head", "block", "status", "reason", "minor", "fields", "chunked", "length",
+                 "persistent", "for_client")
 
     def announces_body(self):
         """Return True if its fields have a length. Some servers send such a body even where there
@@ -4416,14 +4417,14 @@ def parse_response_head(head):
     response.head, response.for_client = head, None
     if head.count(b"\n") != head.count(b"\r\n"):
         head = re.sub(br"\r?\n", b"\r\n", head)
-    line, _, block = head[:-2].partition(b"\r\n")
+    line, _, response.block = head[:-2].partition(b"\r\n")
     match = STATUS_LINE.fullmatch(line)
     try:
         if not match or match.group(1) != b"1":
             raise ValueError("invalid status line %s" % printable(line[:80]))
         _, minor, status, reason = match.groups()
         response.minor, response.status, response.reason = int(minor), int(status), reason or b""
-        response.fields = fields = parse_fields(block)
+        response.fields = fields = parse_fields(response.block)
         response.length, response.chunked = response_framing(fields, response.minor)
     except ValueError as error:
         raise BackendError(502, "backend_bad_response", str(error), sent=True, retry=False)
@@ -4802,7 +4803,7 @@ class Location(Settings):
                       or passwords or auth),
             auth_withheld=(withheld | AUTH_REQUEST_FIELDS) - CREDENTIALS,
             response_withheld=response_withheld,
-            response_examined=response_withheld | REDIRECT_FIELDS | {b"content-length"})
+            response_examined=response_withheld | REDIRECT_FIELDS)
 
     def proxy_for(self, upgrade):
         """Return the ProxyPass for a request with this Upgrade (or None), None for `return`."""
@@ -5966,6 +5967,23 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
     return response.for_client[1]
 
 
+def examined_lines(fields, location, redirects, prefix, unsized):
+    """Return the fields of a response for the client, as lines. unsized: it has no length."""
+    examined, listed, lines = location.response_examined, connection_options(fields), []
+    for name, value in fields:
+        lower = name.lower()
+        if lower in examined:
+            if lower in location.response_withheld:
+                continue
+            if redirects and lower in REDIRECT_FIELDS:
+                value = redirects.rewrite_field(lower, value, prefix)
+        elif ((lower in listed and lower not in PROTECTED_FIELDS)
+              or (unsized and lower == b"content-length")):
+            continue
+        lines.append(b"%s: %s\r\n" % (name, value))
+    return lines
+
+
 def lines_for_client(response, location, redirects, prefix, minor, keep, added):
     """Return the lines of response_head_for_client().
 
@@ -5976,16 +5994,10 @@ def lines_for_client(response, location, redirects, prefix, minor, keep, added):
     examined, listed = location.response_examined, connection_options(fields)
     unsized = response.chunked or status < 200 or status == 204
     lines = [b"HTTP/1.1 %d %s\r\n" % (status, response.reason)]
-    for name, value in fields:
-        lower = name.lower()
-        if lower in examined:
-            if lower in location.response_withheld or (unsized and lower == b"content-length"):
-                continue
-            if redirects and lower in REDIRECT_FIELDS:
-                value = redirects.rewrite_field(lower, value, prefix)
-        elif lower in listed and lower not in PROTECTED_FIELDS:
-            continue
-        lines.append(b"%s: %s\r\n" % (name, value))
+    if not listed and not unsized and examined.isdisjoint(fields.index):
+        lines.append(response.block)  # the usual case: all lines pass as they are
+    else:
+        lines += examined_lines(fields, location, redirects, prefix, unsized)
     for pair in added:
         lines.append(b"%s: %s\r\n" % pair)
     if response.chunked and minor and status >= 200 and status != 204:
