@@ -2655,19 +2655,20 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             with contextlib.suppress(OSError):  # it has ended
                 self.recent.popleft().shutdown(socket.SHUT_RDWR)
 
-    def finish_request(self, request, client_address):
-        """Serve a connection as socketserver does, but not from the __init__() of the handler.
+    def process_request_thread(self, request, client_address):
+        """Serve a connection, in its thread, as socketserver does, but with fewer calls.
 
-        That would take one more level of the C stack, and so a page of memory for each tunnel.
+        The __init__() of the handler, which calls the others there, would take one more level of
+        the C stack, and so a page of memory for each tunnel. The handlers close the connection.
         """
         handler = self.RequestHandlerClass.__new__(self.RequestHandlerClass)
         handler.request, handler.client_address, handler.server = request, client_address, self
-        handler.setup()
-        handler.handle()
-
-    def shutdown_request(self, request):
-        """Do nothing more than close: the handlers have ended the connection as it must be."""
-        self.close_request(request)
+        try:
+            handler.setup()
+            handler.handle()
+        except Exception:
+            self.handle_error(request, client_address)
+            self.close_request(request)
 
     def handle_error(self, request, client_address):
         log.exception("internal error on a connection from %s", client_address)
@@ -2735,11 +2736,6 @@ class Workers:
         self.lock = threading.Lock()
         self.busy = 0   # threads that have a connection, or are about to; guarded by lock
 
-    def count(self, change):
-        """Add to the number of busy threads."""
-        with self.lock:
-            self.busy += change
-
     def run(self, *job):
         """Let a thread serve a connection, job = (Listener, socket, address).
 
@@ -2752,7 +2748,8 @@ class Workers:
         else:
             worker[1] = job
             worker[0].release()
-        self.count(1)
+        with self.lock:
+            self.busy += 1
 
     def work(self, listener, request, address):
         """Serve this connection and those that follow, until none comes within KEEP."""
@@ -2760,7 +2757,8 @@ class Workers:
         worker[0].acquire()
         while True:
             listener.process_request_thread(request, address)
-            self.count(-1)
+            with self.lock:
+                self.busy -= 1
             worker[1] = listener = request = address = None
             self.idle.append(worker)
             if not worker[0].acquire(timeout=self.KEEP):
@@ -2809,7 +2807,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Set the attributes; socketserver calls this before handle()."""
         self.gate = self.server.gate
         self.listen, self.certificates = self.server.listen, self.gate.config.certificates
-        self.stream = Stream(self.request)
+        self.stream = Stream(self.request, Turns())
         self.client = None           # ClientInfo, once the connection has begun
         self.tunnel = None           # the Tunnel that the connection has become
         self.kept = None             # the Backend kept for the next request (proxy_keepalive)
@@ -2878,7 +2876,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         # A client on a Unix socket may have any name: text, bytes or none.
         peer, port = address[:2] if isinstance(address, tuple) else ("unix:", 0)
         peer = ipv4_as_ipv4(peer)
-        believed = trusted(server.set_real_ip_from, peer)
+        believed = bool(server.set_real_ip_from) and trusted(server.set_real_ip_from, peer)
         if self.listen.proxy_protocol:
             if not believed:
                 log.info("%s: connection closed: PROXY header from a peer that is not in"
@@ -2993,10 +2991,11 @@ def client_info(stream, peer, port, believed):
     """Return the ClientInfo of a connection that has begun."""
     name = stream.sock.getsockname()
     server_address, server_port = name[:2] if isinstance(name, tuple) else ("unix:", 0)
-    subject = distinguished_name(stream.sock.getpeercert() or {}) if stream.tls else None
-    return ClientInfo(peer, peer, port, b"https" if stream.tls else b"http",
-                      (subject or "").encode("ascii", "backslashreplace"), believed,
-                      server_address, server_port)
+    scheme, subject = b"http", b""
+    if stream.tls:
+        name = distinguished_name(stream.sock.getpeercert() or {}) or ""
+        scheme, subject = b"https", name.encode("ascii", "backslashreplace")
+    return ClientInfo(peer, peer, port, scheme, subject, believed, server_address, server_port)
 
 
 ACME_CHALLENGE = "/.well-known/acme-challenge/"  # RFC 8555 8.3
@@ -3435,7 +3434,8 @@ class Stream:
 
     __slots__ = ("sock", "buffer", "scanned", "tls", "read_event", "write_event", "turns")
 
-    def __init__(self, sock):
+    def __init__(self, sock, turns=None):
+        """turns: the Turns of the thread, for the stream whose loops call Turns.took()."""
         if sock.gettimeout() != 0.0:
             sock.setblocking(False)
         self.sock = sock
@@ -3444,7 +3444,7 @@ class Stream:
         self.tls = False
         self.read_event = POLLIN     # to poll for before the next read: TLS may have to write
         self.write_event = POLLOUT   # and before the next write: TLS may have to read
-        self.turns = Turns()         # those of its thread
+        self.turns = turns
 
     def fileno(self):
         """Return the descriptor of the socket, -1 once it is closed."""
@@ -5560,8 +5560,7 @@ class Server:
                                "%s: %s" % (self.name, describe_error(error)))
         for place, (family, address) in enumerate(addresses):
             try:
-                share = deadline.remaining() / (len(addresses) - place)
-                stream = connect_socket(family, address, Deadline(share))
+                stream = connect_socket(family, address, deadline, len(addresses) - place)
             except (OSError, TimedOut) as error:
                 if getattr(error, "errno", None) in EXHAUSTED:  # not the server's fault
                     raise HTTPError(503, "conn_limit", "cannot connect to a backend: %s"
@@ -5701,14 +5700,17 @@ def fixed_address(address):
     return [(family, (address.host, address.port))]
 
 
+# Made non-blocking by socket(), where there is SOCK_NONBLOCK, not by another system call.
+NON_BLOCKING_STREAM = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
 CONNECTING = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK))
 
 
-def connect_socket(family, address, deadline):
-    """Return a connected Stream; raise OSError or TimedOut."""
-    # Made non-blocking by socket(), where there is SOCK_NONBLOCK, not by another system call.
-    kind = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
-    stream = Stream(socket.socket(family, kind))
+def connect_socket(family, address, deadline, ways=1):
+    """Return a connected Stream; raise OSError or TimedOut.
+
+    ways: how many addresses share the time until the deadline, with this one, the first of them.
+    """
+    stream = Stream(socket.socket(family, NON_BLOCKING_STREAM))
     try:
         result = stream.sock.connect_ex(address)
         if result == errno.EAGAIN and isinstance(address, str):  # a Unix socket
@@ -5716,9 +5718,9 @@ def connect_socket(family, address, deadline):
         if result in CONNECTING:
             result = stream.sock.connect_ex(address)  # on loopback it is connected by now
         if result in CONNECTING:
-            stream.wait(POLLOUT, deadline)
+            stream.wait(POLLOUT, Deadline(deadline.remaining() / ways))
             result = stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if result not in (0, errno.EISCONN):
+        if result and result != errno.EISCONN:
             raise OSError(result, os.strerror(result))
         return stream
     except BaseException:
@@ -7907,7 +7909,7 @@ class StatusConnection(socketserver.BaseRequestHandler):
 
     def handle(self):
         """Read the request, send the response, close."""
-        stream, deadline = Stream(self.request), Deadline(STATUS_TIMEOUT)
+        stream, deadline = Stream(self.request, Turns()), Deadline(STATUS_TIMEOUT)
         head_only, fields = False, ()
         # The client may disconnect.
         with contextlib.suppress(OSError, EOFError, TimedOut), contextlib.closing(stream):
@@ -8490,7 +8492,7 @@ class DemoConnection(socketserver.BaseRequestHandler):
     """One connection to the DemoBackend, for one request."""
 
     def handle(self):
-        stream, deadline = Stream(self.request), Deadline(86400)
+        stream, deadline = Stream(self.request, Turns()), Deadline(86400)
         head = read_head(stream, SMALL_READ, deadline)
         request = parse_request_head(head)
         key = handshake_key(request)
@@ -8824,8 +8826,8 @@ class Probe:
                                               self.took()))
         for place, ((family, address), where) in enumerate(zip(addresses, names)):
             try:
-                share = self.deadline.remaining() / (len(addresses) - place)
-                self.stream = connect_socket(family, address, Deadline(share))
+                self.stream = connect_socket(family, address, self.deadline,
+                                             len(addresses) - place)
                 print_line("connect", "connected to %s%s" % (where, self.took()))
                 return self.stream.write_all(self.preface, self.deadline)
             except (OSError, TimedOut) as failure:
