@@ -3873,6 +3873,25 @@ def test_a_backend_repeats_its_head(tmp_path, head, kept):
                 assert (answer.head, answer.body) == before, raw
 
 
+def memory_of_idle_connections(gate, raw):
+    """Return how much more memory a connection keeps after this request than after a short one."""
+    used = []
+    tracemalloc.start()
+    try:
+        for each in (request(), raw):
+            clients = [gate.connect().send(each) for _ in range(10)]
+            assert [client.response().status for client in clients] == [200] * 10
+            eventually(lambda: len(gate.connections.idle) == 10)
+            gc.collect()  # free-threaded Python frees some objects only then
+            used.append(tracemalloc.get_traced_memory()[0])
+            for client in clients:
+                client.close()
+            eventually(lambda: not gate.connections)
+    finally:
+        tracemalloc.stop()
+    return (used[1] - used[0]) / 10
+
+
 @pytest.mark.parametrize("fields", [
     b"".join(b"%c%c:\r\n" % pair for pair in itertools.product(range(97, 123), range(97, 111))),
     b"Connection: " + b"ab," * 660 + b"\r\n", b"X: " + b"x" * 14000 + b"\r\n", b""],
@@ -3882,21 +3901,26 @@ def test_memory_of_idle_connections(tmp_path, fields):
     target = b"/" if fields else b"/%41" + b"x;y" * 4000
     raw = b"GET %s HTTP/1.1\r\nHost: gate.test\r\n%s\r\n" % (target, fields)
     with running("[server]\n[location /]\nreturn = 200\n", tmp_path) as gate:
-        used = []
-        tracemalloc.start()
-        try:
-            for each in (request(), raw):
-                clients = [gate.connect().send(each) for _ in range(10)]
-                assert [client.response().status for client in clients] == [200] * 10
-                eventually(lambda: len(gate.connections.idle) == 10)
-                gc.collect()  # free-threaded Python frees some objects only then
-                used.append(tracemalloc.get_traced_memory()[0])
-                for client in clients:
-                    client.close()
-                eventually(lambda: not gate.connections)
-        finally:
-            tracemalloc.stop()
-        assert (used[1] - used[0]) / 10 < (24000 if FREE_THREADED else 16000)
+        used = memory_of_idle_connections(gate, raw)
+        assert used < (24000 if FREE_THREADED else 16000)
+
+
+@pytest.mark.parametrize("lines, line", [
+    ("add_header = X-Echo: $http_x_long", b"X-Long: " + b"x" * 14000),
+    ("set_real_ip_from = 127.0.0.1", b"X-Forwarded-Prefix: /" + b"x" * 14000),
+    ("auth_request = http://AUTH\nauth_request_headers = X-User", b"Cookie: X-User"),
+    ("auth_request = http://AUTH", b"Cookie: Set-Cookie")],
+    ids=["add_header", "prefix", "identity", "cookie"])
+def test_memory_of_idle_connections_after_short_heads(tmp_path, lines, line):
+    """What was made of a head, or for it, is not kept either where it is long."""
+    def auth(peer):
+        names = field(peer.head(), b"cookie")
+        peer.send(ok(b"", *[name + b": " + b"u" * 14000 for name in names]))
+
+    with ScriptedBackend(auth) as service, gate_and_backend(
+            tmp_path, echo_service, lines.replace("AUTH", service.where)) as (gate, _):
+        used = memory_of_idle_connections(gate, request(b"GET", b"/", line))
+        assert used < (12000 if FREE_THREADED else 8000)
 
 
 KEPT = "proxy_keepalive = 60s"

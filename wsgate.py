@@ -2901,7 +2901,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Count the connection for max_connections_per_ip.
 
         Those of a trusted proxy are not counted: they carry requests of many clients, and
-        Exchange.count counts each of these.
+        Exchange.admit counts each of these.
         """
         key = "ip", address
         if self.gate.connections.acquire(key, self.gate.config.server.max_connections_per_ip):
@@ -3291,16 +3291,19 @@ class Exchange:
         keep = (self.persistent() and relay.up.scanner.done
                 and not isinstance(body, UntilClose))
         self.responded = True
+        head = self.response_head(response, keep)
         try:
-            relay.pass_response(self.response_head(response, keep), body)
+            relay.pass_response(head, body)
         except BackendError as error:  # the client must see that the response is cut
             self.entry.ended(error.reason)
             framed = response.length is not None or (response.chunked and request.minor > 0)
             return LINGERING_CLOSE if framed else RESET_CLOSE
         finally:
             self.entry.up, self.entry.down = (0, relay.up.bytes), (0, relay.down.bytes)
-        small = response.fields.small(len(response.head))
-        self.connection.last_response = response if small else None
+        # It keeps what its head for the client was made for: the added fields, which are in that
+        # head, and X-Forwarded-Prefix of the request.
+        size = max(len(response.head), len(head), len(request.head))
+        self.connection.last_response = response if response.fields.small(size) else None
         if (keep and self.keepable and response.persistent
                 and not (body is NO_BODY and response.announces_body())
                 and relay.reusable()):
@@ -3407,6 +3410,8 @@ class Exchange:
             self.gate.connections.release(key)
         request = self.request
         if request is not None and request.fields.small(len(request.head)):
+            if request.known:  # of auth_request, and as long as it likes
+                request.begin()
             self.connection.last_request = request
         self.entry.write()
 
@@ -4780,7 +4785,7 @@ class Location(Settings):
     Sets of field names, as cgi_name() makes them: replaced, by proxy_set_header; identity, of
     auth_request_headers; withheld and auth_withheld, what backend and auth_request do not get
     from the client. In lower case: response_withheld, what the client does not get from the
-    backend, and response_examined, what needs a closer look (see examined_value).
+    backend, and response_examined, what needs a closer look (see examined_lines).
     """
 
     def __init__(self, values, name, place, upstreams, passwords):
