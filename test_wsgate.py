@@ -5494,7 +5494,7 @@ def test_fields_keep_their_case():
                       (b"Connection", b"Close ,x-a,"), (b"connection", b"y")]
     assert fields.get_all(b"x-a") == [b"1", b"2"] and fields.get(b"x-a") is None
     assert fields.get(b"host") == b"gate.test"
-    assert fields.tokens(b"connection") == [b"close", b"x-a", b"y"]
+    assert fields.tokens(b"connection") == (b"close", b"x-a", b"y")
     assert not fields.get_all(b"z") and fields.get(b"z") is None
 
 

@@ -4345,10 +4345,19 @@ def parse_host(fields, minor):
     values = fields.get_all(b"host")
     if not values and minor == 0:
         return b"", ""
-    match = HOST.fullmatch(values[0]) if len(values) == 1 else None
-    if not match or int(match.group(2) or 0) > 65535:
+    name = remembered(host_name, values[0]) if len(values) == 1 else None
+    if name is None:
         raise HTTPError(400, "bad_request", "missing, duplicate or invalid Host")
-    return values[0], match.group(1).decode().lower().rstrip(".")
+    return values[0], name
+
+
+@functools.lru_cache(1024)
+def host_name(value):
+    """Return the name in a value of Host, None if the value is invalid."""
+    match = HOST.fullmatch(value)
+    if not match or int(match.group(2) or 0) > 65535:
+        return None
+    return match.group(1).decode().lower().rstrip(".")
 
 
 # How HTTP framing is decided (RFC 9112 6.3). Where a body ends must be certain, or what follows
@@ -4423,12 +4432,8 @@ def parse_response_head(head):
     if head.count(b"\n") != head.count(b"\r\n"):
         head = re.sub(br"\r?\n", b"\r\n", head)
     line, _, response.block = head[:-2].partition(b"\r\n")
-    match = STATUS_LINE.fullmatch(line)
     try:
-        if not match or match.group(1) != b"1":
-            raise ValueError("invalid status line %s" % printable(line[:80]))
-        _, minor, status, reason = match.groups()
-        response.minor, response.status, response.reason = int(minor), int(status), reason or b""
+        response.minor, response.status, response.reason = remembered(parse_status_line, line)
         response.fields = fields = parse_fields(response.block)
         response.length, response.chunked = response_framing(fields, response.minor)
     except ValueError as error:
@@ -4436,6 +4441,16 @@ def parse_response_head(head):
     response.persistent = (response.minor >= 1 and b"close" not in fields.tokens(b"connection")
                            and not (response.chunked and fields.get_all(b"content-length")))
     return response
+
+
+@functools.lru_cache(1024)
+def parse_status_line(line):
+    """Return (minor version, status, reason phrase in bytes) of a status line; raise ValueError."""
+    match = STATUS_LINE.fullmatch(line)
+    if not match or match.group(1) != b"1":
+        raise ValueError("invalid status line %s" % printable(line[:80]))
+    _, minor, status, reason = match.groups()
+    return int(minor), int(status), reason or b""
 
 
 def response_framing(fields, minor):
@@ -4558,14 +4573,21 @@ class Headers(list):
         values = self.index.get(name)
         if values is None:
             return ()
-        tokens = (values[0] if len(values) == 1 else b",".join(values)).lower().strip()
-        if b"," in tokens:
-            tokens = [part for part in map(bytes.strip, tokens.split(b",")) if part]
-        else:
-            tokens = [tokens] if tokens else []
-        self.lists[name] = tokens
+        value = values[0] if len(values) == 1 else b",".join(values)
+        tokens = self.lists[name] = remembered(list_elements, value)
         self.parts += len(tokens)
         return tokens
+
+
+@functools.lru_cache(1024)
+def list_elements(value):
+    """Return the elements of a value in lower case, in order, as a tuple."""
+    return tuple(filter(None, map(bytes.strip, value.lower().split(b","))))
+
+
+def remembered(function, value):
+    """Call a function with lru_cache; not with a long value, with which peers could fill it."""
+    return function(value) if len(value) <= 128 else function.__wrapped__(value)
 
 
 # ---------------------------------------------- HTTP/1.1 bodies (RFC 9112 6, 7)
@@ -5974,9 +5996,12 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
     return response.for_client[1]
 
 
-def examined_lines(fields, location, redirects, prefix, unsized):
-    """Return the fields of a response for the client, as lines. unsized: it has no length."""
-    examined, listed, lines = location.response_examined, connection_options(fields), []
+def examined_lines(fields, listed, location, redirects, prefix, unsized):
+    """Return the fields of a response for the client, as lines.
+
+    listed: the names that Connection lists. unsized: the response has no length.
+    """
+    examined, lines = location.response_examined, []
     for name, value in fields:
         lower = name.lower()
         if lower in examined:
@@ -6004,7 +6029,7 @@ def lines_for_client(response, location, redirects, prefix, minor, keep, added):
     if not listed and not unsized and examined.isdisjoint(fields.index):
         lines.append(response.block)  # the usual case: all lines pass as they are
     else:
-        lines += examined_lines(fields, location, redirects, prefix, unsized)
+        lines += examined_lines(fields, listed, location, redirects, prefix, unsized)
     for pair in added:
         lines.append(b"%s: %s\r\n" % pair)
     if response.chunked and minor and status >= 200 and status != 204:
@@ -6268,7 +6293,7 @@ def fault_in_101(sent, received, upgrade, strict=True):
     if upgrade is None:
         return "unsolicited"
     requested, accepted = upgrade.protocol.lower(), received.tokens(b"upgrade")
-    if accepted != [requested]:
+    if accepted != (requested,):
         names = {name.strip(b" \t") for name in requested.split(b",")}
         if not accepted or not names.issuperset(accepted):
             return "not_upgraded"
