@@ -3460,8 +3460,8 @@ class Stream:
 
         Raise OSError.
         """
-        try:
-            return self.sock.recv(size)
+        try:  # SSLSocket.recv() is two more calls
+            return self.sock.read(size) if self.tls else self.sock.recv(size)
         except BlockingIOError:
             return None
         except ssl.SSLWantReadError:
@@ -3470,6 +3470,8 @@ class Stream:
         except ssl.SSLWantWriteError:
             self.read_event = POLLOUT
             return None
+        except ValueError:  # from SSLSocket, once both sides have sent close_notify
+            return b""
 
     def write(self, data):
         """Return how many bytes were written, 0 if none can be now. Raise OSError."""
@@ -6989,7 +6991,7 @@ class Tunnel(Relay):
             work += Turns.LARGE if reader.bulk else 1
             if work >= turns.patience or crowd.sparse:
                 # Where each side answers the other, the answer comes while others have their turn.
-                if (turns.took(now, work) and self.polled and now == reader.last_read
+                if (turns.took(now, work) and (self.polled or tls) and now == reader.last_read
                         and before == (down if reader is up else up).last_read):
                     expected = answer[reader]
                 work = 0
