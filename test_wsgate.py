@@ -4679,6 +4679,25 @@ def test_changed_certificates(tmp_path, tls):
         old.close()
 
 
+def test_a_stream_after_close_notify_both_ways(tls):
+    """SSLSocket.read() fails then; to the Stream it is the end, as close_notify alone is."""
+    ours, theirs = socket.socketpair()
+    context = ssl.create_default_context(cafile=tls.ca)
+
+    def client():
+        with context.wrap_socket(theirs, server_hostname="gate.test") as peer:
+            peer.unwrap()
+
+    stream, thread = wsgate.Stream(ours), threading.Thread(target=client)
+    thread.start()
+    stream.start_tls(tls_backend(tls), wsgate.Deadline(5000 * MS), server_side=True)
+    eventually(lambda: stream.read() == b"")
+    stream.end()
+    assert stream.read() == b""
+    thread.join()
+    stream.close()
+
+
 def test_reload_that_removes_tls(tmp_path, tls):
     """Connections from before are served by TLS or closed."""
     with running(tls_ini(tls, "return = 200"), tmp_path) as gate:
