@@ -4236,9 +4236,9 @@ class Request:
     may have received it. id: of the access log. user: after Basic
     authentication. identity: lines for the backend, from the response of auth_request. known:
     {name: values} of $http_NAME that are from there, never from the client. withheld:
-    names of fields, as cgi_name() makes them, that the backend does not get. head, block: all
-    of it and the field lines, bytes. guards: (Config, what its locations_of() returned), or
-    None. for_backend: what fields_for_backend() has made of the field lines, or None.
+    names of fields, as cgi_name() makes them, that the backend does not get. head, block: all of
+    it and the field lines, bytes. guards: (Config, what its locations_of() returned), or None.
+    for_backend: (what they were made for, the lines of fields_for_backend()), or None.
     """
 
     __slots__ = ("head", "method", "target", "path", "paths", "minor", "block", "fields", "host",
