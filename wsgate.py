@@ -2811,8 +2811,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.client = None           # ClientInfo, once the connection has begun
         self.tunnel = None           # the Tunnel that the connection has become
         self.kept = None             # the Backend kept for the next request (proxy_keepalive)
-        self.last_request = None     # a Request, if it is worth keeping
-        self.last_response = None    # a Response, likewise
+        self.last_request = None     # a small Request, for parse_request_head()
+        self.last_response = None    # a small Response, for HTTPRelay.final_response()
         self.served = 0              # requests so far
         self.key = None              # of Connections.in_use: the address it is counted for
         self.limited = False         # max_connections_per_ip is reached
