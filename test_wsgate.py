@@ -8719,6 +8719,32 @@ def test_ping_peers_pings_one_side_alone(tmp_path, peers):
         assert (server if peers == "client" else client).silent(120 * MS)
 
 
+@pytest.mark.parametrize("pending", [b"", b"before"], ids=["move", "flush"])
+@pytest.mark.parametrize("end, how", [("reset", "rst"), ("close", "eof")])
+def test_how_the_peer_of_a_broken_sink_has_ended(end, how, pending):
+    """It decides the close= of the log when the other side is read first."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(contextlib.closing(socket.socket()))
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        peer = Peer(socket.create_connection(listener.getsockname()))
+        ours, theirs = [stack.enter_context(contextlib.closing(sock))
+                        for sock in socket.socketpair()]
+        sink = stack.enter_context(contextlib.closing(wsgate.Stream(listener.accept()[0])))
+        flow = wsgate.Flow(wsgate.Stream(ours), sink)
+        flow.begin(wsgate.UntilClose(), 0.0)
+        getattr(peer, end)()
+        while flow.sink_state is wsgate.OPEN:  # the first write to a closed socket brings the RST
+            assert select_readable(sink.sock, 5000 * MS)
+            theirs.send(b"x")
+            if pending:
+                flow.pending = pending
+                flow.flush(0.0)
+            else:
+                flow.move(0.0)
+        assert flow.sink_state is wsgate.BROKEN and flow.broken_by == how
+
+
 # ------------------------------------------------------------- WebSocket frames
 
 

@@ -6385,7 +6385,9 @@ class Flow:
 
     __slots__ = ("source", "sink", "read", "write", "scanner", "source_state", "sink_state",
                  "pending", "pipe", "piped", "size", "bulk", "bytes", "last_read",
-                 "last_progress", "pinged")  # pinged: when Tunnel has sent a ping to sink
+                 "last_progress",
+                 "broken_by",  # of a sink that is BROKEN: how its peer has ended, EOF or RESET
+                 "pinged")     # when Tunnel has sent a ping to sink
 
     def __init__(self, source, sink):
         self.source = source
@@ -6451,8 +6453,8 @@ class Flow:
                 sent = self.write(data)
             except BlockingIOError:
                 sent = 0
-            except OSError:
-                self.break_sink()
+            except OSError as error:
+                self.break_sink(error)
                 return False
             if sent != len(data):
                 self.pending = data[sent:]
@@ -6489,8 +6491,8 @@ class Flow:
                 self.last_progress = now
         except BlockingIOError:
             return
-        except OSError:
-            self.break_sink()
+        except OSError as error:
+            self.break_sink(error)
         if self.sink_state is CLOSING:
             self.sink_state = CLOSED
             if self.source_state is not RESET:  # else Tunnel.close() resets it
@@ -6573,8 +6575,9 @@ class Flow:
         """Let the bytes pass that the scanner held back."""
         self.pending += self.scanner.release()
 
-    def break_sink(self):
-        """sink cannot be written to any more."""
+    def break_sink(self, error=None):
+        """sink cannot be written to any more; error: the OSError that shows it."""
+        self.broken_by = RESET if error and error.errno == errno.ECONNRESET else EOF
         self.pending, self.piped, self.bulk = b"", 0, False
         self.close_pipe()
         self.sink_state = BROKEN
@@ -6917,6 +6920,8 @@ def timeout_error(awaited):
 #   a write failed             -                             LINGER later, what comes is passed on
 #   Tunnel.finish(): a timer,  both get a Close, where one   after both FINs, or LINGER later
 #   a limit, drain, shutdown   can be placed, and FIN
+#
+# What a peer sends after its own Close frame, which RFC 6455 5.5.1 forbids, may be lost.
 
 QUIET = 0.5              # seconds without a byte after which a tunnel is quiet
 PIPE_KEEP = 1.0          # seconds without a byte after which a pipe is closed
@@ -7082,7 +7087,7 @@ class Tunnel(Relay):
                 back.break_sink()
                 self.over = self.over or flow.sink_state is not CLOSING
             elif flow.sink_state is BROKEN and flow.source_state is OPEN:
-                self.note_end("backend" if flow is up else "client", EOF)
+                self.note_end("backend" if flow is up else "client", flow.broken_by)
                 self.deadline = min(self.deadline, now + LINGER)
         ended = [flow.source_state is not OPEN and flow.sink_state in (CLOSED, BROKEN)
                  for flow in (up, down)]
