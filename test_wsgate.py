@@ -3779,7 +3779,8 @@ def test_a_connection_repeats_its_fields(tmp_path, fields):
                     client.close()
                     client = gate.connect()
             client.close()
-            assert seen == [gate.fetch(raw, raw.split()[0]).body for raw in requests]
+            alone = {raw: gate.fetch(raw, raw.split()[0]).body for raw in set(requests)}
+            assert seen == [alone[raw] for raw in requests]
 
 
 def test_a_connection_repeats_its_head_after_a_reload(tmp_path):
@@ -3868,9 +3869,9 @@ def test_a_backend_repeats_its_head(tmp_path, head, kept):
                     client.close()
                     client = gate.connect()
             client.close()
+            alone = {raw: gate.fetch(raw, raw.split()[0]) for raw in set(requests)}
             for raw, before in zip(requests, seen):
-                answer = gate.fetch(raw, raw.split()[0])
-                assert (answer.head, answer.body) == before, raw
+                assert (alone[raw].head, alone[raw].body) == before, raw
 
 
 def memory_of_idle_connections(gate, raw):
