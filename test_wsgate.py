@@ -3801,6 +3801,15 @@ def test_a_connection_repeats_its_head_after_a_reload(tmp_path):
             client.close()
 
 
+def test_a_repeated_head_is_held_to_the_limit_of_a_new_configuration(tmp_path):
+    raw = request(b"GET", b"/", b"X-Long: " + b"x" * 1500)
+    with gate_and_backend(tmp_path, show_head) as (gate, backend), contextlib.closing(
+            gate.connect()) as client:
+        assert client.send(raw).response().status == 200
+        reload(gate, ini_for(backend, "client_header_size = 1k"))
+        assert client.send(raw).response().status == 431
+
+
 # What a head becomes for a client depends on the location and on the request.
 REPEATED = """\
 [server]

@@ -50,7 +50,8 @@ Exchange.run turns it into a response, the end of the connection and a line in t
 A Stream, and what is built on it, belongs to one thread. What threads share is few
 things, each with its lock or the reason why it needs none: Gate.state and Gate.config,
 Connections, Counters, Workers, Crowd, Upstream and the Health of its servers, Resolver,
-PasswordFile, CertificateStore, LogWriter. No lock is held over I/O.
+PasswordFile, CertificateStore, LogWriter, and what lru_cache keeps, which is never changed.
+No lock is held over I/O.
 """
 
 import sys
@@ -3065,12 +3066,14 @@ class Exchange:
             raise HTTPError(400, "http_on_tls_port",
                             "this port requires TLS: use https:// or wss://")
         last, self.connection.last_request = self.connection.last_request, None
+        if last and last.config is not self.config:  # nothing is kept over a reload
+            last = self.connection.last_response = None
         if last and self.stream.buffer == last.head:  # the usual case of a client that polls
             head, self.stream.buffer = last.head, b""
         else:
             head = self.read_head(deadline)
         self.request = parse_request_head(head, last)
-        self.request.id = self.entry.id
+        self.request.id, self.request.config = self.entry.id, self.config
         self.entry.take_request(self.request)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s request from %s:\n%s", self.entry.id, self.client.address,
@@ -3109,10 +3112,10 @@ class Exchange:
 
     def choose_location(self):
         """Find the location and the upgrade. Return the locations that guard it, it among them."""
-        request, config = self.request, self.config
-        if request.guards is None or request.guards[0] is not config:
-            request.guards = config, config.locations_of(request)
-        guards = request.guards[1]
+        request = self.request
+        if request.guards is None:
+            request.guards = self.config.locations_of(request)
+        guards = request.guards
         if guards:
             self.location = guards[0]
             self.entry.location = self.location.name
@@ -4237,13 +4240,13 @@ class Request:
     authentication. identity: lines for the backend, from the response of auth_request. known:
     {name: values} of $http_NAME that are from there, never from the client. withheld:
     names of fields, as cgi_name() makes them, that the backend does not get. head, block: all of
-    it and the field lines, bytes. guards: (Config, what its locations_of() returned), or None.
+    it and the field lines, bytes. config: of its exchange. guards: its locations_of(), or None.
     for_backend: (what they were made for, the lines of fields_for_backend()), or None.
     """
 
     __slots__ = ("head", "method", "target", "path", "paths", "minor", "block", "fields", "host",
                  "authority", "length", "chunked", "attempts_upgrade", "persistent", "repeatable",
-                 "id", "user", "identity", "known", "withheld", "guards", "for_backend")
+                 "id", "user", "identity", "known", "withheld", "config", "guards", "for_backend")
 
     def begin(self):
         """Forget what an exchange has found out, since the same head has come once more."""
@@ -5998,26 +6001,6 @@ def response_head_for_client(response, request, location, upgrade, keep, added=(
     return response.for_client[1]
 
 
-def examined_lines(fields, listed, location, redirects, prefix, unsized):
-    """Return the fields of a response for the client, as lines.
-
-    listed: the names that Connection lists. unsized: the response has no length.
-    """
-    examined, lines = location.response_examined, []
-    for name, value in fields:
-        lower = name.lower()
-        if lower in examined:
-            if lower in location.response_withheld:
-                continue
-            if redirects and lower in REDIRECT_FIELDS:
-                value = redirects.rewrite_field(lower, value, prefix)
-        elif ((lower in listed and lower not in PROTECTED_FIELDS)
-              or (unsized and lower == b"content-length")):
-            continue
-        lines.append(b"%s: %s\r\n" % (name, value))
-    return lines
-
-
 def lines_for_client(response, location, redirects, prefix, minor, keep, added):
     """Return the lines of response_head_for_client().
 
@@ -6043,6 +6026,26 @@ def lines_for_client(response, location, redirects, prefix, minor, keep, added):
     elif status >= 200 and not keep:
         lines.append(b"Connection: close\r\n")
     lines.append(b"\r\n")
+    return lines
+
+
+def examined_lines(fields, listed, location, redirects, prefix, unsized):
+    """Return the fields of a response for the client, as lines.
+
+    listed: the names that Connection lists. unsized: the response has no length.
+    """
+    examined, lines = location.response_examined, []
+    for name, value in fields:
+        lower = name.lower()
+        if lower in examined:
+            if lower in location.response_withheld:
+                continue
+            if redirects and lower in REDIRECT_FIELDS:
+                value = redirects.rewrite_field(lower, value, prefix)
+        elif ((lower in listed and lower not in PROTECTED_FIELDS)
+              or (unsized and lower == b"content-length")):
+            continue
+        lines.append(b"%s: %s\r\n" % (name, value))
     return lines
 
 
