@@ -4387,6 +4387,65 @@ def greedy_kinds():
     ]
 
 
+def test_a_thread_that_gave_way_reads_the_response_without_a_poll(tmp_path, monkeypatch):
+    relays, waits, begin = [], [], wsgate.HTTPRelay.begin
+
+    def took(turns, now, work):
+        """Give way until the response is there."""
+        if relays and relays[-1].down.scanner is relays[-1].collector:
+            assert select_readable(relays[-1].backend.sock, 5000 * MS)
+        return True
+
+    monkeypatch.setattr(wsgate.HTTPRelay, "begin",
+                        lambda relay, *args: (begin(relay, *args), relays.append(relay)))
+    monkeypatch.setattr(wsgate.HTTPRelay, "wait", lambda relay, seconds: waits.append(1) or [])
+    monkeypatch.setattr(wsgate.Turns, "took", took)
+    with gate_and_backend(tmp_path, show_head) as (gate, _), contextlib.closing(
+            gate.connect()) as client:
+        for _ in range(3):
+            assert client.send(request()).response().status == 200
+    assert len(relays) == 3 and not waits
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_a_thread_that_gave_way_reads_the_answer_without_a_poll(tmp_path, monkeypatch, tls, secure):
+    polls = []
+
+    class CountingPoll(wsgate.SelectPoll):
+        def poll(self, milliseconds=None):
+            polls.append(1)
+            return super().poll(milliseconds)
+
+    def took(turns, now, work):
+        """Give way until one side has sent something."""
+        for tunnel in gate.connections.tunnels():
+            select.select([tunnel.up.source, tunnel.down.source], [], [], 5000 * MS)
+        return True
+
+    monkeypatch.setattr(wsgate, "Poll", CountingPoll)
+    monkeypatch.setattr(wsgate.Turns, "PERIOD", 1)
+    monkeypatch.setattr(wsgate.Turns, "took", took)
+    with ScriptedBackend() as backend:
+        ini = ini_for(backend)
+        if secure:
+            ini = tls_ini(tls, "proxy_pass = http://" + backend.where)
+        with running(ini, tmp_path) as gate:
+            client = (tls_connect(gate, tls) if secure else gate.connect()).send(handshake())
+            peer = backend.connection(0)
+            peer.head()
+            peer.send(switching())
+            assert client.response().status == 101
+            del polls[:]
+            for _ in range(20):
+                client.send(frame(1, b"question", b"abcd"))
+                assert peer.read(14)
+                peer.send(frame(1, b"answer"))
+                assert client.read(8)
+            assert len(polls) < 10
+            client.close()
+            peer.close()
+
+
 @pytest.mark.parametrize("kind, line, data, turns", greedy_kinds(),
                          ids=[row[0] for row in greedy_kinds()])
 def test_a_thread_that_never_waits_gives_way(tmp_path, monkeypatch, kind, line, data, turns):
