@@ -4545,6 +4545,17 @@ def test_each_gives_way_where_many_do_little(gave_way):
     assert not gave_way(tunnel)
 
 
+def test_chats_are_known_to_bulk(gave_way):
+    """By a whole period of their turns; a turn of bulk is shorter then."""
+    crowd, bulk, chat = wsgate.Turns.crowd, wsgate.Turns(), wsgate.Turns()
+    for _ in range(3):
+        gave_way(bulk, wsgate.Turns.BULK)
+    gave_way(chat, wsgate.Turns.PERIOD - 1)
+    assert crowd.brief_until < 100.0
+    gave_way(chat)
+    assert crowd.brief_until == 100.0 + wsgate.Crowd.WINDOW
+
+
 def test_short_connections_are_no_crowd(gave_way):
     """One at a time, each of a turn: a chat beside them has its share, however many there were."""
     chat = wsgate.Turns()
@@ -8862,6 +8873,59 @@ def test_splice_stops_before_headers_and_pongs(begun):
         assert flow.can_splice()
         flow.scanner.feed(begun, 1.0)
         assert not flow.can_splice()
+
+
+@pytest.mark.skipif(not wsgate.CAN_SPLICE, reason="no splice here")
+@pytest.mark.parametrize("beside, turns", [(False, 1), (True, 10)], ids=["alone", "beside chats"])
+def test_a_turn_of_bulk_is_short_beside_chats(monkeypatch, constants, beside, turns):
+    """Or each chat would wait for a whole pipe of each of the bulk streams."""
+    constants(SHORT_TURN=5000)
+    monkeypatch.setattr(wsgate.Turns, "crowd", wsgate.Crowd())
+    wsgate.Turns.crowd.brief_until = 100.0
+    data = os.urandom(50000)
+    with contextlib.ExitStack() as stack:
+        source, ours, sink, theirs = [
+            stack.enter_context(contextlib.closing(end))
+            for end in socket.socketpair() + socket.socketpair()]
+        flow = wsgate.Flow(wsgate.Stream(ours), wsgate.Stream(sink))
+        flow.begin(wsgate.UntilClose(), 0.0)
+        stack.callback(flow.close_pipe)
+        source.sendall(data)
+        for _ in range(turns):
+            assert flow.bytes < len(data)
+            flow.bulk = True
+            assert flow.splice(99.0 if beside else 100.0)
+        assert flow.bytes == len(data) and Peer(theirs).read(len(data)) == data
+
+
+@pytest.mark.parametrize("upload", [False, True], ids=["download", "upload"])
+@pytest.mark.parametrize("upgrade", [False, True], ids=["http", "tunnel"])
+def test_bulk_is_counted_as_bulk(tmp_path, monkeypatch, upgrade, upload):
+    works, took = [], wsgate.Turns.took
+    monkeypatch.setattr(wsgate.Turns, "took", lambda turns, now, work: (
+        works.append(work), took(turns, now, work))[1])
+    data = b"x" * (2 << 20)
+    with gate_and_backend(tmp_path) as (gate, backend):
+        if upgrade:
+            client, peer = gate.tunnel(backend)
+            sender, receiver = (client, peer) if upload else (peer, client)
+            data = frame(2, data, b"abcd" if upload else None)
+        else:
+            length = b"Content-Length: %d" % len(data)
+            client = gate.connect().send(request(b"POST", b"/", length) if upload
+                                         else request(b"GET", b"/"))
+            peer = backend.connection(0)
+            peer.head()
+            sender, receiver = (client, peer) if upload else (peer, client)
+            if not upload:
+                peer.send(b"HTTP/1.1 200 OK\r\n" + length + b"\r\n\r\n")
+                client.head()
+        thread = send_in_thread(sender, [data])
+        assert receiver.read(len(data)) == data
+        thread.join()
+        assert max(works) >= wsgate.Turns.BULK > wsgate.Turns.PERIOD
+        client.close()
+        peer.close()
 
 
 @pytest.mark.parametrize("masked", [False, True])

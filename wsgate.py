@@ -3611,7 +3611,7 @@ class Stream:
         with contextlib.suppress(OSError, TimedOut):
             while True:
                 self.wait(POLLIN, Deadline(min(LINGERING_TIMEOUT, deadline.remaining())))
-                self.turns.took(time.monotonic(), Turns.LARGE)
+                self.turns.took(time.monotonic(), Turns.BULK)
                 if not socket.socket.recv(self.sock, BIG_READ):  # nothing has to be decrypted
                     break
         self.close()
@@ -3772,7 +3772,7 @@ class Crowd:
     It has no lock: a lost update makes threads give way too often or too rarely for a period.
     """
 
-    __slots__ = ("work", "busy", "counted", "until", "sparse", "looked_at", "before")
+    __slots__ = ("work", "busy", "counted", "until", "brief_until", "sparse", "looked_at", "before")
 
     WINDOW = 0.5  # seconds; a thread that completed a period in this or the last one is busy
 
@@ -3781,6 +3781,7 @@ class Crowd:
         self.busy = 0       # threads that were busy in the last window, or more in this one
         self.counted = 0    # ... in this one so far
         self.until = 0.0    # time.monotonic() of its end
+        self.brief_until = 0.0      # until then a turn of bulk is to be short: see Flow.splice
         self.sparse = False         # little work for the number of connections
         self.looked_at = -math.inf  # time.monotonic() of the last look()
         self.before = 0             # work then
@@ -3822,7 +3823,8 @@ class Turns:
 
     crowd = Crowd()
     PERIOD = 8  # work of a thread until its share is looked at
-    LARGE = 4   # work of a turn of bulk or HTTP; that of any other turn is 1
+    LARGE = 4   # work of a turn of HTTP; that of a few frames is 1
+    BULK = 16   # work of a turn of bulk; more than a period, which shows that others had none
 
     def __init__(self):
         self.begun = self.crowd.work  # when the period began
@@ -3838,6 +3840,8 @@ class Turns:
         self.done += work
         if self.done >= self.PERIOD:
             self.end_period(now)
+            if work <= self.PERIOD:  # a chat, or HTTP
+                self.crowd.brief_until = now + Crowd.WINDOW
         if self.patience == 1 and now >= self.counted_until + Crowd.WINDOW:  # that was long ago
             self.patience = self.PERIOD
         if self.patience == 1 or self.crowd.sparse:
@@ -6379,6 +6383,7 @@ EOF, RESET = "eof", "rst"                      # of a source: it has ended, or b
 CLOSING, CLOSED, BROKEN = "closing", "closed", "broken"  # of a sink: it ends once all is written,
                                                # has ended, or cannot be written to
 PIPE_SIZE = 1 << 20                            # bytes in the kernel while a stream is bulk
+SHORT_TURN = 1 << 18                           # bytes to splice at a time beside chats
 CAN_SPLICE = hasattr(os, "splice")             # Linux, Python 3.10
 SPLICE_FLAGS = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 
@@ -6507,11 +6512,12 @@ class Flow:
                 and self.scanner.bulk())
 
     def splice(self, now):
-        """move() for bulk, a pipe full at a time."""
+        """move() for bulk, a pipe full at a time; less while the turns of others are short."""
         if self.pipe is None and not self.open_pipe():
             self.bulk = False
             return self.move(now)
-        scanner, room = self.scanner, PIPE_SIZE
+        scanner = self.scanner
+        room = SHORT_TURN if now < Turns.crowd.brief_until else PIPE_SIZE
         source, recv = self.source.fileno(), self.source.sock.recv
         try:
             while room > 0:
@@ -6811,8 +6817,9 @@ class HTTPRelay(Relay):
 
     def turn(self):
         """Wait until something can move, and move it."""
-        self.client.turns.took(time.monotonic(), Turns.LARGE)
         up, down = self.up, self.down
+        self.client.turns.took(time.monotonic(),
+                               Turns.BULK if up.bulk or down.bulk else Turns.LARGE)
         uploading = up.reading() and up.sink_state is OPEN
         responding = down.reading()
         client_events = ((self.client.read_event if uploading else 0)
@@ -6996,7 +7003,7 @@ class Tunnel(Relay):
                 due = self.settle(now)
                 if due < wake:
                     wake = due
-            work += Turns.LARGE if reader.bulk else 1
+            work += Turns.BULK if reader.bulk else 1
             if work >= turns.patience or crowd.sparse:
                 # Where each side answers the other, the answer comes while others have their turn.
                 if (turns.took(now, work) and (self.polled or tls) and now == reader.last_read
